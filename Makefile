@@ -1,0 +1,55 @@
+# Every target makes its own environment in .venv the first time and installs nothing the second.
+PYTHON ?= python3
+# The pair that development and CI use. The package itself asks for torch>=2.5 only.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs test-lowest clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+demo: $(VENV)/.examples ## train baseline and revisited networks on digits, print the paired comparison, draw it (DEMO_ARGS="--seeds 5")
+	$(BIN)/python examples/digits.py $(DEMO_ARGS)
+
+test: $(VENV)/.examples $(VENV)/.test ## run all tests (TEST_ARGS="-k resume")
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.examples $(VENV)/.test $(VENV)/.lint ## ruff (lint, format) and pyright (strict)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+format: $(VENV)/.lint ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ratios taken in one run
+	$(BIN)/python benchmarks/optimizer_step.py
+
+docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
+
+test-lowest: ## run all tests at the lowest versions the package states
+	$(MAKE) test VENV=.venv-lowest TORCH="torch==2.5.0 torchvision==0.20.0 lightning==2.5.0 torchmetrics==1.0.0 numpy<2.3"
+
+clean: ## remove what the targets made
+	rm -rf .venv .venv-lowest docs/_build demo_output
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(foreach requirement,$(TORCH),"$(requirement)")
+	@touch $@
+
+$(VENV)/.examples: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[examples]"
+	@touch $@
+
+$(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --group $*
+	@touch $@

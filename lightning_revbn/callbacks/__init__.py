@@ -1,0 +1,1 @@
+"""Lightning callbacks: thin, the work is done in `lightning_revbn.core`."""

@@ -1,0 +1,312 @@
+"""The callback: rewrites the model's batch norm scales at setup and trains them with lr / c."""
+
+# pyright: reportPrivateImportUsage=false
+# Lightning's documented homes of rank_zero_* and MisconfigurationException re-export them without saying so.
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_revbn.callbacks.monitor import BatchNormMonitor
+from lightning_revbn.core.initialization import (
+    InitReport,
+    refuse,
+    rule_scales,
+    scale_is,
+    write_scales,
+    zero_kept_names,
+)
+from lightning_revbn.core.layers import BatchNormRecord, Selection, TrainedPolicy, ZeroScalePolicy, check_choice
+from lightning_revbn.core.update_rule import (
+    GROUP_MARK,
+    ScaleUpdateRule,
+    WeightDecayExempt,
+    check_divisor,
+    exempt_parameters,
+)
+
+
+class RevisitedBatchNorm(Callback):
+    """Start batch norm scales below 1 and train them with lr / c (Davis and Frank, ECCV 2022, arXiv 2110.13989).
+
+    At the start of a fit the scale of every freshly initialised batch norm layer becomes `scale`; trained, restored
+    and frozen layers keep theirs, as do scales started at 0 on purpose. While training, every optimizer updates the
+    scales with its own current learning rate divided by `scale_lr_divisor`. A table says once what was rewritten, what
+    was left alone and why. Parameter groups, schedules, optimizer state and the keys of the model's `state_dict` are
+    those of a run without the callback, so checkpoints can be resumed with it or without it.
+
+    Args:
+        scale: The value the scales start from, or a mapping from name patterns to values of which the first match
+            counts. 0.1 is the paper's starting point; it is a hyperparameter, to be chosen on validation data.
+        scale_lr_divisor: The constant c. Values up to 1 switch the division off.
+        weight_decay_exempt: What takes no weight decay: `"scale"`, `"norm"` (scales and shifts of batch norm),
+            `"vectors"` (the paper's recipe: batch norm and every bias) or None. Independent of `scale_lr_divisor`.
+        include: `fnmatch` patterns on dotted module names; a layer must match one of them.
+        exclude: Patterns of layers to leave alone; stronger than `include`.
+        zero_scale: `"keep"` or `"overwrite"` scales that start at 0, as in the last batch norm of a residual branch.
+            Kept ones learn with the full learning rate.
+        trained: `"keep"`, `"overwrite"` or `"error"` for layers that are not freshly initialised.
+        monitor: Whether to log statistics of every layer's scale and shift; or the `BatchNormMonitor` to do it with.
+        enabled: The switch for configuration files: False makes the callback do nothing at all.
+
+    Raises:
+        ValueError: If a number is not finite and positive, or a choice is unknown.
+        TypeError: If an argument has the wrong type.
+
+    Example::
+
+        trainer = Trainer(callbacks=[RevisitedBatchNorm()])
+    """
+
+    def __init__(
+        self,
+        scale: float | Mapping[str, float] = 0.1,
+        scale_lr_divisor: float = 100.0,
+        weight_decay_exempt: WeightDecayExempt | None = "scale",
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        zero_scale: ZeroScalePolicy = "keep",
+        trained: TrainedPolicy = "keep",
+        monitor: bool | BatchNormMonitor = True,
+        enabled: bool = True,
+    ) -> None:
+        self._selection = Selection(scale, include, exclude, zero_scale, trained)
+        self.scale_lr_divisor = check_divisor(scale_lr_divisor)
+        check_choice("weight_decay_exempt", weight_decay_exempt, [*get_args(WeightDecayExempt), None])
+        self.weight_decay_exempt: WeightDecayExempt | None = weight_decay_exempt
+        self.enabled = enabled
+        self._monitor = (BatchNormMonitor() if monitor else None) if isinstance(monitor, bool) else monitor
+        self._records: list[BatchNormRecord] = []
+        self._rewritten: set[str] = set()
+        self._zero_kept: set[str] = set()
+        self._module: weakref.ref[LightningModule] | None = None
+        self._rules: list[ScaleUpdateRule] = []
+        self._wraps: list[_AfterNextCall] = []
+
+    @property
+    def scale(self) -> float | Mapping[str, float]:
+        """The value, or values by name pattern, that scales start from."""
+        return self._selection.scale
+
+    @property
+    def report(self) -> InitReport:
+        """What was found in the model and what was done about it; complete once a fit has started."""
+        return InitReport(tuple(self._records))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not self.enabled:
+            return
+        if self._module is None or self._module() is not pl_module:
+            self._module = weakref.ref(pl_module)
+            self._rewritten, self._zero_kept = set(), set()
+        if any(isinstance(callback, BatchNormMonitor) for callback in _callbacks(trainer)):
+            self._monitor = None  # the Trainer has one of its own
+        if self._monitor is not None:
+            self._monitor.setup(trainer, pl_module, stage)
+        rewrite = functools.partial(self._rewrite, pl_module, done=frozenset(self._rewritten))
+        rewrite()
+        # Layers may be made, and weights loaded, in the module's own hooks, which come next. Only after the strategy
+        # has made the optimizers do these exist, and the learning rate finder trains before our on_fit_start.
+        for hook in ("setup", "configure_model"):
+            if is_overridden(hook, pl_module):
+                self._wraps.append(_AfterNextCall(pl_module, hook, rewrite))
+        register = functools.partial(self._register_rules, trainer, pl_module)
+        self._wraps.append(_AfterNextCall(trainer.strategy, "setup_optimizers", register))
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.enabled:
+            return
+        self._unwrap()
+        self._settle(pl_module)
+        self._register_rules(trainer, pl_module)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._tell(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.enabled:
+            return
+        if trainer.strategy.restore_checkpoint_after_setup:
+            # Weights, and the names of the scales kept at zero, may have come from a checkpoint only now.
+            self._settle(pl_module)
+            self._remove_rules()
+            self._register_rules(trainer, pl_module)
+            self._tell(trainer)
+        if self._monitor is not None:
+            self._monitor.on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.enabled and self._monitor is not None:
+            self._monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._unwrap()
+        self._remove_rules()
+        if self._monitor is not None:
+            self._monitor.teardown(trainer, pl_module, stage)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if not self.enabled:
+            return {}
+        scale = self.scale
+        return {
+            "scale": dict(scale) if isinstance(scale, Mapping) else scale,
+            "scale_lr_divisor": self.scale_lr_divisor,
+            "weight_decay_exempt": self.weight_decay_exempt,
+            "zero_kept": sorted(self._zero_kept),
+            "monitor": self._monitor.state_dict() if self._monitor is not None else {},
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        own = self.state_dict()
+        for name in ("scale", "scale_lr_divisor", "weight_decay_exempt"):
+            if name in state_dict and state_dict[name] != own[name]:
+                rank_zero_warn(
+                    f"{type(self).__name__}: the checkpoint was made with {name}={state_dict[name]!r}, this run has "
+                    f"{name}={own[name]!r}. Restored scales keep their values; from here on this run's settings apply."
+                )
+        self._zero_kept = set(state_dict.get("zero_kept", self._zero_kept))
+        if self._monitor is not None:
+            self._monitor.load_state_dict(state_dict.get("monitor", {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what belongs to this process: the module that was seen, hooks, wraps."""
+        return {**self.__dict__, "_module": None, "_rules": [], "_wraps": []}
+
+    def _rewrite(self, pl_module: LightningModule, done: frozenset[str]) -> None:
+        """Write the scales of the layers that exist now; of trained ones those in `done` are our own from before."""
+        records = [
+            replace(record, verdict="skip", reason="trained in an earlier fit")
+            if record.state == "trained" and record.name in done
+            else record
+            for record in self._selection.look(pl_module)
+        ]
+        refuse([record for record in records if record.state != "unmaterialized"])
+        write_scales(records)
+        self._records = records
+        self._rewritten |= {record.name for record in records if record.verdict == "rewrite"}
+        self._zero_kept |= set(zero_kept_names(records))
+
+    def _settle(self, pl_module: LightningModule) -> None:
+        """Bring the records up to what the layers are now that everything was made, moved and perhaps restored."""
+        before = {record.name: record for record in self._records}
+        records: list[BatchNormRecord] = []
+        for record in self._selection.look(pl_module):
+            earlier = before.get(record.name)
+            if earlier is not None and earlier.target is not None and record.state == "trained":
+                if earlier.verdict != "rewrite":
+                    record = replace(record, verdict="skip", reason=earlier.reason)
+                elif scale_is(record, earlier.target):
+                    record = replace(record, verdict="rewrite", reason=earlier.reason)
+                else:
+                    record = replace(
+                        record, verdict="skip", reason="restored, from a checkpoint or by the model's hooks"
+                    )
+            records.append(record)
+        self._selection.check_patterns_match(records)
+        refuse(records)
+        write_scales(records)
+        self._records = records
+
+    def _register_rules(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the update rule on every optimizer that does not have it yet.
+
+        Raises:
+            MisconfigurationException: If the rule cannot hold for an optimizer.
+        """
+        divided = rule_scales(self._selection.look(pl_module), sorted(self._zero_kept))
+        exempt = exempt_parameters(
+            pl_module, self.weight_decay_exempt, include=self._selection.include, exclude=self._selection.exclude
+        )
+        if (self.scale_lr_divisor <= 1 or not divided) and not exempt:
+            return
+        ruled = {id(rule.optimizer) for rule in self._rules}
+        for optimizer in trainer.strategy.optimizers:
+            if id(optimizer) in ruled:
+                continue
+            try:
+                rule = ScaleUpdateRule(optimizer, divided, self.scale_lr_divisor, exempt, warn_if_unused=False)
+            except (TypeError, ValueError) as error:
+                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+            self._rules.append(rule)
+
+    def _tell(self, trainer: Trainer) -> None:
+        name = type(self).__name__
+        if not self._records:
+            rank_zero_warn(f"{name} has no effect: the model has no batch norm layers")
+            return
+        marked = any(
+            GROUP_MARK in group for optimizer in trainer.strategy.optimizers for group in optimizer.param_groups
+        )
+        covered = sum(rule.covered for rule in self._rules)
+        lines = [f"{name}:", str(self.report)]
+        if self.scale_lr_divisor > 1:
+            lines.append(f"{covered} scales learn with lr / {self.scale_lr_divisor:g}")
+        rank_zero_info("\n".join(lines))
+        if not self.report.rewritten and not covered and not marked:
+            rank_zero_warn(
+                f"{name} has no effect: no scale was rewritten, and none learns with lr / {self.scale_lr_divisor:g}"
+            )
+        elif self.scale_lr_divisor > 1 and not covered and not marked:
+            rank_zero_warn(f"{name}: no optimizer holds a batch norm scale, so none learns with lr / c")
+
+    def _remove_rules(self) -> None:
+        while self._rules:
+            self._rules.pop().remove()
+
+    def _unwrap(self) -> None:
+        while self._wraps:
+            self._wraps.pop().undo()
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return getattr(trainer, "callbacks")  # noqa: B009 # the Trainer does not declare this attribute
+
+
+class _AfterNextCall:
+    """Calls a function after the next call of an object's method; the object is as before from then on."""
+
+    def __init__(self, owner: object, name: str, after: Callable[[], None]) -> None:
+        self._owner, self._name = owner, name
+        self._inherited = name not in vars(owner)
+        self._method: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(self._method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.undo()
+            result = self._method(*args, **kwargs)
+            after()
+            return result
+
+        self._wrapper = call
+        vars(owner)[name] = call
+
+    def undo(self) -> None:
+        if vars(self._owner).get(self._name) is not self._wrapper:
+            return
+        if self._inherited:
+            del vars(self._owner)[self._name]
+        else:
+            vars(self._owner)[self._name] = self._method

@@ -1,0 +1,325 @@
+"""Which batch norm layers a model has, and the verdict on each.
+
+`find_batch_norms` only looks; `lightning_revbn.core.initialization` acts on what it returns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the one base of all BN classes
+from torch.nn.parameter import is_lazy
+
+Verdict: TypeAlias = Literal["rewrite", "skip", "refuse"]
+State: TypeAlias = Literal["fresh", "zero", "trained", "frozen", "no scale", "excluded", "unmaterialized", "shared"]
+ZeroScalePolicy: TypeAlias = Literal["keep", "overwrite"]
+TrainedPolicy: TypeAlias = Literal["keep", "overwrite", "error"]
+ScaleSpec: TypeAlias = "float | Mapping[str, float]"
+
+
+@dataclass(frozen=True)
+class BatchNormRecord:
+    """One batch norm layer of a model, what state it was found in, and what is to be done with its scale.
+
+    Attributes:
+        name: Dotted name of the layer in the model, `""` for the model itself.
+        module: The layer.
+        verdict: `"rewrite"`, `"skip"` (left as it is) or `"refuse"` (training must not start like this).
+        reason: Why, in words for a reader.
+        state: What the layer was found to be, for programs: `"fresh"` (as torch initialises it, or already at the
+            target), `"zero"` (scale 0 in every channel and never trained), `"trained"` (running statistics have moved,
+            or the scale starts at other values), `"frozen"` (the scale does not require a gradient), `"no scale"`
+            (`affine=False`), `"excluded"` (by `include`, `exclude` or a scale mapping), `"unmaterialized"` (lazy or on
+            the meta device) or `"shared"` (its scale is also a parameter of a module that is no batch norm).
+        target: The scale that the settings ask for in this layer; None where they ask for none.
+    """
+
+    name: str
+    module: nn.Module
+    verdict: Verdict
+    reason: str
+    state: State
+    target: float | None
+
+    @property
+    def scale(self) -> nn.Parameter | None:
+        """The scale (gamma, `weight`), shape `(C,)`; None where the layer has none."""
+        return _parameter(self.module, "weight")
+
+    @property
+    def shift(self) -> nn.Parameter | None:
+        """The shift (beta, `bias`), shape `(C,)`; None where the layer has none."""
+        return _parameter(self.module, "bias")
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C; 0 for a lazy layer that has not seen its input yet."""
+        return int(getattr(self.module, "num_features", 0))
+
+
+def find_batch_norms(
+    module: nn.Module,
+    scale: ScaleSpec = 0.1,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    zero_scale: ZeroScalePolicy = "keep",
+    trained: TrainedPolicy = "keep",
+) -> list[BatchNormRecord]:
+    """List every batch norm layer of a model with the verdict on it; change nothing.
+
+    Layers are recognised by their class (`BatchNorm1d`, `2d`, `3d`, `SyncBatchNorm` and whatever derives from torch's
+    base of these), never by name. A layer that is used twice, or whose scale belongs to two batch norm layers, is
+    listed once.
+
+    Args:
+        module: The model, or any part of one. A batch norm layer itself will do.
+        scale: Target of the scale: a number, or a mapping from patterns to numbers of which the first match counts;
+            layers that match none are left alone.
+        include: `fnmatch` patterns on dotted names; a layer must match one of them.
+        exclude: Patterns of layers to leave alone; stronger than `include`.
+        zero_scale: What to do with scales started at 0 on purpose, as in the last batch norm of a residual branch.
+        trained: What to do with layers that are not freshly initialised.
+
+    Returns:
+        One record a layer, in the order of `module.named_modules()`.
+
+    Raises:
+        ValueError: If a scale is not finite and positive, a policy is unknown, or a pattern matches no layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False))
+        >>> for record in find_batch_norms(model):
+        ...     print(record.name, record.verdict, record.state)
+        1 rewrite fresh
+        2 skip no scale
+    """
+    selection = Selection(scale, include, exclude, zero_scale, trained)
+    records = selection.look(module)
+    selection.check_patterns_match(records)
+    return records
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The settings that decide on every layer, checked once; see `find_batch_norms` for each of them.
+
+    Raises:
+        ValueError: If a scale is not finite and positive, or a policy is unknown.
+        TypeError: If a scale is no number or a pattern no string.
+    """
+
+    scale: ScaleSpec = 0.1
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    zero_scale: ZeroScalePolicy = "keep"
+    trained: TrainedPolicy = "keep"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", check_scale(self.scale))
+        object.__setattr__(self, "include", check_patterns("include", self.include))
+        object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
+        check_choice("zero_scale", self.zero_scale, get_args(ZeroScalePolicy))
+        check_choice("trained", self.trained, get_args(TrainedPolicy))
+
+    def look(self, module: nn.Module) -> list[BatchNormRecord]:
+        """List the layers of a model with the verdict on each, whether or not every pattern matches.
+
+        Args:
+            module: The model.
+
+        Returns:
+            One record a layer.
+        """
+        layers, other_owners = _walk(module)
+        records: list[BatchNormRecord] = []
+        for name, layer in layers:
+            target = self._target(name)
+            state, reason = (
+                ("excluded", "not selected by the patterns") if target is None else _look(layer, target, other_owners)
+            )
+            records.append(BatchNormRecord(name, layer, self._judge(state), reason, state, target))
+        return records
+
+    def check_patterns_match(self, records: Sequence[BatchNormRecord]) -> None:
+        """Raise if a pattern matches no layer of a model that has layers.
+
+        Args:
+            records: The layers of the model.
+
+        Raises:
+            ValueError: If so; the message has the nearest names.
+        """
+        names = [record.name for record in records]
+        if not names:
+            return
+        mapped = tuple(self.scale) if isinstance(self.scale, Mapping) else ()
+        for argument, patterns in (("include", self.include), ("exclude", self.exclude), ("scale", mapped)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+                    raise ValueError(
+                        f"{argument}: the pattern {pattern!r} matches none of the model's {len(names)} batch norm "
+                        f"layers; the nearest names are {', '.join(repr(name) for name in nearest)}"
+                    )
+
+    def _target(self, name: str) -> float | None:
+        """Return the scale asked for in a layer, or None where the patterns leave it out."""
+        if not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return None
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            return None
+        if isinstance(self.scale, Mapping):
+            return next((value for pattern, value in self.scale.items() if fnmatchcase(name, pattern)), None)
+        return self.scale
+
+    def _judge(self, state: State) -> Verdict:
+        if state == "zero":
+            return "rewrite" if self.zero_scale == "overwrite" else "skip"
+        if state == "trained":
+            return {"keep": "skip", "overwrite": "rewrite", "error": "refuse"}[self.trained]  # pyright: ignore[reportReturnType]
+        if state in ("unmaterialized", "shared"):
+            return "refuse"
+        return "rewrite" if state == "fresh" else "skip"
+
+
+def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str]]:
+    """Return the batch norm layers by name, and the names of all parameters of other modules by their identity."""
+    layers: list[tuple[str, nn.Module]] = []
+    other_owners: dict[int, str] = {}
+    seen: set[int] = set()
+    modules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+    for name, layer in modules:
+        if not isinstance(layer, _BatchNorm):
+            for attribute, parameter in layer.named_parameters(recurse=False):
+                other_owners.setdefault(id(parameter), f"{name}.{attribute}" if name else attribute)
+            continue
+        parameter = _parameter(layer, "weight")
+        if parameter is not None and not is_lazy(parameter):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+        layers.append((name, layer))
+
+    return layers, other_owners
+
+
+def check_scale(scale: ScaleSpec) -> ScaleSpec:
+    """Return the scale, or say what is wrong with it.
+
+    Args:
+        scale: A number, or a mapping from name patterns to numbers.
+
+    Returns:
+        The same as floats; a mapping as a new dict in the same order.
+
+    Raises:
+        ValueError: If a number is not finite and positive, or the mapping is empty.
+        TypeError: If it is neither a number nor a mapping of strings to numbers.
+    """
+    if isinstance(scale, Mapping):
+        if not scale:
+            raise ValueError('scale is an empty mapping: give at least one pattern, such as {"*": 0.1}')
+        return {
+            _check_pattern("scale", key): _check_scale_value(value, f"scale[{key!r}]") for key, value in scale.items()
+        }
+    return _check_scale_value(scale, "scale")
+
+
+def check_choice(argument: str, value: object, choices: Iterable[object]) -> None:
+    """Raise unless the value is one of the choices.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: What was given.
+        choices: What may be given.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{argument}={value!r} is unknown: use one of {', '.join(repr(choice) for choice in choices)}")
+
+
+def check_patterns(argument: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return name patterns as a tuple; a single string counts as one pattern.
+
+    Args:
+        argument: Name of the argument, for the message.
+        patterns: `fnmatch` patterns.
+
+    Returns:
+        The patterns.
+
+    Raises:
+        TypeError: If a pattern is no string.
+    """
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    return tuple(_check_pattern(argument, pattern) for pattern in patterns)
+
+
+def _check_pattern(argument: str, pattern: object) -> str:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{argument} takes name patterns such as 'backbone.*', got {pattern!r}")
+    return pattern
+
+
+def _check_scale_value(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where} must be a number above 0 (the method: below 1), got {value!r}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{where}={value!r} must be finite and positive; the method uses values below 1, such as 0.1")
+    if value >= 1:
+        warnings.warn(
+            f"{where}={value!r}: the method starts batch norm scales below 1 (torch starts them at 1)", stacklevel=2
+        )
+    return float(value)
+
+
+def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> tuple[State, str]:
+    """Tell what state a selected layer is in, from its own values alone."""
+    scale = _parameter(layer, "weight")
+    if scale is None:
+        return "no scale", "affine=False: the layer has no scale"
+    if is_lazy(scale):
+        return "unmaterialized", "a lazy layer that has not seen its input yet; run one forward pass first"
+    if scale.is_meta:
+        return "unmaterialized", "on the meta device; its values exist only once it is materialised"
+    if id(scale) in other_owners:
+        owner = other_owners[id(scale)]
+        return "shared", f"its scale is also {owner!r}, which is no batch norm; untie them or exclude the layer"
+    if not scale.requires_grad:
+        return "frozen", "its scale does not require a gradient"
+    if _statistics_moved(layer):
+        return "trained", "its running statistics are not fresh"
+    lowest, highest = (float(bound) for bound in torch.aminmax(scale.detach()))
+    if lowest == highest == 0:
+        return "zero", "its scale starts at 0 on purpose"
+    if lowest == highest == 1:
+        return "fresh", "freshly initialised"
+    if lowest == highest == float(torch.tensor(target, dtype=scale.dtype)):
+        return "fresh", "freshly initialised, already at this scale"
+    return "trained", f"its scale starts at values of its own, {lowest:.4g} to {highest:.4g}"
+
+
+def _statistics_moved(layer: nn.Module) -> bool:
+    batches, mean, variance = (
+        getattr(layer, name, None) for name in ("num_batches_tracked", "running_mean", "running_var")
+    )
+    if batches is not None and bool(batches != 0):
+        return True
+    return (mean is not None and bool((mean != 0).any())) or (variance is not None and bool((variance != 1).any()))
+
+
+def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+    value = getattr(layer, name, None)
+    return value if isinstance(value, nn.Parameter) else None

@@ -238,9 +238,7 @@ class _Plan:
         if self._plain:
             return [group]
         parts: list[Group] = []
-        for (is_divided, is_exempt), members, (_, positions) in zip(
-            self._kinds, self._members, self._kinds, strict=True
-        ):
+        for ((is_divided, is_exempt), positions), members in zip(self._kinds, self._members, strict=True):
             part = group.copy()
             part["params"] = members
             if "param_names" in part:

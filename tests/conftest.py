@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The nets are tiny: more threads only get in each other's way."""
+    torch.set_num_threads(1)

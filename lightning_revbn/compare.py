@@ -47,8 +47,8 @@ def paired_t_test(
 ) -> PairedTTest:
     """Test whether runs with a change score higher than the runs without it over the same seeds.
 
-    The paper's test: a paired t-test, one-sided (proposed > baseline), significant at p <= 0.05 (section 4 of
-    https://arxiv.org/abs/2110.13989). Declare the direction before looking at the runs. Where all differences are
+    The paper's test: a paired t-test, one-sided (proposed > baseline), significant at p <= 0.05
+    (https://arxiv.org/abs/2110.13989). Declare the direction before looking at the runs. Where all differences are
     equal the test can say nothing: statistic, p-value and effect size are NaN, with a warning.
 
     Args:

@@ -215,12 +215,12 @@ class RevisitedBatchNorm(Callback):
         records: list[BatchNormRecord] = []
         for record in self._selection.look(pl_module):
             earlier = before.get(record.name)
-            if earlier is not None and earlier.target is not None and record.state == "trained":
-                if earlier.verdict != "rewrite":
-                    record = replace(record, verdict="skip", reason=earlier.reason)
-                elif scale_is(record, earlier.target):
+            if earlier is not None and earlier.target is not None:
+                if earlier.verdict == "rewrite" and scale_is(record, earlier.target):
                     record = replace(record, verdict="rewrite", reason=earlier.reason)
-                else:
+                elif record.state == "trained" and earlier.state not in ("fresh", "unmaterialized"):
+                    record = replace(record, verdict="skip", reason=earlier.reason)
+                elif record.state == "trained":
                     record = replace(
                         record, verdict="skip", reason="restored, from a checkpoint or by the model's hooks"
                     )
@@ -286,27 +286,30 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 
 class _AfterNextCall:
-    """Calls a function after the next call of an object's method; the object is as before from then on."""
+    """Calls a function after the next call of an object's method; the object is as before from then on.
+
+    Copies and pickles of the object get the method without the addition.
+    """
 
     def __init__(self, owner: object, name: str, after: Callable[[], None]) -> None:
-        self._owner, self._name = owner, name
-        self._inherited = name not in vars(owner)
-        self._method: Callable[..., Any] = getattr(owner, name)
+        self._owner, self._name, self._after = owner, name, after
+        self._was_attribute = name in vars(owner)
+        self.__wrapped__: Callable[..., Any] = getattr(owner, name)  # where is_overridden looks for the method
+        vars(owner)[name] = self
 
-        @functools.wraps(self._method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.undo()
-            result = self._method(*args, **kwargs)
-            after()
-            return result
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.undo()
+        result = self.__wrapped__(*args, **kwargs)
+        self._after()
+        return result
 
-        self._wrapper = call
-        vars(owner)[name] = call
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
+        return getattr, (self._owner, self._name)
 
     def undo(self) -> None:
-        if vars(self._owner).get(self._name) is not self._wrapper:
+        if vars(self._owner).get(self._name) is not self:
             return
-        if self._inherited:
-            del vars(self._owner)[self._name]
+        if self._was_attribute:
+            vars(self._owner)[self._name] = self.__wrapped__
         else:
-            vars(self._owner)[self._name] = self._method
+            del vars(self._owner)[self._name]

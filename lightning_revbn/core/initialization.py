@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from lightning_revbn.core.layers import (
 class InitReport:
     """What was found in a model and what was done about it.
 
-    `str(report)` is a table with equal neighbours folded into one row; `records` has every layer.
+    `str(report)` is a table with equal layers folded into one row; `records` has every layer.
 
     Attributes:
         records: One record a batch norm layer, in the order of the model.
@@ -63,7 +62,7 @@ def init_batch_norms(
     zero_scale: ZeroScalePolicy = "keep",
     trained: TrainedPolicy = "keep",
 ) -> InitReport:
-    """Start the scale of every fresh batch norm layer below 1 (section 3 of https://arxiv.org/abs/2110.13989).
+    """Start the scale of every fresh batch norm layer below 1 (the method of https://arxiv.org/abs/2110.13989).
 
     Only scales are written, in place and without gradient; shifts, running statistics, hooks and classes stay as they
     are. Call it once the model has its final values, and before training. Trained layers and scales started at 0 on
@@ -188,16 +187,20 @@ def format_records(records: Sequence[BatchNormRecord]) -> str:
         Lines of text without a closing line break.
     """
     header = ("Layers", "Type", "Channels", "Scale", "Why")
-    rows = [_row(list(group)) for _, group in groupby(records, key=_fold_key)]
+    folded: dict[tuple[object, ...], list[BatchNormRecord]] = {}
+    for record in records:
+        folded.setdefault(_fold_key(record), []).append(record)
+    rows = [_row(group) for group in folded.values()]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header) - 1)]
-    draw: Callable[[Sequence[str]], str] = lambda row: " | ".join(  # noqa: E731
-        [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]
-    )
-    lines = [draw(row) for row in rows]
-    rule = "-" * max(len(line) for line in [draw(header), *lines])
+    lines = [_draw(row, widths) for row in [header, *rows]]
+    rule = "-" * max(map(len, lines))
     rewritten = sum(record.verdict == "rewrite" for record in records)
     summary = f"{rewritten} of {len(records)} batch norm layers start from a new scale"
-    return "\n".join([draw(header), rule, *lines, rule, summary])
+    return "\n".join([lines[0], rule, *lines[1:], rule, summary])
+
+
+def _draw(row: Sequence[str], widths: Sequence[int]) -> str:
+    return " | ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
 
 
 def _fold_key(record: BatchNormRecord) -> tuple[object, ...]:

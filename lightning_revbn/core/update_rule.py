@@ -44,8 +44,8 @@ class ScaleUpdateRule:
     Args:
         optimizer: Any optimizer that derives from `torch.optim.Optimizer` and updates from its `param_groups`.
         scales: The scales, as the optimizer holds them: take them after the model was moved or wrapped.
-        divisor: The constant c. Any sufficiently large value works in the paper, which uses 100 (section 3 of
-            https://arxiv.org/abs/2110.13989). Values up to 1 leave the learning rate alone.
+        divisor: The constant c. Any sufficiently large value works in the paper, which uses 100
+            (https://arxiv.org/abs/2110.13989). Values up to 1 leave the learning rate alone.
         weight_decay_exempt: Parameters that take no weight decay, scales or others.
         warn_if_unused: Whether to warn, at the first step, that the optimizer holds none of these parameters.
 

@@ -164,7 +164,9 @@ class Spy(torch.optim.SGD):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Any:
         result = super().step(closure)
         rates = {
-            id(parameter) in self.own: float(group["lr"]) for group in self.param_groups for parameter in group["params"]
+            id(parameter) in self.own: float(group["lr"])
+            for group in self.param_groups
+            for parameter in group["params"]
         }
         self.seen.append((rates[False], rates[True]))
         return result
@@ -677,7 +679,7 @@ def test_an_optimizer_that_replaces_its_groups_while_stepping_is_told_so() -> No
     model = residual_net()
     optimizer = Replacing(model.parameters(), lr=LR)
     ScaleUpdateRule(optimizer, scales(model))
-    with pytest.raises(RuntimeError, match="Replacing.step.. replaces its param_groups"):
+    with pytest.raises(RuntimeError, match=r"Replacing.step\(\) replaces its param_groups"):
         optimizer.step()
 
 

@@ -1,0 +1,143 @@
+"""What the update rule costs: `optimizer.step()` of ResNet-50 with the rule, with permanent groups, and plain.
+
+Machines are noisy, so nothing is compared across runs: the three take turns in every round, and each figure is a
+median over rounds of the ratio within one round, with the quartiles beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchvision
+
+from lightning_revbn import ScaleUpdateRule, find_batch_norms, scale_param_groups
+from lightning_revbn.core.initialization import rule_scales
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}),
+    "SGD fused": (torch.optim.SGD, {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4, "fused": True}),
+    "AdamW fused": (torch.optim.AdamW, {"lr": 1e-6, "weight_decay": 1e-4, "fused": True}),
+}
+
+
+class NoUpdate(torch.optim.SGD):
+    """An optimizer that looks at its groups and does nothing: what is left of a step is the cost around it."""
+
+    def step(self, closure: Any = None) -> None:
+        """Read the groups, as every optimizer does."""
+        len(self.param_groups)
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Time one call.
+
+    Args:
+        function: What to call.
+        repeats: How often, within one reading of the clock.
+
+    Returns:
+        Seconds a call.
+    """
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
+
+
+def ratios(rounds: list[tuple[float, ...]], over: int) -> str:
+    """Describe the first column over another one.
+
+    Args:
+        rounds: One tuple of times a round.
+        over: Column to divide by.
+
+    Returns:
+        Median and quartiles.
+    """
+    low, middle, high = statistics.quantiles([times[0] / times[over] for times in rounds], n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def with_gradients(model: torch.nn.Module) -> torch.nn.Module:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return model
+
+
+def compare_steps(rounds: int) -> None:
+    base = torchvision.models.resnet50()
+    print(f"optimizer.step() of ResNet-50, {torch.get_num_threads()} thread(s), {rounds} rounds, ratio in one round")
+    print(f"{'optimizer':<12} {'rule / permanent groups':<26} {'rule / plain':<26} plain step")
+    for name, (make, options) in OPTIMIZERS.items():
+        ruled, permanent, plain = (with_gradients(copy.deepcopy(base)) for _ in range(3))
+        optimizer = make(ruled.parameters(), **options)
+        scales = rule_scales(find_batch_norms(ruled))
+        rule = ScaleUpdateRule(optimizer, scales, weight_decay_exempt=scales)
+        groups = scale_param_groups(permanent, options["lr"], options["weight_decay"])
+        steps = [optimizer.step, make(groups, **options).step, make(plain.parameters(), **options).step]
+        for step in steps:
+            step()  # optimizer state is made in the first step
+        times: list[tuple[float, ...]] = []
+        for round_ in range(rounds):
+            order = [(round_ + offset) % 3 for offset in range(3)]
+            found = {index: seconds(steps[index], 3) for index in order}
+            times.append((found[0], found[1], found[2]))
+        rule.remove()
+        middle = statistics.median(row[2] for row in times)
+        print(f"{name:<12} {ratios(times, 1):<26} {ratios(times, 2):<26} {middle * 1e3:.1f} ms")
+
+
+def own_cost(rounds: int) -> None:
+    model = torchvision.models.resnet50()
+    optimizer = NoUpdate(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    closure = torch.zeros
+    bare: list[float] = []
+    ruled: list[float] = []
+    scales = rule_scales(find_batch_norms(model))
+    for _ in range(rounds):
+        bare.append(seconds(lambda: optimizer.step(closure), 200))
+        with ScaleUpdateRule(optimizer, scales, weight_decay_exempt=scales):
+            optimizer.step(closure)
+            ruled.append(seconds(lambda: optimizer.step(closure), 200))
+    cost = statistics.median(b - a for a, b in zip(bare, ruled, strict=True))
+    print(f"own cost of the rule for ResNet-50 (161 parameters, 53 scales): {cost * 1e6:.1f} microseconds a step")
+
+
+def allocations(steps: int) -> None:
+    model = torchvision.models.resnet50()
+    optimizer = NoUpdate(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    scales = rule_scales(find_batch_norms(model))
+    with ScaleUpdateRule(optimizer, scales, weight_decay_exempt=scales):
+        for _ in range(10):
+            optimizer.step()
+        tracemalloc.start()
+        held: list[int] = []
+        for _ in range(3):
+            for _ in range(steps):
+                optimizer.step()
+            held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    print(f"Python memory held after {steps}, {2 * steps} and {3 * steps} steps: {', '.join(map(str, held))} bytes")
+
+
+def main() -> None:
+    """Print the three figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=40, help="rounds of each comparison (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    compare_steps(arguments.rounds)
+    own_cost(arguments.rounds)
+    allocations(2000)
+
+
+if __name__ == "__main__":
+    main()

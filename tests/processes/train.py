@@ -1,0 +1,58 @@
+"""Run by test_processes.py, one strategy a process tree: the callback, and the same by hand, on two gloo ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lit import LitNet, trainer
+from models import images, scales
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_revbn import RevisitedBatchNorm
+
+LR, C = 0.05, 100.0
+
+
+def by_hand(module: nn.Module) -> torch.optim.Optimizer:
+    own = {id(scale) for scale in scales(module)}
+    rest = {"params": [p for p in module.parameters() if id(p) not in own], "weight_decay": 0.01}
+    return torch.optim.SGD([rest, {"params": scales(module), "lr": LR / C}], lr=LR, momentum=0.9)
+
+
+def main(strategy: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    data = DataLoader(TensorDataset(*images(64)), batch_size=8)
+    options: dict[str, Any] = {"devices": 2, "strategy": strategy, "max_epochs": 2}
+    # Lightning puts its own sampler in place, shuffled by epoch and the same in both runs.
+
+    reference = LitNet(by_hand)
+    for scale in scales(reference):
+        nn.init.constant_(scale, 0.1)
+    run = trainer(folder, **options)
+    run.fit(reference, data)
+
+    module = LitNet()
+    callback = RevisitedBatchNorm()
+    save = ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1)
+    run = trainer(folder, callback, save, logger=CSVLogger(folder), enable_checkpointing=True, **options)
+    run.fit(module, data)
+
+    resumed = LitNet()
+    again = trainer(folder, RevisitedBatchNorm(), logger=CSVLogger(folder, name="resumed"), **options)
+    again.fit(resumed, data, ckpt_path=folder / "saved" / "epoch=0.ckpt")
+
+    if run.is_global_zero:
+        states = {"by hand": reference, "callback": module, "resumed": resumed}
+        torch.save({name: net.state_dict() for name, net in states.items()}, folder / "result.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

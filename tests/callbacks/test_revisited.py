@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import pickle
 from pathlib import Path
@@ -135,25 +136,35 @@ def test_layers_made_in_the_modules_own_hooks_lose_to_a_checkpoint(tmp_path: Pat
     assert callback.report.rewritten == []
 
 
+class Pretrained(LitNet):
+    """Loads trained weights in its own setup, which Lightning calls after the callbacks' setup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = residual_net(seed=3)
+        self.weights(images(8)[0])
+        nn.init.constant_(self.weights.bn1.weight, 0.7)
+        self.first_scale: float | None = None
+
+    def setup(self, stage: str) -> None:
+        self.model.load_state_dict(self.weights.state_dict())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.first_scale is None:
+            self.first_scale = self.model.bn1.weight[0].item()
+        return super().training_step(batch, batch_idx)
+
+
 def test_weights_loaded_in_the_modules_own_setup_are_kept(tmp_path: Path) -> None:
-    weights = residual_net(seed=3)
-    weights(images(8)[0])
-    nn.init.constant_(weights.bn1.weight, 0.7)
+    trainer(tmp_path, callback := quiet(include=["model.*"])).fit(module := Pretrained(), loader())
+    assert module.first_scale == pytest.approx(0.7)
+    assert {record.state for record in callback.report.left_alone} == {"trained", "excluded"}
 
-    class Pretrained(LitNet):
-        def setup(self, stage: str) -> None:
-            self.model.load_state_dict(weights.state_dict())
 
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            if self.global_step == 0:
-                assert torch.equal(self.model.bn1.weight, torch.full((6,), 0.7))
-            return super().training_step(batch, batch_idx)
-
-    trainer(tmp_path, callback := quiet()).fit(Pretrained(), loader())
-    assert {record.state for record in callback.report.left_alone} == {"trained"}
-    trainer(tmp_path, callback := quiet(trained="overwrite")).fit(module := Noting(), loader())
+def test_weights_loaded_in_the_modules_own_setup_are_overwritten_where_asked_for(tmp_path: Path) -> None:
+    trainer(tmp_path, callback := quiet(include=["model.*"], trained="overwrite")).fit(module := Pretrained(), loader())
+    assert module.first_scale == pytest.approx(0.1)
     assert len(callback.report.rewritten) == 3
-    assert module.first_scales == [0.1] * 3
 
 
 def test_trained_layers_can_be_refused_before_training(tmp_path: Path) -> None:
@@ -558,6 +569,7 @@ def test_a_copy_of_the_module_made_in_another_callbacks_setup_has_its_own_method
 
     module = BuiltLate("configure_model")
     trainer(tmp_path, quiet(), copying := Copying()).fit(module, loader())
+    assert inspect.ismethod(copying.copy.configure_model)
     copying.copy.configure_model()
     assert copying.copy.built == 1
     assert module.built == 1

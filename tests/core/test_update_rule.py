@@ -223,6 +223,26 @@ def test_the_closure_may_change_the_learning_rate_of_its_own_step() -> None:
     assert optimizer.seen == [(0.5, 0.005)]
 
 
+def test_a_change_in_the_closure_counts_even_if_the_optimizer_looked_at_its_groups_before() -> None:
+    class LookingFirst(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            before = [group["lr"] for group in self.param_groups]
+            closure()
+            seen.append((before, [group["lr"] for group in self.param_groups]))
+
+    seen: list[Any] = []
+    model = residual_net()
+    optimizer = LookingFirst(model.parameters(), lr=LR)
+
+    def closure() -> None:
+        optimizer.param_groups[0]["lr"] = 0.5
+
+    with ScaleUpdateRule(optimizer, scales(model), C):
+        optimizer.step(closure)
+    assert seen == [([LR, LR / C], [0.5, 0.5 / C])]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def ruled_sgd(**options: Any) -> tuple[nn.Module, torch.optim.SGD, ScaleUpdateRule]:
     model = residual_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, **options)
@@ -348,17 +368,27 @@ def test_groups_that_are_added_later_are_covered() -> None:
     assert_same_parameters(hand, ruled)
 
 
-def test_a_scale_that_moves_to_another_place_in_its_group_is_still_the_one_that_is_divided() -> None:
+def test_a_parameter_put_in_the_place_of_another_is_the_one_that_is_updated() -> None:
     model, optimizer, _ = ruled_sgd()
     train(model, optimizer, steps=1)
-    optimizer.param_groups[0]["params"].reverse()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer.zero_grad()
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+    params = optimizer.param_groups[0]["params"]
+    place = next(index for index, parameter in enumerate(params) if parameter is model.bn1.weight)
+    params[place] = nn.Parameter(torch.ones(6))
+    params[place].grad = torch.ones(6)
+    old = model.bn1.weight.detach().clone()
     optimizer.step()
-    torch.testing.assert_close(before["bn1.weight"] - model.bn1.weight, torch.full((6,), LR / C), rtol=1e-3, atol=0)
-    torch.testing.assert_close(before["bn1.bias"] - model.bn1.bias, torch.full((6,), LR), rtol=1e-3, atol=0)
+    assert torch.equal(model.bn1.weight, old)
+    torch.testing.assert_close(1 - params[place], torch.full((6,), LR), rtol=1e-3, atol=0)  # it is no scale
+
+
+def test_a_group_that_is_marked_as_divided_later_is_left_alone_from_then_on() -> None:
+    model, optimizer, _ = ruled_sgd()
+    train(model, optimizer, steps=1)
+    optimizer.param_groups[0]["scale_lr_divisor"] = C
+    old = model.bn1.weight.detach().clone()
+    model.bn1.weight.grad = torch.ones(6)
+    optimizer.step()
+    torch.testing.assert_close(old - model.bn1.weight, torch.full((6,), LR), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"fused": True}])

@@ -1,0 +1,18 @@
+"""Sphinx configuration; `make docs` builds with warnings as errors."""
+
+from __future__ import annotations
+
+import lightning_revbn
+
+project = "lightning-revbn"
+author = copyright = "The lightning-revbn authors"
+version = release = lightning_revbn.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "lightning-revbn"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_member_order = "bysource"
+# Docstrings write `code` as Markdown does.
+default_role = "code"

@@ -28,7 +28,8 @@ class BatchNormMonitor(Callback):
     training; a resumed run goes on measuring from there. The keys of the whole model are in
     `trainer.callback_metrics` too, for ModelCheckpoint and EarlyStopping.
 
-    Values are those before the step they are logged at, on the step axis of Lightning's LearningRateMonitor.
+    Values are those before the step they are logged at, on the step axis of Lightning's LearningRateMonitor. In a model
+    with lazy layers everything starts with the first event after they were made.
 
     Args:
         every_n_steps: How many optimizer steps between two events; None takes the Trainer's `log_every_n_steps`.
@@ -65,20 +66,17 @@ class BatchNormMonitor(Callback):
             rank_zero_warn(
                 f"{type(self).__name__}: the Trainer has no logger, so per-layer batch norm statistics are not logged"
             )
-        records = find_batch_norms(pl_module)
         self._module = weakref.ref(pl_module)
-        self._scales = [record.scale for record in records if record.scale is not None]
-        try:
-            self._statistics = AffineStatistics(records, self._start)
-        except ValueError as error:
-            rank_zero_warn(f"{type(self).__name__}: drift starts again from the present values, since {error}")
-            self._statistics = AffineStatistics(records)
-        self._start = self._statistics.state_dict()
+        self._begin(pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage] # the step axis of LearningRateMonitor
-        if self._statistics is None or not self._is_due(trainer, step):
+        if not self._is_due(trainer, step):
+            return
+        if self._statistics is None:
+            self._begin(pl_module)
+        if self._statistics is None:
             return
         metrics = self._statistics.compute(per_layer=self.per_layer and bool(trainer.loggers))
         rates = [rate for optimizer in trainer.optimizers for rate in scale_learning_rates(optimizer, self._scales)]
@@ -110,6 +108,19 @@ class BatchNormMonitor(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process: the module that was seen and its parameters."""
         return {**self.__dict__, "_module": None, "_statistics": None, "_scales": []}
+
+    def _begin(self, pl_module: LightningModule) -> None:
+        """Note the layers and where their drift is measured from; lazy layers are waited for."""
+        records = find_batch_norms(pl_module)
+        if any(record.state == "lazy" for record in records):
+            return
+        self._scales = [record.scale for record in records if record.scale is not None]
+        try:
+            self._statistics = AffineStatistics(records, self._start)
+        except ValueError as error:
+            rank_zero_warn(f"{type(self).__name__}: drift starts again from the present values, since {error}")
+            self._statistics = AffineStatistics(records)
+        self._start = self._statistics.state_dict()
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         if self.every_n_steps is None:

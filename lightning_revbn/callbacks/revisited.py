@@ -20,9 +20,9 @@ from typing_extensions import override
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.core.initialization import (
     InitReport,
+    forget_lazy,
     refuse,
     rule_scales,
-    scale_is,
     write_scales,
     zero_kept_names,
 )
@@ -156,6 +156,8 @@ class RevisitedBatchNorm(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap()
         self._remove_rules()
+        for record in self._records:
+            forget_lazy(record)
         if self._monitor is not None:
             self._monitor.teardown(trainer, pl_module, stage)
 
@@ -216,9 +218,9 @@ class RevisitedBatchNorm(Callback):
         for record in self._selection.look(pl_module):
             earlier = before.get(record.name)
             if earlier is not None and earlier.target is not None:
-                if earlier.verdict == "rewrite" and scale_is(record, earlier.target):
+                if earlier.verdict == "rewrite" and record.has_scale(earlier.target):
                     record = replace(record, verdict="rewrite", reason=earlier.reason)
-                elif record.state == "trained" and earlier.state not in ("fresh", "unmaterialized"):
+                elif record.state == "trained" and earlier.state not in ("fresh", "lazy", "unmaterialized"):
                     record = replace(record, verdict="skip", reason=earlier.reason)
                 elif record.state == "trained":
                     record = replace(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_revbn.core.layers import (
     BatchNormRecord,
     ScaleSpec,
     TrainedPolicy,
+    Verdict,
     ZeroScalePolicy,
     find_batch_norms,
 )
@@ -40,6 +45,28 @@ class InitReport:
         return [record for record in self.records if record.verdict != "rewrite"]
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How many layers got each verdict."""
+        found = Counter(record.verdict for record in self.records)
+        return {verdict: found[verdict] for verdict in get_args(Verdict)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole report in plain values, for JSON: the counts, and every layer unfolded."""
+        layers = [
+            {
+                "name": record.name,
+                "class": type(record.module).__name__,
+                "channels": record.channels,
+                "verdict": record.verdict,
+                "state": record.state,
+                "reason": record.reason,
+                "target": record.target,
+            }
+            for record in self.records
+        ]
+        return {"counts": self.counts, "layers": layers}
+
+    @property
     def scales(self) -> list[nn.Parameter]:
         """The scales for `ScaleUpdateRule`: every one that the patterns select, rewritten or not.
 
@@ -49,8 +76,22 @@ class InitReport:
         return rule_scales(self.records)
 
     def __str__(self) -> str:
-        """Return the table."""
-        return format_records(self.records)
+        """Return the table as plain text."""
+        header, rows, summary = table(self.records)
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header) - 1)]
+        lines = [_draw(row, widths) for row in [header, *rows]]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:], rule, summary])
+
+    def __rich__(self) -> object:
+        """Return the table for rich's console."""
+        from rich.table import Table
+
+        header, rows, summary = table(self.records)
+        drawn = Table(*header, caption=summary)
+        for row in rows:
+            drawn.add_row(*row, style=None if row[3] != "kept" else "dim")
+        return drawn
 
 
 def init_batch_norms(
@@ -115,6 +156,8 @@ def refuse(records: Sequence[BatchNormRecord]) -> None:
 def write_scales(records: Sequence[BatchNormRecord]) -> None:
     """Write the target into the scale of every layer whose verdict is `"rewrite"`.
 
+    A lazy layer is written by a hook when its first input has made it; unless a checkpoint made it before.
+
     Args:
         records: What `find_batch_norms` returned.
 
@@ -125,25 +168,60 @@ def write_scales(records: Sequence[BatchNormRecord]) -> None:
         for record in records:
             if record.verdict != "rewrite" or record.target is None:
                 continue
-            scale = record.scale
-            if scale is not None:
-                scale.fill_(record.target)
-            if scale is None or not scale_is(record, record.target):
+            if record.state == "lazy":
+                forget_lazy(record)
+                _WhenMade(record.module, record.target)
+                continue
+            _fill(record.module, record.target)
+            if not record.has_scale(record.target):
                 raise RuntimeError(f"the scale of {record.name!r} did not take the value {record.target}")
 
 
-def scale_is(record: BatchNormRecord, value: float) -> bool:
-    """Tell whether every channel of a layer's scale has a value.
+def forget_lazy(record: BatchNormRecord) -> None:
+    """Take back the order to write a lazy layer when it is made; does nothing where there is none.
 
     Args:
         record: The layer.
-        value: The value, rounded to the scale's dtype for the comparison.
-
-    Returns:
-        True if all channels have it; False also for a layer without a scale.
     """
-    scale = record.scale
-    return scale is not None and bool((scale.detach() == torch.tensor(value, dtype=scale.dtype)).all())
+    hooks = cast("dict[int, Any]", vars(record.module)["_forward_pre_hooks"])
+    for hook in list(hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, _WhenMade):
+            owner.remove()
+
+
+class _WhenMade:
+    """Writes the scale of a lazy layer in the forward pass that makes it, and is gone."""
+
+    def __init__(self, layer: nn.Module, target: float) -> None:
+        self._target = target
+        self._was_lazy = False
+        # Torch's own hook, which makes the parameters, runs between these two.
+        self._handles = [
+            layer.register_forward_pre_hook(self.before, prepend=True),
+            layer.register_forward_pre_hook(self.after),
+        ]
+
+    def before(self, layer: nn.Module, inputs: Any) -> None:
+        self._was_lazy = is_lazy(cast("Tensor", layer.weight))
+
+    def after(self, layer: nn.Module, inputs: Any) -> None:
+        self.remove()
+        if self._was_lazy:
+            with torch.no_grad():
+                _fill(layer, self._target)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _fill(layer: nn.Module, value: float) -> None:
+    scale = cast("Tensor", layer.weight)
+    if is_parametrized(layer, "weight"):
+        layer.weight = torch.full_like(scale, value)  # goes through right_inverse
+    else:
+        scale.fill_(value)
 
 
 def rule_scales(records: Sequence[BatchNormRecord], zero_kept: Sequence[str] | None = None) -> list[nn.Parameter]:
@@ -177,26 +255,21 @@ def zero_kept_names(records: Sequence[BatchNormRecord]) -> list[str]:
     return [record.name for record in records if record.state == "zero" and record.verdict == "skip"]
 
 
-def format_records(records: Sequence[BatchNormRecord]) -> str:
-    """Draw the table of a report.
+def table(records: Sequence[BatchNormRecord]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Sort a report into a table, equal layers folded into one row.
 
     Args:
         records: The layers.
 
     Returns:
-        Lines of text without a closing line break.
+        The header, the rows, and a sentence to close with.
     """
-    header = ("Layers", "Type", "Channels", "Scale", "Why")
     folded: dict[tuple[object, ...], list[BatchNormRecord]] = {}
     for record in records:
         folded.setdefault(_fold_key(record), []).append(record)
-    rows = [_row(group) for group in folded.values()]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header) - 1)]
-    lines = [_draw(row, widths) for row in [header, *rows]]
-    rule = "-" * max(map(len, lines))
     rewritten = sum(record.verdict == "rewrite" for record in records)
     summary = f"{rewritten} of {len(records)} batch norm layers start from a new scale"
-    return "\n".join([lines[0], rule, *lines[1:], rule, summary])
+    return ("Layers", "Type", "Channels", "Scale", "Why"), [_row(group) for group in folded.values()], summary
 
 
 def _draw(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -14,12 +14,17 @@ from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the one base of all BN classes
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 Verdict: TypeAlias = Literal["rewrite", "skip", "refuse"]
-State: TypeAlias = Literal["fresh", "zero", "trained", "frozen", "no scale", "excluded", "unmaterialized", "shared"]
+State: TypeAlias = Literal[
+    "fresh", "zero", "trained", "frozen", "no scale", "excluded", "lazy", "unmaterialized", "shared", "unsupported"
+]
 ZeroScalePolicy: TypeAlias = Literal["keep", "overwrite"]
 TrainedPolicy: TypeAlias = Literal["keep", "overwrite", "error"]
 ScaleSpec: TypeAlias = "float | Mapping[str, float]"
@@ -36,9 +41,10 @@ class BatchNormRecord:
         reason: Why, in words for a reader.
         state: What the layer was found to be, for programs: `"fresh"` (as torch initialises it, or already at the
             target), `"zero"` (scale 0 in every channel and never trained), `"trained"` (running statistics have moved,
-            or the scale starts at other values), `"frozen"` (the scale does not require a gradient), `"no scale"`
-            (`affine=False`), `"excluded"` (by `include`, `exclude` or a scale mapping), `"unmaterialized"` (lazy or on
-            the meta device) or `"shared"` (its scale is also a parameter of a module that is no batch norm).
+            or the scale starts at other values), `"frozen"` (the scale is a buffer or does not require a gradient),
+            `"no scale"` (`affine=False`), `"excluded"` (by `include`, `exclude` or a scale mapping), `"lazy"` (made by
+            its first input), `"unmaterialized"` (on the meta device), `"shared"` (its scale is also a parameter of a
+            module that is no batch norm) or `"unsupported"` (quantised, or parametrised in a way that cannot be set).
         target: The scale that the settings ask for in this layer; None where they ask for none.
     """
 
@@ -51,7 +57,10 @@ class BatchNormRecord:
 
     @property
     def scale(self) -> nn.Parameter | None:
-        """The scale (gamma, `weight`), shape `(C,)`; None where the layer has none."""
+        """The scale (gamma, `weight`), shape `(C,)`, as an optimizer holds it; None where the layer has none.
+
+        Of a parametrised scale this is the parameter behind it.
+        """
         return _parameter(self.module, "weight")
 
     @property
@@ -60,9 +69,28 @@ class BatchNormRecord:
         return _parameter(self.module, "bias")
 
     @property
+    def values(self) -> Tensor | None:
+        """The values that the layer multiplies with, shape `(C,)`; None where it has none yet or at all."""
+        value: object = getattr(self.module, "weight", None)
+        return value.detach() if isinstance(value, Tensor) and not is_lazy(value) else None
+
+    @property
     def channels(self) -> int:
         """Number of channels C; 0 for a lazy layer that has not seen its input yet."""
-        return int(getattr(self.module, "num_features", 0))
+        statistics: object = getattr(self.module, "running_mean", None)
+        known = statistics.numel() if isinstance(statistics, Tensor) and not is_lazy(statistics) else 0
+        return int(getattr(self.module, "num_features", known))
+
+    def has_scale(self, value: float) -> bool:
+        """Tell whether every channel of the scale has a value, rounded to the scale's precision.
+
+        Args:
+            value: The value.
+
+        Returns:
+            True if so; False also for a layer without a scale.
+        """
+        return self.values is not None and _all_are(self.module, self.values, value)
 
 
 def find_batch_norms(
@@ -186,30 +214,42 @@ class Selection:
             return "rewrite" if self.zero_scale == "overwrite" else "skip"
         if state == "trained":
             return {"keep": "skip", "overwrite": "rewrite", "error": "refuse"}[self.trained]  # pyright: ignore[reportReturnType]
-        if state in ("unmaterialized", "shared"):
+        if state in ("unmaterialized", "shared", "unsupported"):
             return "refuse"
-        return "rewrite" if state == "fresh" else "skip"
+        return "rewrite" if state in ("fresh", "lazy") else "skip"
 
 
 def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str]]:
     """Return the batch norm layers by name, and the names of all parameters of other modules by their identity."""
     layers: list[tuple[str, nn.Module]] = []
     other_owners: dict[int, str] = {}
+    names: set[str] = set()
     seen: set[int] = set()
     modules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
     for name, layer in modules:
-        if not isinstance(layer, _BatchNorm):
-            for attribute, parameter in layer.named_parameters(recurse=False):
-                other_owners.setdefault(id(parameter), f"{name}.{attribute}" if name else attribute)
-            continue
-        parameter = _parameter(layer, "weight")
-        if parameter is not None and not is_lazy(parameter):
-            if id(parameter) in seen:
+        if isinstance(layer, _BatchNorm) or _is_frozen_batch_norm(layer):
+            names.add(name)
+            parameter = _parameter(layer, "weight")
+            if parameter is not None and id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-        layers.append((name, layer))
-
+            layers.append((name, layer))
+        elif not _belongs_to(name, names):
+            for attribute, parameter in layer.named_parameters(recurse=False):
+                other_owners.setdefault(id(parameter), f"{name}.{attribute}" if name else attribute)
     return layers, other_owners
+
+
+def _belongs_to(name: str, batch_norms: set[str]) -> bool:
+    """Tell whether a module holds the parametrisation of a batch norm layer; its parameters are that layer's own."""
+    layer, found, _ = f".{name}.".partition(".parametrizations.")
+    return bool(found) and layer[1:] in batch_norms
+
+
+def _is_frozen_batch_norm(layer: nn.Module) -> bool:
+    """Recognise the frozen batch norm of torchvision, timm and others: all four tensors are buffers."""
+    buffers = {name for name, _ in layer.named_buffers(recurse=False)}
+    return {"weight", "bias", "running_mean", "running_var"} <= buffers
 
 
 def check_scale(scale: ScaleSpec) -> ScaleSpec:
@@ -287,28 +327,46 @@ def _check_scale_value(value: object, where: str) -> float:
 
 def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> tuple[State, str]:
     """Tell what state a selected layer is in, from its own values alone."""
+    if any(cls.__module__.startswith(_QUANTIZED) for cls in type(layer).__mro__):
+        return "unsupported", "a quantised layer is for inference; it cannot be trained"
+    if not isinstance(layer, _BatchNorm):
+        return "frozen", "frozen: its scale is a buffer"
+    if is_parametrized(layer, "weight"):
+        obstacle = _obstacle(layer)
+        if obstacle:
+            return "unsupported", f"{obstacle}; remove the parametrisation or exclude the layer"
     scale = _parameter(layer, "weight")
     if scale is None:
         return "no scale", "affine=False: the layer has no scale"
-    if is_lazy(scale):
-        return "unmaterialized", "a lazy layer that has not seen its input yet; run one forward pass first"
-    if scale.is_meta:
-        return "unmaterialized", "on the meta device; its values exist only once it is materialised"
     if id(scale) in other_owners:
         owner = other_owners[id(scale)]
         return "shared", f"its scale is also {owner!r}, which is no batch norm; untie them or exclude the layer"
     if not scale.requires_grad:
         return "frozen", "its scale does not require a gradient"
+    if is_lazy(scale):
+        return "lazy", "lazy: written when its first input makes it"
+    if scale.is_meta:
+        return "unmaterialized", "on the meta device; its values exist only once it is materialised"
     if _statistics_moved(layer):
         return "trained", "its running statistics are not fresh"
-    lowest, highest = (float(bound) for bound in torch.aminmax(scale.detach()))
-    if lowest == highest == 0:
+    values = cast("Tensor", layer.weight).detach()
+    if _all_are(layer, values, 0.0):
         return "zero", "its scale starts at 0 on purpose"
-    if lowest == highest == 1:
+    if _all_are(layer, values, 1.0):
         return "fresh", "freshly initialised"
-    if lowest == highest == float(torch.tensor(target, dtype=scale.dtype)):
+    if _all_are(layer, values, target):
         return "fresh", "freshly initialised, already at this scale"
+    lowest, highest = (float(bound) for bound in torch.aminmax(values))
     return "trained", f"its scale starts at values of its own, {lowest:.4g} to {highest:.4g}"
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Say why a parametrised scale cannot be set by assignment; None if it can."""
+    steps = cast("ParametrizationList", getattr(layer.parametrizations, "weight"))  # noqa: B009 # typed as a module
+    if not steps.is_tensor:
+        return "its scale is made from several parameters"
+    names = [type(step).__name__ for step in steps if not hasattr(step, "right_inverse")]
+    return f"its scale is parametrised by {names[0]}, which has no right_inverse" if names else None
 
 
 def _statistics_moved(layer: nn.Module) -> bool:
@@ -320,6 +378,17 @@ def _statistics_moved(layer: nn.Module) -> bool:
     return (mean is not None and bool((mean != 0).any())) or (variance is not None and bool((variance != 1).any()))
 
 
+def _all_are(layer: nn.Module, values: Tensor, value: float) -> bool:
+    # What comes back through a parametrisation is rounded on the way.
+    tolerance = 1e-3 if is_parametrized(layer, "weight") else 0.0
+    return bool(
+        ((values - torch.tensor(value, dtype=values.dtype, device=values.device)).abs() <= tolerance * value).all()
+    )
+
+
 def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
-    value = getattr(layer, name, None)
+    if is_parametrized(layer, name):
+        value: object = getattr(getattr(layer.parametrizations, name), "original", None)
+    else:
+        value = getattr(layer, name, None)
     return value if isinstance(value, nn.Parameter) else None

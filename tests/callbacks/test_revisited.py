@@ -177,12 +177,70 @@ def test_trained_layers_can_be_refused_before_training(tmp_path: Path) -> None:
     assert not {"setup", "configure_model"} & vars(module).keys()
 
 
-def test_a_lazy_layer_is_refused_before_training_with_the_remedy(tmp_path: Path) -> None:
-    module = LitNet(
-        model=nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+class Lazy(Noting):
+    """Made by its first batch."""
+
+    def __init__(self) -> None:
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)]
+        super().__init__(model=nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), *head))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = LitNet.training_step(self, batch, batch_idx)
+        if self.first_scales is None:
+            self.first_scales = scale_values(self)
+        return loss
+
+
+def test_lazy_layers_are_rewritten_when_they_are_made_and_learn_with_the_rule(tmp_path: Path) -> None:
+    module = Lazy()
+    run = trainer(tmp_path, callback := RevisitedBatchNorm(), logger=CSVLogger(tmp_path))
+    run.fit(module, loader())
+    assert module.first_scales == [0.1]
+    (record,) = callback.report.records
+    assert (record.verdict, record.reason) == ("rewrite", "lazy: written when its first input makes it")
+    scale_moved = (module.model[1].weight - 0.1).abs().max()
+    assert 0 < scale_moved < module.model[1].bias.abs().max() / 10
+    assert not module.model[1]._forward_pre_hooks
+    assert "revbn/scale_drift" in run.callback_metrics
+
+
+def test_a_resumed_lazy_layer_keeps_its_trained_scale(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path / "saved", "end")
+    whole, resumed = Lazy(), Lazy()
+    resumed.first_scales = []
+    trainer(tmp_path, quiet(), save, enable_checkpointing=True, max_epochs=1).fit(first := Lazy(), loader())
+    torch.manual_seed(0)
+    trainer(tmp_path, callback := quiet(), max_epochs=1).fit(
+        resumed, loader(), ckpt_path=tmp_path / "saved" / "end.ckpt"
     )
-    with pytest.raises(ValueError, match=r"model.1 \(LazyBatchNorm2d\): .*run one forward pass first"):
-        trainer(tmp_path, quiet()).fit(module, loader())
+    assert torch.equal(resumed.model[1].weight, first.model[1].weight)
+    assert callback.report.rewritten == []
+    assert whole.model[1].has_uninitialized_params()
+
+
+def test_a_lazy_layer_that_was_never_made_is_left_without_a_hook(tmp_path: Path) -> None:
+    module = Lazy()
+    before = len(module.model[1]._forward_pre_hooks)
+    trainer(tmp_path, quiet(), max_steps=0, max_epochs=-1).fit(module, loader())
+    assert len(module.model[1]._forward_pre_hooks) == before
+
+
+def test_layers_built_on_the_meta_device_are_rewritten_once_they_have_values(tmp_path: Path) -> None:
+    class Meta(Noting):
+        def __init__(self) -> None:
+            with torch.device("meta"):
+                super().__init__()
+
+        def configure_model(self) -> None:
+            self.model = self.model.to_empty(device="cpu")
+            for layer in self.model.modules():
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
+
+    module = Meta()
+    trainer(tmp_path, callback := quiet()).fit(module, loader())
+    assert module.first_scales == [0.1] * 3
+    assert len(callback.report.rewritten) == 3
 
 
 def test_a_pretrained_network_keeps_its_scales_and_the_report_says_so(tmp_path: Path) -> None:
@@ -755,10 +813,11 @@ def test_scales_outside_every_optimizer_are_warned_about(tmp_path: Path) -> None
 
 
 def test_a_pattern_that_matches_nothing_stops_before_training(tmp_path: Path) -> None:
-    run = trainer(tmp_path, quiet(exclude=["model.bn3"]))
-    with pytest.raises(ValueError, match=r"exclude: the pattern 'model.bn3' matches none .* 'model.bn"):
-        run.fit(LitNet(), loader())
-    assert run.global_step == 0
+    for options in ({"exclude": ["model.bn3"]}, {"scale": {"model.bn3": 0.2, "*": 0.1}}):
+        run = trainer(tmp_path, quiet(**options))
+        with pytest.raises(ValueError, match=r": the pattern 'model.bn3' matches none .* 'model.bn"):
+            run.fit(LitNet(), loader())
+        assert run.global_step == 0
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 
 import pytest
 import torch
 import torchvision
 from models import residual_net, scales
+from rich.console import Console
+from test_layers import Softplus
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_revbn import find_batch_norms, init_batch_norms
 
@@ -73,10 +78,84 @@ def test_refusal_names_every_layer_and_writes_nothing() -> None:
     assert torch.equal(model.stem[1].weight, torch.ones(6))
 
 
-def test_a_lazy_layer_is_refused_with_the_remedy() -> None:
-    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
-    with pytest.raises(ValueError, match=r"1 \(LazyBatchNorm2d\): a lazy layer .* run one forward pass first"):
+def lazy_net() -> nn.Sequential:
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyBatchNorm2d(affine=False))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_lazy_layer_starts_from_the_scale_in_the_forward_pass_that_makes_it(training: bool) -> None:
+    model = lazy_net().train(training)
+    report = init_batch_norms(model)
+    inputs = torch.randn(2, 3, 6, 6)
+    outputs = model[:2](inputs)
+    assert torch.equal(model[1].weight, torch.full((4,), 0.1))
+    assert type(model[1]) is nn.BatchNorm2d
+    assert not model[1]._forward_pre_hooks
+    assert report.scales == [model[1].weight]  # the same object, so an optimizer made before holds it
+    by_hand = copy.deepcopy(model[:2])
+    assert training or torch.equal(by_hand(inputs), outputs)
+
+
+def test_a_lazy_layer_made_by_a_checkpoint_keeps_what_the_checkpoint_holds() -> None:
+    trained = lazy_net()
+    trained(torch.randn(2, 3, 6, 6))
+    nn.init.constant_(trained[1].weight, 0.7)
+    model = lazy_net()
+    init_batch_norms(model)
+    model.load_state_dict(trained.state_dict())
+    model(torch.randn(2, 3, 6, 6))
+    assert torch.equal(model[1].weight, torch.full((4,), 0.7))
+
+
+def test_of_two_calls_the_second_decides_on_a_lazy_layer() -> None:
+    model = lazy_net()
+    init_batch_norms(model, 0.1)
+    init_batch_norms(model, 0.2)
+    model(torch.randn(2, 3, 6, 6))
+    assert torch.equal(model[1].weight, torch.full((4,), 0.2))
+    assert not model[1]._forward_pre_hooks
+
+
+def test_a_layer_on_the_meta_device_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = residual_net()
+    with pytest.raises(ValueError, match=r"bn1 \(BatchNorm2d\): on the meta device"):
         init_batch_norms(model)
+
+
+def test_a_parametrised_scale_is_set_through_its_parametrisation() -> None:
+    model = residual_net()
+    register_parametrization(model.bn1, "weight", Softplus())
+    report = init_batch_norms(model, 0.1)
+    torch.testing.assert_close(model.bn1.weight, torch.full((6,), 0.1))
+    assert report.scales[1] is model.bn1.parametrizations.weight.original
+    assert len(init_batch_norms(model, 0.1).rewritten) == 3
+    model(torch.randn(4, 3, 6, 6)).sum().backward()
+    assert report.scales[1].grad is not None
+
+
+def test_a_parametrisation_that_does_not_take_the_value_is_found_out() -> None:
+    class Clamped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.clamp(min=0.5)
+
+        def right_inverse(self, y: torch.Tensor) -> torch.Tensor:
+            return y
+
+    model = residual_net()
+    register_parametrization(model.bn1, "weight", Clamped())
+    with pytest.raises(RuntimeError, match=r"the scale of 'bn1' did not take the value 0.1"):
+        init_batch_norms(model, 0.1)
+
+
+def test_tied_layers_are_written_once_and_stay_tied() -> None:
+    layer, twin = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    twin.weight = layer.weight
+    model = nn.ModuleDict({"first": layer, "again": layer, "twin": twin})
+    report = init_batch_norms(model)
+    assert model["twin"].weight is model["first"].weight
+    assert torch.equal(twin.weight, torch.full((4,), 0.1))
+    assert len(report.scales) == 1
 
 
 def test_scales_kept_at_zero_stay_zero_and_are_left_out_of_the_update_rule() -> None:
@@ -134,3 +213,37 @@ def test_the_table_of_one_state_is_one_row() -> None:
 def test_a_model_without_batch_norm_gives_an_empty_report() -> None:
     assert find_batch_norms(nn.Linear(2, 2)) == []
     assert str(init_batch_norms(nn.Linear(2, 2))).endswith("0 of 0 batch norm layers start from a new scale")
+
+
+def test_the_report_in_plain_values_has_every_layer_and_the_counts() -> None:
+    model = residual_net(zero_init_residual=True)
+    report = json.loads(json.dumps(init_batch_norms(model).to_dict()))
+    assert report["counts"] == {"rewrite": 2, "skip": 1, "refuse": 0}
+    assert report["layers"][2] == {
+        "name": "bn2",
+        "class": "BatchNorm2d",
+        "channels": 6,
+        "verdict": "skip",
+        "state": "zero",
+        "reason": "its scale starts at 0 on purpose",
+        "target": 0.1,
+    }
+    assert len(report["layers"]) == 3
+
+
+def test_a_model_of_500_layers_fits_a_screen() -> None:
+    model = nn.Sequential(*(nn.BatchNorm1d(1 + index % 7) for index in range(500)))
+    report = init_batch_norms(model)
+    assert len(str(report).splitlines()) == 5
+    assert "0 ... 499 (500)" in str(report)
+    assert len(report.records) == 500
+
+
+def test_rich_draws_the_same_rows() -> None:
+    report = init_batch_norms(residual_net(zero_init_residual=True))
+    console = Console(file=io.StringIO(), width=150)
+    console.print(report)
+    drawn = console.file.getvalue()
+    assert "stem.1 ... bn1 (2)" in drawn
+    assert "its scale starts at 0 on purpose" in drawn
+    assert "2 of 3 batch norm layers start from a new scale" in drawn

@@ -3,9 +3,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm.layers
 import torch
+import torchvision
 from models import BATCH_NORMS, residual_net
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_revbn import find_batch_norms
 
@@ -193,11 +196,93 @@ def test_a_scale_shared_with_another_module_is_refused_and_both_are_named() -> N
     assert "'norm.weight'" in record.reason
 
 
-def test_lazy_and_meta_layers_are_refused_until_they_have_values() -> None:
+def test_lazy_layers_are_to_be_rewritten_and_meta_layers_refused_until_they_have_values() -> None:
     lazy = nn.Sequential(nn.LazyBatchNorm2d())
-    assert verdicts(lazy) == {"0": ("refuse", "unmaterialized")}
+    assert verdicts(lazy) == {"0": ("rewrite", "lazy")}
+    assert find_batch_norms(lazy)[0].channels == 0
     lazy(torch.randn(2, 3, 4, 4))
     lazy[0].reset_running_stats()
     assert verdicts(lazy) == {"0": FRESH}
     with torch.device("meta"):
         assert verdicts(residual_net()) == dict.fromkeys(BATCH_NORMS, ("refuse", "unmaterialized"))
+
+
+class Softplus(nn.Module):
+    """Keeps a scale positive."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.softplus(x)
+
+    def right_inverse(self, y: torch.Tensor) -> torch.Tensor:
+        return y.expm1().log()
+
+
+class OneWay(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.exp()
+
+
+def test_a_parametrised_scale_is_judged_by_the_value_it_gives() -> None:
+    model = residual_net()
+    register_parametrization(model.bn1, "weight", Softplus())
+    record = find_batch_norms(model)[1]
+    assert (record.verdict, record.state) == FRESH
+    assert record.scale is model.bn1.parametrizations.weight.original
+    assert record.values is not None
+    torch.testing.assert_close(record.values, torch.ones(6))
+
+
+def test_a_parametrised_scale_that_cannot_be_set_is_refused() -> None:
+    model = residual_net()
+    register_parametrization(model.bn1, "weight", OneWay())
+    record = find_batch_norms(model)[1]
+    assert (record.verdict, record.state) == ("refuse", "unsupported")
+    assert "parametrised by OneWay, which has no right_inverse" in record.reason
+
+
+def test_a_parametrised_scale_made_from_several_parameters_is_refused() -> None:
+    model = residual_net()
+    nn.utils.parametrizations.weight_norm(model.bn1, dim=None)
+    record = find_batch_norms(model)[1]
+    assert (record.verdict, record.state) == ("refuse", "unsupported")
+    assert "made from several parameters" in record.reason
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.ao moves to another package
+def test_a_quantised_layer_is_refused_and_one_in_quantisation_aware_training_is_rewritten() -> None:
+    qat = torch.ao.nn.intrinsic.qat.ConvBn2d(3, 4, 3, qconfig=torch.ao.quantization.get_default_qat_qconfig())
+    nn.init.ones_(qat.bn.weight)  # as converted from a float model; made anew it is random
+    model = nn.ModuleDict({"int8": torch.ao.nn.quantized.BatchNorm2d(4), "qat": qat})
+    assert verdicts(model) == {"int8": ("refuse", "unsupported"), "qat.bn": FRESH}
+
+
+@pytest.mark.parametrize(
+    "layer", [torchvision.ops.FrozenBatchNorm2d(5), timm.layers.FrozenBatchNormAct2d(5)], ids=["torchvision", "timm"]
+)
+def test_frozen_batch_norm_is_named_and_skipped(layer: nn.Module) -> None:
+    (record,) = find_batch_norms(nn.Sequential(layer))
+    assert (record.verdict, record.state, record.channels, record.scale) == ("skip", "frozen", 5, None)
+    assert record.reason == "frozen: its scale is a buffer"
+
+
+def test_the_auxiliary_layers_of_a_split_batch_norm_are_found_too() -> None:
+    model = nn.Sequential(timm.layers.SplitBatchNorm2d(4, num_splits=3))
+    assert verdicts(model) == {"0": FRESH, "0.aux_bn.0": FRESH, "0.aux_bn.1": FRESH}
+
+
+def test_a_batch_norm_with_activation_is_found() -> None:
+    assert verdicts(nn.Sequential(timm.layers.BatchNormAct2d(4))) == {"0": FRESH}
+
+
+def test_policies_and_patterns_combine() -> None:
+    model = nn.ModuleDict({"a": residual_net(zero_init_residual=True), "b": residual_net(zero_init_residual=True)})
+    model["b"](torch.randn(4, 3, 6, 6))
+    records = find_batch_norms(
+        model, {"a.*": 0.2, "b.bn*": 0.3}, exclude=["*.stem.*"], zero_scale="overwrite", trained="overwrite"
+    )
+    assert {record.name: record.target for record in records if record.verdict == "rewrite"} == {
+        "a.bn1": 0.2,
+        "a.bn2": 0.2,
+        "b.bn1": 0.3,
+        "b.bn2": 0.3,
+    }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import timm.optim
 import pytest
+import timm.optim
 import torch
 from models import assert_same_parameters, residual_net, scales
-from test_update_rule import C, LR, by_hand, train
+from test_update_rule import LR, C, by_hand, train
 from torch import nn
 
 from lightning_revbn import ScaleUpdateRule

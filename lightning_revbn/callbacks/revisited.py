@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import functools
+import logging
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
@@ -263,10 +266,8 @@ class RevisitedBatchNorm(Callback):
             GROUP_MARK in group for optimizer in trainer.strategy.optimizers for group in optimizer.param_groups
         )
         covered = sum(rule.covered for rule in self._rules)
-        lines = [f"{name}:", str(self.report)]
-        if self.scale_lr_divisor > 1:
-            lines.append(f"{covered} scales learn with lr / {self.scale_lr_divisor:g}")
-        rank_zero_info("\n".join(lines))
+        rate = f"{covered} scales learn with lr / {self.scale_lr_divisor:g}" if self.scale_lr_divisor > 1 else ""
+        _print_report(name, self.report, rate)
         if not self.report.rewritten and not covered and not marked:
             rank_zero_warn(
                 f"{name} has no effect: no scale was rewritten, and none learns with lr / {self.scale_lr_divisor:g}"
@@ -281,6 +282,18 @@ class RevisitedBatchNorm(Callback):
     def _unwrap(self) -> None:
         while self._wraps:
             self._wraps.pop().undo()
+
+
+@rank_zero_only
+def _print_report(name: str, report: InitReport, rate: str) -> None:
+    """Show the report by rich where it is installed and a person looks, else as a log message."""
+    log = logging.getLogger("lightning.pytorch")  # whoever silences Lightning silences this
+    if sys.stderr.isatty() and find_spec("rich") is not None and log.isEnabledFor(logging.INFO):
+        from rich.console import Console
+
+        Console(stderr=True).print(f"{name}:", report, rate)
+    else:
+        rank_zero_info("\n".join([f"{name}:", str(report), *[rate] * bool(rate)]))
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

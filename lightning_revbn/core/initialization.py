@@ -20,6 +20,7 @@ from lightning_revbn.core.layers import (
     ZeroScalePolicy,
     find_batch_norms,
 )
+from lightning_revbn.core.table import plain_table, rich_table
 
 
 @dataclass(frozen=True)
@@ -77,21 +78,11 @@ class InitReport:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        header, rows, summary = table(self.records)
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header) - 1)]
-        lines = [_draw(row, widths) for row in [header, *rows]]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:], rule, summary])
+        return plain_table(*table(self.records))
 
     def __rich__(self) -> object:
         """Return the table for rich's console."""
-        from rich.table import Table
-
-        header, rows, summary = table(self.records)
-        drawn = Table(*header, caption=summary)
-        for row in rows:
-            drawn.add_row(*row, style=None if row[3] != "kept" else "dim")
-        return drawn
+        return rich_table(*table(self.records))
 
 
 def init_batch_norms(
@@ -270,10 +261,6 @@ def table(records: Sequence[BatchNormRecord]) -> tuple[tuple[str, ...], list[tup
     rewritten = sum(record.verdict == "rewrite" for record in records)
     summary = f"{rewritten} of {len(records)} batch norm layers start from a new scale"
     return ("Layers", "Type", "Channels", "Scale", "Why"), [_row(group) for group in folded.values()], summary
-
-
-def _draw(row: Sequence[str], widths: Sequence[int]) -> str:
-    return " | ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
 
 
 def _fold_key(record: BatchNormRecord) -> tuple[object, ...]:

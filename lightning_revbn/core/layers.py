@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Literal, TypeAlias, cast, get_args
 
 import torch
@@ -90,7 +91,8 @@ class BatchNormRecord:
         Returns:
             True if so; False also for a layer without a scale.
         """
-        return self.values is not None and _all_are(self.module, self.values, value)
+        values = self.values
+        return values is not None and _is_uniform(self.module, _bounds(values), value, values.dtype)
 
 
 def find_batch_norms(
@@ -349,15 +351,14 @@ def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> t
         return "unmaterialized", "on the meta device; its values exist only once it is materialised"
     if _statistics_moved(layer):
         return "trained", "its running statistics are not fresh"
-    values = cast("Tensor", layer.weight).detach()
-    if _all_are(layer, values, 0.0):
+    bounds = _bounds(cast("Tensor", layer.weight))
+    if bounds == (0.0, 0.0):
         return "zero", "its scale starts at 0 on purpose"
-    if _all_are(layer, values, 1.0):
+    if _is_uniform(layer, bounds, 1.0, scale.dtype):
         return "fresh", "freshly initialised"
-    if _all_are(layer, values, target):
+    if _is_uniform(layer, bounds, target, scale.dtype):
         return "fresh", "freshly initialised, already at this scale"
-    lowest, highest = (float(bound) for bound in torch.aminmax(values))
-    return "trained", f"its scale starts at values of its own, {lowest:.4g} to {highest:.4g}"
+    return "trained", f"its scale starts at values of its own, {bounds[0]:.4g} to {bounds[1]:.4g}"
 
 
 def _obstacle(layer: nn.Module) -> str | None:
@@ -370,20 +371,34 @@ def _obstacle(layer: nn.Module) -> str | None:
 
 
 def _statistics_moved(layer: nn.Module) -> bool:
+    # A model may have thousands of layers: few calls, and the cheapest sign first.
     batches, mean, variance = (
-        getattr(layer, name, None) for name in ("num_batches_tracked", "running_mean", "running_var")
+        cast("Tensor | None", getattr(layer, name, None))
+        for name in ("num_batches_tracked", "running_mean", "running_var")
     )
-    if batches is not None and bool(batches != 0):
+    if batches is not None and batches.item() != 0:
         return True
-    return (mean is not None and bool((mean != 0).any())) or (variance is not None and bool((variance != 1).any()))
+    if mean is not None and _bounds(mean) != (0.0, 0.0):
+        return True
+    return variance is not None and _bounds(variance) != (1.0, 1.0)
 
 
-def _all_are(layer: nn.Module, values: Tensor, value: float) -> bool:
-    # What comes back through a parametrisation is rounded on the way.
-    tolerance = 1e-3 if is_parametrized(layer, "weight") else 0.0
-    return bool(
-        ((values - torch.tensor(value, dtype=values.dtype, device=values.device)).abs() <= tolerance * value).all()
-    )
+def _bounds(values: Tensor) -> tuple[float, float]:
+    lowest, highest = torch.aminmax(values.detach())
+    return lowest.item(), highest.item()
+
+
+def _is_uniform(layer: nn.Module, bounds: tuple[float, float], value: float, dtype: torch.dtype) -> bool:
+    """Tell whether all channels have a value, given the least and greatest of them."""
+    if is_parametrized(layer, "weight"):  # what comes back through a parametrisation is rounded on the way
+        return all(math.isclose(bound, value, rel_tol=1e-3) for bound in bounds)
+    rounded = _rounded(value, dtype)
+    return bounds == (rounded, rounded)
+
+
+@lru_cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()
 
 
 def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:

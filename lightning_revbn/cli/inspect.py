@@ -1,0 +1,110 @@
+"""`lightning-revbn inspect`: the batch norm layers of a model or checkpoint, verdicts and values."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from lightning_revbn.cli.targets import resolve
+from lightning_revbn.core.initialization import InitReport
+from lightning_revbn.core.layers import find_batch_norms
+from lightning_revbn.core.statistics import AffineStatistics
+from lightning_revbn.core.table import plain_table, rich_table
+
+SHOWN = ("mean", "std", "min", "max")
+SORT_KEYS = ("model", "name", "channels", "verdict", *(f"{kind}_{s}" for kind in ("scale", "shift") for s in SHOWN))
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to a parser.
+
+    Args:
+        commands: What `add_subparsers` returned.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect",
+        help="show the batch norm layers of a model or checkpoint",
+        description="Show the batch norm layers of a model or checkpoint: the verdict that RevisitedBatchNorm would "
+        "pass on each with its default settings, and the values of scale and shift.",
+    )
+    parser.add_argument(
+        "target", help="a checkpoint file, torchvision:NAME, timm:NAME, or package.module:callable (returns a module)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--sort",
+        choices=SORT_KEYS,
+        default="model",
+        metavar="KEY",
+        help=f"one of {', '.join(SORT_KEYS)} (default: model)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show the layers.
+
+    Args:
+        arguments: The command line.
+
+    Returns:
+        The exit code: 0, also for a model without batch norm.
+
+    Raises:
+        TargetError: If the target cannot be read.
+    """
+    report = InitReport(tuple(find_batch_norms(resolve(arguments.target))))
+    layers = describe(report, arguments.sort)
+    if arguments.json:
+        print(json.dumps({"target": arguments.target, "counts": report.counts, "layers": layers}, indent=2))  # noqa: T201
+        return 0
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items() if count)
+    summary = f"{arguments.target}: {len(layers)} batch norm layers" + (f" ({counts})" if counts else "")
+    header = ("Layer", "Type", "Channels", "Scale", "std", "min", "max", "Shift", "std", "min", "max", "Verdict", "Why")
+    rows = [_row(layer) for layer in layers]
+    if sys.stdout.isatty() and find_spec("rich") is not None:
+        from rich.console import Console
+
+        Console().print(rich_table(header, rows, summary))
+    else:
+        print(plain_table(header, rows, summary))  # noqa: T201
+    return 0
+
+
+def describe(report: InitReport, sort: str = "model") -> list[dict[str, Any]]:
+    """Return every layer of a report with the statistics of its scale and shift.
+
+    Args:
+        report: The report.
+        sort: One of `SORT_KEYS`; names and verdicts ascend, numbers descend, layers without the number come last.
+
+    Returns:
+        The layers of `report.to_dict()` with `"scale"` and `"shift"`, each a dict of mean, standard deviation, least
+        and greatest, or None.
+    """
+    values = AffineStatistics(report.records).compute() if report.records else {}
+    layers: list[dict[str, Any]] = report.to_dict()["layers"]
+    for layer in layers:
+        prefix = f"{layer['name']}/" if layer["name"] else ""
+        for kind in ("scale", "shift"):
+            known = f"{prefix}{kind}_std" in values
+            layer[kind] = {s: values[f"{prefix}{kind}_{s}"] for s in SHOWN} if known else None
+    if sort in ("name", "verdict"):
+        layers.sort(key=lambda layer: layer[sort])
+    elif sort == "channels":
+        layers.sort(key=lambda layer: -layer["channels"])
+    elif sort != "model":
+        kind, _, statistic = sort.partition("_")
+        layers.sort(key=lambda layer: (layer[kind] is None, -layer[kind][statistic] if layer[kind] else 0.0))
+    return layers
+
+
+def _row(layer: dict[str, Any]) -> tuple[str, ...]:
+    numbers = [
+        f"{layer[kind][statistic]:.4g}" if layer[kind] else "-" for kind in ("scale", "shift") for statistic in SHOWN
+    ]
+    name = layer["name"] or "(the model)"
+    return (name, layer["class"], str(layer["channels"]), *numbers, layer["verdict"], layer["reason"])

@@ -36,7 +36,7 @@ docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
 
 test-lowest: ## run all tests at the lowest versions the package states
-	$(MAKE) test VENV=.venv-lowest TORCH="torch==2.5.0 torchvision==0.20.0 lightning==2.5.0 torchmetrics==1.0.0 numpy<2.3"
+	$(MAKE) test VENV=.venv-lowest TORCH="torch==2.5.0 torchvision==0.20.0 lightning==2.5.0 torchmetrics==1.4.0 numpy<2.3"
 
 clean: ## remove what the targets made
 	rm -rf .venv .venv-lowest docs/_build demo_output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -49,7 +49,8 @@ def paired_t_test(
 
     The paper's test: a paired t-test, one-sided (proposed > baseline), significant at p <= 0.05
     (https://arxiv.org/abs/2110.13989). Declare the direction before looking at the runs. Where all differences are
-    equal the test can say nothing: statistic, p-value and effect size are NaN, with a warning.
+    equal, up to the rounding of float32, the test can say nothing: statistic, p-value, interval and effect size are
+    NaN, with a warning.
 
     Args:
         proposed: One score a seed, shape `(n,)`.
@@ -63,6 +64,7 @@ def paired_t_test(
     Raises:
         ValueError: If the lengths differ, there are fewer than two pairs, a score is not finite, or an option is
             unknown.
+        TypeError: If a score is no number, or the scores have no order (a mapping).
         ImportError: If scipy is missing.
 
     Example:
@@ -70,7 +72,7 @@ def paired_t_test(
         >>> round(result.mean_difference, 3), round(result.p_value, 4)
         (0.4, 0.0371)
     """
-    first, second = [float(score) for score in proposed], [float(score) for score in baseline]
+    first, second = _scores("proposed", proposed), _scores("baseline", baseline)
     if len(first) != len(second):
         raise ValueError(
             f"a paired test needs one score a seed on both sides, got {len(first)} proposed and {len(second)} baseline"
@@ -78,10 +80,6 @@ def paired_t_test(
     n = len(first)
     if n < 2:
         raise ValueError(f"a paired test needs at least two pairs, got {n}: run more seeds")
-    for side, scores in (("proposed", first), ("baseline", second)):
-        for position, score in enumerate(scores):
-            if not math.isfinite(score):
-                raise ValueError(f"{side}[{position}] is {score}: a run that failed has no score to compare")
     if alternative not in get_args(Alternative):
         raise ValueError(f"alternative={alternative!r} is unknown: use 'greater', 'less' or 'two-sided'")
     if not 0 < confidence_level < 1:
@@ -91,26 +89,46 @@ def paired_t_test(
     except ImportError as error:
         raise ImportError("paired_t_test needs scipy: pip install 'lightning-revbn[compare]'") from error
 
+    stats: Any = scipy_stats
     differences = [a - b for a, b in zip(first, second, strict=True)]
     mean = math.fsum(differences) / n
-    spread = math.sqrt(math.fsum((difference - mean) ** 2 for difference in differences) / (n - 1))
-    # Equal differences of scores such as 97.6 differ by rounding alone.
-    rounding = 4 * math.ulp(max(map(abs, [*first, *second])))
-    if max(differences) - min(differences) <= rounding:
+    spread = math.hypot(*(difference - mean for difference in differences)) / math.sqrt(n - 1)
+    # Equal differences of scores such as 97.6 still differ by rounding; metrics are float32, so by 2^-24 of the score.
+    if max(differences) - min(differences) <= 2**-22 * max(map(abs, [*first, *second])):
         warnings.warn("all differences are equal: a t-test can say nothing about them", stacklevel=2)
         nan = math.nan
-        return PairedTTest(n, mean, 0.0, nan, nan, (mean, mean), confidence_level, nan, alternative)
-    stats: Any = scipy_stats
-    result = stats.ttest_rel(first, second, alternative=alternative)
-    half: float = float(stats.t.ppf((1 + confidence_level) / 2, n - 1)) * spread / math.sqrt(n)
+        return PairedTTest(n, mean, 0.0, nan, nan, (nan, nan), confidence_level, nan, alternative)
+    student = stats.t(df=n - 1)
+    error = spread / math.sqrt(n)
+    statistic = mean / error
+    tails = {
+        "greater": student.sf(statistic),
+        "less": student.cdf(statistic),
+        "two-sided": 2 * student.sf(abs(statistic)),
+    }
+    half = float(student.ppf((1 + confidence_level) / 2)) * error
     return PairedTTest(
         n=n,
         mean_difference=mean,
         std_difference=spread,
-        statistic=float(result.statistic),
-        p_value=float(result.pvalue),
+        statistic=statistic,
+        p_value=float(tails[alternative]),
         confidence_interval=(mean - half, mean + half),
         confidence_level=confidence_level,
         effect_size=mean / spread,
         alternative=alternative,
     )
+
+
+def _scores(side: str, scores: Iterable[float]) -> list[float]:
+    if isinstance(scores, (str, Mapping)):
+        raise TypeError(f"{side} takes scores in the order of the seeds, not a string or a mapping")
+    found: list[float] = []
+    for position, score in enumerate(scores):
+        try:
+            found.append(float(score))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{side}[{position}] is no number: {score!r}") from error
+        if not math.isfinite(found[-1]):
+            raise ValueError(f"{side}[{position}] is {score}: a run that failed has no score to compare")
+    return found

@@ -32,7 +32,8 @@ class BatchNormMonitor(Callback):
     with lazy layers everything starts with the first event after they were made.
 
     Args:
-        every_n_steps: How many optimizer steps between two events; None takes the Trainer's `log_every_n_steps`.
+        every_n_steps: How many optimizer steps between two events, the first at step 0. None takes the Trainer's
+            `log_every_n_steps` and Lightning's own steps, the first of which is `log_every_n_steps - 1`.
         per_layer: Whether to log single layers, or the whole model only.
         prefix: First part of every key.
 

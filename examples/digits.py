@@ -1,0 +1,377 @@
+"""Does revisited batch norm help on real digits? A baseline and a revisited network per seed, compared in pairs.
+
+`make demo`, or `python examples/digits.py --help`. `DigitsResNet` and `Digits` are an ordinary LightningModule and
+LightningDataModule: nothing in them knows about revisited batch norm, which is one callback in `train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import md5
+from multiprocessing import get_context
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from paired_report import draw_picture, print_table
+from rich.console import Console
+from rich.progress import track
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm, find_batch_norms
+
+ARMS = ("baseline", "revisited")
+STEPS_PER_EPOCH = 7  # 808 training images in batches of 128; what is logged by steps is logged once an epoch
+LIGHTNING_LOG = logging.getLogger("lightning.pytorch")
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm beside a shortcut, `(N, C, H, W)` to `(N, C', H / stride, W / stride)`."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(residual + self.shortcut(x))
+
+
+class DigitsResNet(L.LightningModule):
+    """A ResNet of three blocks for small grey images, with the training recipe of the paper.
+
+    Takes images of shape `(N, 1, H, W)` in [0, 1], returns logits of shape `(N, 10)`.
+
+    Args:
+        channels: Channels of the three blocks; the stem has as many as the first.
+        learning_rate: Of SGD at the start of the cosine schedule, which reaches 1e-8 at the end of training.
+        momentum: Of SGD.
+        weight_decay: On the weights of convolutions and linear layers alone.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, int, int] = (8, 16, 32),
+        learning_rate: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
+        self.example_input_array = torch.zeros(1, 1, 8, 8)  # for the sizes in Lightning's summary
+        first, second, third = channels
+        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        self.blocks = nn.Sequential(
+            ResidualBlock(first, first, stride=1),
+            ResidualBlock(first, second, stride=2),
+            ResidualBlock(second, third, stride=2),
+        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, 10))
+        self.val_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.head(self.blocks(self.stem(images)))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross entropy of a batch."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch in the validation accuracy."""
+        images, labels = batch
+        self.val_accuracy(self(images), labels)
+        self.log("val_acc", self.val_accuracy, prog_bar=True)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch in the test accuracy."""
+        images, labels = batch
+        self.test_accuracy(self(images), labels)
+        self.log("test_acc", self.test_accuracy)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return SGD with weight decay on convolutions and linear layers alone, and its cosine schedule by epochs."""
+        decayed = [module.weight for module in self.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        decayed_ids = {id(weight) for weight in decayed}
+        others = [parameter for parameter in self.parameters() if id(parameter) not in decayed_ids]
+        optimizer = torch.optim.SGD(
+            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others}],
+            lr=self.learning_rate,
+            momentum=self.momentum,
+        )
+        schedule = CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs, eta_min=1e-8)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class Digits(L.LightningDataModule):
+    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships: no download.
+
+    Half of the images are for testing; of the other half a tenth is for validation. Both splits are stratified and
+    the same for every `shuffle_seed`.
+
+    Args:
+        batch_size: Images a batch.
+        shuffle_seed: Decides the order of the training batches, whatever else draws random numbers.
+    """
+
+    def __init__(self, batch_size: int = 128, shuffle_seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+
+    def setup(self, stage: str) -> None:
+        """Load and split the images, as shape `(1, 8, 8)` in [0, 1]."""
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
+        digits = TensorDataset(images, torch.tensor(labels))
+        development, test = train_test_split(range(len(digits)), test_size=0.5, stratify=labels, random_state=0)
+        train, val = train_test_split(development, test_size=0.1, stratify=labels[development], random_state=0)
+        self.train_set = TensorDataset(*digits[train])
+        self.val_set = TensorDataset(*digits[val])
+        self.test_set = TensorDataset(*digits[test])
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return the training images, in an order that `shuffle_seed` decides."""
+        generator = torch.Generator().manual_seed(self.shuffle_seed)
+        return DataLoader(self.train_set, self.batch_size, shuffle=True, generator=generator)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return the validation images."""
+        return DataLoader(self.val_set, self.batch_size)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return the test images."""
+        return DataLoader(self.test_set, self.batch_size)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network to train.
+
+    Attributes:
+        arm: `"baseline"` or `"revisited"`.
+        seed: The number of the pair that it belongs to, from 1.
+        epochs: How long to train.
+        scale: What the batch norm scales start from in the revisited arm.
+        divisor: What their learning rate is divided by there.
+        log_dir: Where the logs go.
+    """
+
+    arm: str
+    seed: int
+    epochs: int
+    scale: float
+    divisor: float
+    log_dir: Path
+
+
+def derive_seed(seed: int) -> int:
+    """Return the random seed that the paper's code derives from the number of a run."""
+    return int(md5(str(seed).encode()).hexdigest()[-8:], 16)
+
+
+def build(seed: int) -> tuple[DigitsResNet, Digits]:
+    """Return a new network and its data; the same initial weights and batches whenever the seed is the same."""
+    L.seed_everything(derive_seed(seed), verbose=False)
+    return DigitsResNet(), Digits(shuffle_seed=derive_seed(seed))
+
+
+def train(run: Run, *, show: bool = False) -> float:
+    """Train one network and test it.
+
+    Args:
+        run: Which one.
+        show: Whether Lightning shows its progress.
+
+    Returns:
+        Accuracy on the test images after the last epoch, in %.
+    """
+    network, digits = build(run.seed)
+    callback: L.Callback = BatchNormMonitor(every_n_steps=STEPS_PER_EPOCH)
+    if run.arm == "revisited":
+        callback = RevisitedBatchNorm(scale=run.scale, scale_lr_divisor=run.divisor, monitor=callback)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=run.epochs,
+        callbacks=[callback],
+        # In this order: CSVLogger warns when it finds the files of another logger in its directory.
+        logger=[
+            CSVLogger(run.log_dir, name="", version=""),
+            TensorBoardLogger(run.log_dir, name="", version="", default_hp_metric=False),
+        ],
+        log_every_n_steps=STEPS_PER_EPOCH,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=show,
+        enable_model_summary=show and run.arm == "baseline",  # both arms have the same
+    )
+    with log_level(logging.INFO if show else logging.WARNING):  # the callback's table is an INFO message
+        trainer.fit(network, digits)
+    trainer.save_checkpoint(run.log_dir / "network.ckpt")
+    (metrics,) = trainer.test(network, digits, verbose=False)
+    # Lightning's metrics are float32: back to a whole number of images, so that equal differences come out equal.
+    images = len(digits.test_set)
+    return 100 * round(metrics["test_acc"] * images) / images
+
+
+def train_all(runs: list[Run], console: Console) -> dict[Run, float]:
+    """Train every network, two at a time, and show the progress.
+
+    The first pair trains here, where Lightning shows what it does. Two other processes train the rest meanwhile.
+
+    Args:
+        runs: The networks, pair by pair.
+        console: Where the progress is shown.
+
+    Returns:
+        Accuracy on the test images by run, in %.
+    """
+    shown, rest = runs[: len(ARMS)], runs[len(ARMS) :]
+    accuracies: dict[Run, float] = {}
+    pool = ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn"), initializer=prepare_worker)
+    try:
+        futures = {pool.submit(train, run): run for run in rest}
+        for run in shown:
+            console.rule(f"seed {run.seed}, {run.arm}")
+            accuracies[run] = train(run, show=True)
+        if rest:
+            console.rule(f"{len(rest)} more runs, two at a time")
+            for future in track(as_completed(futures), "Training", total=len(futures), console=console):
+                accuracies[futures[future]] = future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return accuracies
+
+
+@contextmanager
+def log_level(level: int) -> Iterator[None]:
+    """Let Lightning log from another level on for the time of a `with` block."""
+    before = LIGHTNING_LOG.level
+    LIGHTNING_LOG.setLevel(level)
+    try:
+        yield
+    finally:
+        LIGHTNING_LOG.setLevel(before)
+
+
+def prepare_process() -> None:
+    """Make this process fit for many small runs."""
+    # Layers as small as these gain nothing from a second thread, the second core is better used by another run; and
+    # with one thread no sum depends on how many cores there are.
+    torch.set_num_threads(1)
+    LIGHTNING_LOG.setLevel(logging.WARNING)
+    # 808 images in memory need no worker processes.
+    warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
+    # Lightning 2.6 uses a function that torch 2.14 deprecates.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def prepare_worker() -> None:
+    """Prepare a process of the pool."""
+    prepare_process()
+    # Ctrl-C reaches every process: let the workers end at once, and leave it to the main one to say so.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's settings; end the program with one line where a value is wrong."""
+    parser = argparse.ArgumentParser(
+        description="Trains a baseline and a revisited network on digits for every seed, and compares them in pairs."
+    )
+    parser.add_argument("--seeds", type=int, default=8, metavar="N", help="pairs to train (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="epochs of a run (default: %(default)s)")
+    parser.add_argument(
+        "--scale", type=float, default=0.1, metavar="G", help="where batch norm scales start (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--divisor",
+        type=float,
+        default=100.0,
+        metavar="C",
+        help="what the scales' learning rate is divided by; 1 switches that off (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("demo_output"),
+        metavar="DIR",
+        help="where logs and picture go, in place of those of an earlier demo (default: %(default)s)",
+    )
+    settings = parser.parse_args(arguments)
+    for option in ("seeds", "epochs"):
+        if getattr(settings, option) < 1:
+            parser.error(f"--{option} must be at least 1, got {getattr(settings, option)}")
+    try:
+        RevisitedBatchNorm(scale=settings.scale, scale_lr_divisor=settings.divisor)
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return settings
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, compare and draw."""
+    settings = parse_arguments(arguments)
+    prepare_process()
+    console = Console()
+    for arm in ARMS:
+        for earlier in settings.output_dir.glob(f"{arm}/seed_*"):
+            shutil.rmtree(earlier)
+    runs = [
+        Run(arm, seed, settings.epochs, settings.scale, settings.divisor, settings.output_dir / arm / f"seed_{seed:02}")
+        for seed in range(1, settings.seeds + 1)
+        for arm in ARMS
+    ]
+    accuracies = train_all(runs, console)
+    baseline, revisited = ([accuracies[run] for run in runs if run.arm == arm] for arm in ARMS)
+    print_table(baseline, revisited, console)
+    picture = settings.output_dir / "digits.png"
+    draw_picture(
+        picture,
+        baseline,
+        revisited,
+        scale_logs=[run.log_dir / "metrics.csv" for run in runs[: len(ARMS)]],
+        layers=[record.name for record in find_batch_norms(DigitsResNet())],
+    )
+    console.print(
+        f"Logs: tensorboard --logdir {settings.output_dir}, or metrics.csv in each run's directory", soft_wrap=True
+    )
+    console.print(f"Picture: {picture}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

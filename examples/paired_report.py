@@ -1,0 +1,178 @@
+"""Table and picture of a paired comparison: a baseline and a revisited run per seed."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from rich.console import Console
+from rich.table import Table
+
+from lightning_revbn import paired_t_test
+from lightning_revbn.compare import PairedTTest
+
+SIGNIFICANT = 0.05
+GAIN, LOSS, TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: told apart by colour-blind readers too
+
+
+def print_table(baseline: Sequence[float], revisited: Sequence[float], console: Console) -> None:
+    """Print the accuracies of every pair, their summary, and what they say.
+
+    Args:
+        baseline: Test accuracies of seeds 1, 2, ..., in %.
+        revisited: Those of the same seeds.
+        console: Where to.
+    """
+    table = Table(title="Test accuracy in %", title_justify="left")
+    for heading in ("Seed", "Baseline", "Revisited", "Difference"):
+        table.add_column(heading, justify="right")
+    differences = [after - before for before, after in zip(baseline, revisited, strict=True)]
+    for seed, (before, after, difference) in enumerate(zip(baseline, revisited, differences, strict=True), start=1):
+        table.add_row(
+            str(seed), f"{before:.2f}", f"{after:.2f}", f"{difference:+.2f}", end_section=seed == len(baseline)
+        )
+    columns = (baseline, revisited, differences)
+    before, after, difference = map(statistics.fmean, columns)
+    table.add_row("mean", f"{before:.2f}", f"{after:.2f}", f"{difference:+.2f}")
+    if len(baseline) > 1:
+        table.add_row("std. dev.", *(f"{statistics.stdev(column):.2f}" for column in columns))
+    console.print()
+    console.print(table)
+    if len(baseline) < 2:
+        console.print("One pair tells nothing about chance: take more seeds (--seeds 8).")
+        return
+    result = paired_t_test(revisited, baseline)
+    low, high = result.confidence_interval
+    console.print(
+        f"Mean difference {result.mean_difference:+.2f} points, 95 % confidence interval {low:+.2f} to {high:+.2f}\n"
+        f"Effect size d_z = {result.effect_size:.2f}\n"
+        f"One-sided paired t-test, revisited > baseline: p = {result.p_value:.3g}\n"
+        f"{conclude(result)}",
+        soft_wrap=True,
+    )
+
+
+def conclude(result: PairedTTest) -> str:
+    """Say in one sentence what a comparison means.
+
+    Args:
+        result: Of the one-sided test that revisited is greater.
+
+    Returns:
+        The sentence.
+    """
+    points = f"{abs(result.mean_difference):.2f} points"
+    if math.isnan(result.p_value):
+        return f"All {result.n} differences are equal, so the test can say nothing: take more seeds or epochs."
+    if result.mean_difference <= 0:
+        clearly = " clearly" if result.confidence_interval[1] < 0 else ""
+        return (
+            f"With these settings revisited batch norm did not help: it is{clearly} {points} worse on average (a small "
+            "scale learns slowly at first)."
+        )
+    if result.p_value > SIGNIFICANT:
+        return (
+            f"Revisited batch norm is {points} better on average, but {result.n} seeds cannot tell that from chance "
+            f"(p > {SIGNIFICANT:g})."
+        )
+    return (
+        f"Revisited batch norm is {points} better on average over {result.n} seeds, a gain that chance alone would "
+        f"rarely give (p <= {SIGNIFICANT:g})."
+    )
+
+
+def draw_picture(
+    path: Path,
+    baseline: Sequence[float],
+    revisited: Sequence[float],
+    *,
+    scale_logs: Sequence[Path],
+    layers: Sequence[str],
+) -> None:
+    """Draw the paired accuracies, and beside them the scales of one pair over training.
+
+    Args:
+        path: Of the PNG.
+        baseline: Test accuracies of seeds 1, 2, ..., in %.
+        revisited: Those of the same seeds.
+        scale_logs: `metrics.csv` of the first pair: baseline, revisited.
+        layers: Dotted names of the batch norm layers, from the input to the output.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    grid = figure.add_gridspec(1, 3, width_ratios=(1, 1.15, 1.15))
+    pairs, left = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
+    right = figure.add_subplot(grid[2], sharex=left, sharey=left)
+    _draw_pairs(pairs, baseline, revisited)
+    for axes, arm, log in zip((left, right), ("baseline", "revisited"), scale_logs, strict=True):
+        _draw_scales(axes, read_scale_means(log, layers))
+        axes.set_title(f"Scales, seed 1: {arm}")
+        axes.set_xlabel("Training step")
+    left.set_ylabel("Mean scale of a batch norm layer")
+    right.tick_params(labelleft=False)
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", title="Layer, by depth", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def read_scale_means(log: Path, layers: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
+    """Read how the mean scale of every layer went from the file of a CSVLogger.
+
+    Args:
+        log: `metrics.csv`; each of its rows has the values of one event and leaves other columns empty.
+        layers: Dotted names of the layers.
+
+    Returns:
+        Training steps and mean scales by layer.
+    """
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for layer in layers:
+        logged = [row for row in rows if row[f"revbn/{layer}/scale_mean"]]
+        curves[layer] = (
+            [int(row["step"]) for row in logged],
+            [float(row[f"revbn/{layer}/scale_mean"]) for row in logged],
+        )
+    return curves
+
+
+def _draw_pairs(axes: Axes, baseline: Sequence[float], revisited: Sequence[float]) -> None:
+    for before, after in zip(baseline, revisited, strict=True):
+        colour = TIE if before == after else GAIN if after > before else LOSS
+        axes.plot((0, 1), (before, after), color=colour, alpha=0.6, linewidth=1.2, marker="o", markersize=4)
+    means = statistics.fmean(baseline), statistics.fmean(revisited)
+    axes.plot((0, 1), means, color="black", linewidth=2.5, marker="D", markersize=7)
+    for x, mean, side, offset in ((0, means[0], "right", -10), (1, means[1], "left", 10)):
+        axes.annotate(f"{mean:.2f}", (x, mean), (offset, 0), textcoords="offset points", ha=side, va="center")
+    axes.set_xticks((0, 1), ("Baseline", "Revisited"))
+    axes.set_xlim(-0.45, 1.45)
+    axes.set_ylabel("Test accuracy (%)")
+    axes.set_title("A line per seed, black: mean")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_scales(axes: Axes, curves: dict[str, tuple[list[int], list[float]]]) -> None:
+    for depth, (layer, (steps, means)) in enumerate(curves.items()):
+        axes.plot(
+            steps,
+            means,
+            color=mpl.colormaps["viridis"](0.9 * depth / max(1, len(curves) - 1)),  # its end is pale on white
+            linestyle="--" if "shortcut" in layer else "-",
+            marker="o" if len(steps) < 3 else None,
+            label=layer,
+        )
+    if all(mean > 0 for _, means in curves.values() for mean in means):
+        axes.set_yscale("log")  # equal distances are equal factors: 0.1 to 0.2 as far as 1 to 2
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)

@@ -43,14 +43,14 @@ clean: ## remove what the targets made
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet $(foreach requirement,$(TORCH),"$(requirement)")
+	$(BIN)/python -m pip install -qq --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -qq $(foreach requirement,$(TORCH),"$(requirement)")
 	@touch $@
 
 $(VENV)/.examples: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[examples]"
+	$(BIN)/python -m pip install -qq --editable ".[examples]"
 	@touch $@
 
 $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --group $*
+	$(BIN)/python -m pip install -qq --group $*
 	@touch $@

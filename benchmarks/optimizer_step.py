@@ -71,25 +71,37 @@ def with_gradients(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def compare_steps(rounds: int) -> None:
+def steps_of(make: type[torch.optim.Optimizer], options: dict[str, Any], first: int) -> list[Callable[[], Any]]:
+    """Return the steps with the rule, with permanent groups, and plain, each on a model of its own.
+
+    Where a model's tensors lie in memory moves the time of a step by more than what is measured here. So the models
+    are made anew for every set of rounds, and `first` says which of the three is made first.
+    """
     base = torchvision.models.resnet50()
-    print(f"optimizer.step() of ResNet-50, {torch.get_num_threads()} thread(s), {rounds} rounds, ratio in one round")
+    steps: dict[int, Callable[[], Any]] = {}
+    for role in ((first + offset) % 3 for offset in range(3)):
+        model = with_gradients(copy.deepcopy(base))
+        groups = scale_param_groups(model, options["lr"], options["weight_decay"])
+        optimizer = make(groups if role == 1 else model.parameters(), **options)
+        if role == 0:
+            scales = rule_scales(find_batch_norms(model))
+            ScaleUpdateRule(optimizer, scales, weight_decay_exempt=scales)
+        steps[role] = optimizer.step
+        optimizer.step()  # optimizer state is made in the first step
+    return [steps[role] for role in range(3)]
+
+
+def compare_steps(rounds: int, sets: int = 9) -> None:
+    threads = torch.get_num_threads()
+    print(f"optimizer.step() of ResNet-50, {threads} thread(s), {sets} x {rounds} rounds, ratio in one round")
     print(f"{'optimizer':<12} {'rule / permanent groups':<26} {'rule / plain':<26} plain step")
     for name, (make, options) in OPTIMIZERS.items():
-        ruled, permanent, plain = (with_gradients(copy.deepcopy(base)) for _ in range(3))
-        optimizer = make(ruled.parameters(), **options)
-        scales = rule_scales(find_batch_norms(ruled))
-        rule = ScaleUpdateRule(optimizer, scales, weight_decay_exempt=scales)
-        groups = scale_param_groups(permanent, options["lr"], options["weight_decay"])
-        steps = [optimizer.step, make(groups, **options).step, make(plain.parameters(), **options).step]
-        for step in steps:
-            step()  # optimizer state is made in the first step
         times: list[tuple[float, ...]] = []
-        for round_ in range(rounds):
-            order = [(round_ + offset) % 3 for offset in range(3)]
-            found = {index: seconds(steps[index], 3) for index in order}
-            times.append((found[0], found[1], found[2]))
-        rule.remove()
+        for set_ in range(sets):
+            steps = steps_of(make, options, first=set_)
+            for round_ in range(rounds):
+                found = {index: seconds(steps[index], 1) for index in ((round_ + offset) % 3 for offset in range(3))}
+                times.append((found[0], found[1], found[2]))
         middle = statistics.median(row[2] for row in times)
         print(f"{name:<12} {ratios(times, 1):<26} {ratios(times, 2):<26} {middle * 1e3:.1f} ms")
 

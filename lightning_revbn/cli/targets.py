@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import pickle
 import re
 import sys
 import warnings
@@ -63,7 +62,7 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     """
     try:
         content = _load(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # damaged bytes make torch's unpickler raise whatever they happen to spell
         text = " ".join(str(error).split())
         if re.search(r"Unsupported (global|class)|GLOBAL", text):
             raise TargetError(
@@ -92,6 +91,10 @@ def _as_dict(value: object) -> dict[Any, Any] | None:
     return cast("dict[Any, Any]", value) if isinstance(value, dict) else None
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """A batch norm layer of a checkpoint, which does not tell whether it is for 1, 2 or 3 dimensions."""
+
+
 def from_state_dict(tensors: Mapping[str, Tensor]) -> nn.Module:
     """Build the batch norm layers that a state dict shows.
 
@@ -111,7 +114,7 @@ def from_state_dict(tensors: Mapping[str, Tensor]) -> nn.Module:
         if attribute != "running_mean" or variance is None or mean.dim() != 1 or variance.shape != mean.shape:
             continue
         own = {k: tensors.get(f"{name}.{k}" if name else k) for k in ("weight", "bias", "num_batches_tracked")}
-        layer = nn.BatchNorm1d(mean.numel(), affine=own["weight"] is not None).to(mean.dtype)
+        layer = BatchNorm(mean.numel(), affine=own["weight"] is not None).to(mean.dtype)
         state = {"running_mean": mean, "running_var": variance, **{k: v for k, v in own.items() if v is not None}}
         layer.load_state_dict(state, strict=False)
         if not name:

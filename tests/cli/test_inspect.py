@@ -13,6 +13,8 @@ import pytest
 import timm.layers
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit import LitNet, loader, trainer
 from models import BATCH_NORMS, residual_net
@@ -20,7 +22,7 @@ from torch import nn
 
 from lightning_revbn import RevisitedBatchNorm
 from lightning_revbn.cli.main import main
-from lightning_revbn.cli.targets import from_state_dict
+from lightning_revbn.cli.targets import TargetError, from_state_dict, load_state_dict
 
 
 def inspected(target: object, *options: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def test_the_table_has_a_row_a_layer_and_the_counts(tmp_path: Path, capsys: pyte
     assert [[cell.strip() for cell in row.split("|")] for row in rows][2] == [
         *(
             "bn2",
-            "BatchNorm1d",
+            "BatchNorm",
             "6",
             "0",
             "0",
@@ -212,6 +214,15 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(
 ) -> None:
     write(tmp_path / "model.pt")
     assert said in refused(tmp_path / "model.pt", capsys)
+
+
+@settings(max_examples=300, deadline=None)
+@given(content=st.binary(max_size=300) | st.builds(lambda text: b"\x80\x02" + text, st.binary(max_size=300)))
+def test_no_bytes_whatever_make_it_fail_in_another_way(content: bytes, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(TargetError, match=r"is no checkpoint of torch.save, or is damaged|holds "):
+        load_state_dict(path)
 
 
 @pytest.mark.parametrize(

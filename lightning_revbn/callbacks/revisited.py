@@ -88,7 +88,8 @@ class RevisitedBatchNorm(Callback):
         check_choice("weight_decay_exempt", weight_decay_exempt, [*get_args(WeightDecayExempt), None])
         self.weight_decay_exempt: WeightDecayExempt | None = weight_decay_exempt
         self.enabled = enabled
-        self._monitor = (BatchNormMonitor() if monitor else None) if isinstance(monitor, bool) else monitor
+        self._own_monitor = (BatchNormMonitor() if monitor else None) if isinstance(monitor, bool) else monitor
+        self._monitor = self._own_monitor
         self._records: list[BatchNormRecord] = []
         self._rewritten: set[str] = set()
         self._zero_kept: set[str] = set()
@@ -113,8 +114,9 @@ class RevisitedBatchNorm(Callback):
         if self._module is None or self._module() is not pl_module:
             self._module = weakref.ref(pl_module)
             self._rewritten, self._zero_kept = set(), set()
-        if any(isinstance(callback, BatchNormMonitor) for callback in _callbacks(trainer)):
-            self._monitor = None  # the Trainer has one of its own
+        # Where the Trainer has a monitor of its own, one is enough.
+        others = any(isinstance(callback, BatchNormMonitor) for callback in _callbacks(trainer))
+        self._monitor = None if others else self._own_monitor
         if self._monitor is not None:
             self._monitor.setup(trainer, pl_module, stage)
         rewrite = functools.partial(self._rewrite, pl_module, done=frozenset(self._rewritten))
@@ -291,7 +293,7 @@ def _print_report(name: str, report: InitReport, rate: str) -> None:
     if sys.stderr.isatty() and find_spec("rich") is not None and log.isEnabledFor(logging.INFO):
         from rich.console import Console
 
-        Console(stderr=True).print(f"{name}:", report, rate)
+        Console(stderr=True, highlight=False).print(f"{name}:", report, rate)
     else:
         rank_zero_info("\n".join([f"{name}:", str(report), *[rate] * bool(rate)]))
 

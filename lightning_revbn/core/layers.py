@@ -354,10 +354,8 @@ def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> t
     bounds = _bounds(cast("Tensor", layer.weight))
     if bounds == (0.0, 0.0):
         return "zero", "its scale starts at 0 on purpose"
-    if _is_uniform(layer, bounds, 1.0, scale.dtype):
+    if any(_is_uniform(layer, bounds, start, scale.dtype) for start in (1.0, target)):
         return "fresh", "freshly initialised"
-    if _is_uniform(layer, bounds, target, scale.dtype):
-        return "fresh", "freshly initialised, already at this scale"
     return "trained", f"its scale starts at values of its own, {bounds[0]:.4g} to {bounds[1]:.4g}"
 
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -791,6 +792,23 @@ def test_the_table_is_printed_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert said.endswith("3 scales learn with lr / 100")
 
 
+def test_on_a_terminal_rich_draws_the_table_unless_lightning_is_silenced(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    trainer(tmp_path, quiet(), max_epochs=1).fit(LitNet(), loader(1))
+    drawn = capsys.readouterr().err
+    assert "│ model.stem.1 ... model.bn2 (3) │ BatchNorm2d │ 6        │ -> 0.1 │ freshly initialised │" in drawn
+    assert "3 scales learn with lr / 100" in drawn
+    caplog.set_level(logging.WARNING, logger="lightning.pytorch")
+    trainer(tmp_path, quiet(), max_epochs=1).fit(LitNet(), loader(1))
+    assert "freshly initialised" not in capsys.readouterr().err
+
+
 def test_a_model_without_batch_norm_is_warned_about(tmp_path: Path) -> None:
     module = LitNet(model=nn.Sequential(nn.Flatten(), nn.Linear(108, 5)))
     with pytest.warns(UserWarning, match="RevisitedBatchNorm has no effect: the model has no batch norm layers"):
@@ -839,6 +857,14 @@ def test_the_trainers_own_monitor_replaces_the_built_in_one(tmp_path: Path) -> N
     run = trainer(tmp_path, BatchNormMonitor(prefix="bn"), RevisitedBatchNorm(), logger=CSVLogger(tmp_path))
     run.fit(LitNet(), loader())
     assert {key.split("/")[0] for key in run.callback_metrics} == {"bn"}
+
+
+def test_the_built_in_monitor_is_back_in_a_trainer_without_one(tmp_path: Path) -> None:
+    callback = RevisitedBatchNorm()
+    trainer(tmp_path, BatchNormMonitor(), callback, logger=CSVLogger(tmp_path)).fit(LitNet(), loader(1))
+    run = trainer(tmp_path, callback, logger=CSVLogger(tmp_path))
+    run.fit(LitNet(), loader(1))
+    assert "revbn/scale_mean" in run.callback_metrics
 
 
 def test_plain_pytorch_equals_the_callback(tmp_path: Path) -> None:

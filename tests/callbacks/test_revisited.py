@@ -437,7 +437,7 @@ def test_the_ratio_holds_in_lightnings_learning_rate_finder_and_after_it(tmp_pat
     finder = LearningRateFinder(min_lr=1e-4, max_lr=1.0, num_training_steps=20)
     module = LitNet(probing_sgd(seen))
     trainer(tmp_path, *[finder, callback := quiet()][order]).fit(module, loader(10))
-    assert_ratio_everywhere(seen, 40)
+    assert_ratio_everywhere(seen, 30)  # 20 of the finder
     assert len(callback.report.rewritten) == 3
 
 

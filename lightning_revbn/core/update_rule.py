@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
@@ -85,6 +86,7 @@ class ScaleUpdateRule:
         self._plans: list[_Plan] = []
         self._parts: list[Group] | None = None
         self._was_read = False
+        self._probe: tuple[Tensor, Tensor] | None = None
         for index, group in enumerate(optimizer.param_groups):
             if any(id(parameter) in self._scales for parameter in group["params"]) and GROUP_MARK not in group:
                 divide_lr(group.get("lr"), self.divisor, f"parameter group {index} of {type(optimizer).__name__}")
@@ -145,7 +147,8 @@ class ScaleUpdateRule:
         if optimizer is not self._optimizer:
             return None  # a subclass that calls super().step(): the view is in place already
         self._parts = None
-        self._was_read = False
+        if not self._was_read:
+            self._probe = self._take_probe()
         view = object.__new__(self._view_class)
         view.__dict__ = optimizer.__dict__
         if len(args) > 1 and callable(args[1]):
@@ -158,12 +161,23 @@ class ScaleUpdateRule:
         if optimizer is not self._optimizer:
             return
         self._fold()
-        if not self._was_read:
+        if self._was_read or self._probe is None:
+            return
+        # A step that does nothing at all is the optimizer's right; one that updates must have read its groups.
+        parameter, before = self._probe
+        if not torch.equal(parameter, before):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() did not update from its param_groups, so the scales did not learn "
                 "with lr / c: use scale_param_groups for this optimizer, and look for a step hook that replaces "
                 "the step's arguments"
             )
+
+    def _take_probe(self) -> tuple[Tensor, Tensor] | None:
+        """Remember one covered parameter's values, until an update has been seen to read the divided groups."""
+        held = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
+        covered = (p for p in held if (id(p) in self._scales or id(p) in self._exempt) and not is_lazy(p))
+        parameter = next(covered, None)
+        return None if parameter is None else (parameter, parameter.detach().clone())
 
     def _wrap(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Let the closure run before the groups are divided, since it may change learning rates or add groups."""
@@ -176,7 +190,7 @@ class ScaleUpdateRule:
 
     def _read_groups(self) -> list[Group]:
         """Return what the view shows as `param_groups`: the same objects until the next closure or step."""
-        self._was_read = True
+        self._was_read, self._probe = True, None
         if self._parts is None:
             self._parts = self._divide()
         return self._parts
@@ -222,8 +236,8 @@ class _Plan:
         # The part that learns as the group says comes first: it is the one whose writes are carried over.
         self._kinds = sorted(kinds.items())
         self._members = [[self._params[position] for position in positions] for _, positions in self._kinds]
-        self.untouched = not marked and not any(kind != (False, False) for kind in kinds)
-        self._plain = not any(kind != (False, False) for kind in kinds)
+        self._plain = set(kinds) <= {(False, False)}
+        self.untouched = self._plain and not marked
         self._lead: tuple[Group, Group, frozenset[str]] | None = None
 
     def fits(self, group: Group) -> bool:

@@ -686,21 +686,47 @@ def test_an_optimizer_without_step_hooks_is_refused() -> None:
         ScaleUpdateRule(Unhooked(model.parameters()), scales(model))
 
 
-def test_an_optimizer_that_keeps_its_parameters_elsewhere_is_found_out_at_the_first_step() -> None:
+def test_an_optimizer_that_keeps_its_parameters_elsewhere_is_found_out_at_its_first_update() -> None:
     class Flat(torch.optim.SGD):
         def __init__(self, params: Any, lr: float) -> None:
             super().__init__(params, lr=lr)
             self.flat = [p for group in self.param_groups for p in group["params"]]
+            self.calls = 0
 
         def step(self, closure: Any = None) -> None:
-            for parameter in self.flat:
-                parameter.data -= 0.1
+            self.calls += 1
+            if self.calls > 1:
+                for parameter in self.flat:
+                    parameter.data -= 0.1
 
     model = residual_net()
     optimizer = Flat(model.parameters(), lr=LR)
     ScaleUpdateRule(optimizer, scales(model))
+    optimizer.step()  # it may skip a step, on overflow say
     with pytest.raises(RuntimeError, match=r"Flat.step\(\) did not update from its param_groups"):
         optimizer.step()
+
+
+def test_a_hook_that_replaces_the_arguments_of_the_step_is_found_out() -> None:
+    model, optimizer, _ = ruled_sgd()
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, *args[1:]), kwargs))
+    with pytest.raises(RuntimeError, match="look for a step hook that replaces the step's arguments"):
+        train(model, optimizer, steps=1)
+
+
+def test_an_optimizer_may_skip_steps_at_any_time() -> None:
+    class Skipping(torch.optim.SGD):
+        skip = True
+
+        def step(self, closure: Any = None) -> Any:
+            return None if self.skip else super().step(closure)
+
+    model = residual_net()
+    optimizer = Skipping(model.parameters(), lr=LR)
+    with ScaleUpdateRule(optimizer, scales(model), C):
+        for optimizer.skip in (True, False, True):
+            train(model, optimizer, steps=1)
+    assert not torch.equal(model.bn1.bias, torch.zeros(6))
 
 
 def test_an_optimizer_that_replaces_its_groups_while_stepping_is_told_so() -> None:

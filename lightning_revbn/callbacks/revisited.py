@@ -103,6 +103,31 @@ class RevisitedBatchNorm(Callback):
         return self._selection.scale
 
     @property
+    def include(self) -> Sequence[str]:
+        """Name patterns of which a layer must match one."""
+        return self._selection.include
+
+    @property
+    def exclude(self) -> Sequence[str]:
+        """Name patterns of layers that are left alone."""
+        return self._selection.exclude
+
+    @property
+    def zero_scale(self) -> ZeroScalePolicy:
+        """What is done with scales that start at 0."""
+        return self._selection.zero_scale
+
+    @property
+    def trained(self) -> TrainedPolicy:
+        """What is done with layers that are not freshly initialised."""
+        return self._selection.trained
+
+    @property
+    def monitor(self) -> BatchNormMonitor | None:
+        """What logs the statistics; None if nothing does."""
+        return self._own_monitor
+
+    @property
     def report(self) -> InitReport:
         """What was found in the model and what was done about it; complete once a fit has started."""
         return InitReport(tuple(self._records))

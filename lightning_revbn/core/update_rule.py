@@ -465,7 +465,10 @@ def active_rule(optimizer: Optimizer) -> ScaleUpdateRule | None:
 def _refuse_unsupported(optimizer: object) -> None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"ScaleUpdateRule needs a torch.optim.Optimizer, got {name}")
+        raise TypeError(
+            f"ScaleUpdateRule needs a torch.optim.Optimizer, got {name}; where an engine has taken over the optimizer, "
+            "build the optimizer from scale_param_groups"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             f"{name} takes one step for all parameters in one group: scales cannot learn with lr / c in it"

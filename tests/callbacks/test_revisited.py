@@ -853,6 +853,26 @@ def test_wrong_settings_are_refused_when_the_callback_is_made(options: dict[str,
         RevisitedBatchNorm(**options)
 
 
+def test_the_settings_can_be_read_back() -> None:
+    callback = RevisitedBatchNorm(
+        {"a": 0.2}, 10, "norm", ["a*"], ["ab"], "overwrite", "error", BatchNormMonitor(3), False
+    )
+    assert (callback.scale, callback.scale_lr_divisor, callback.weight_decay_exempt) == ({"a": 0.2}, 10.0, "norm")
+    assert (tuple(callback.include), tuple(callback.exclude)) == (("a*",), ("ab",))
+    assert (callback.zero_scale, callback.trained, callback.enabled) == ("overwrite", "error", False)
+    assert callback.monitor is not None
+    assert callback.monitor.every_n_steps == 3
+
+
+def test_the_defaults_are_the_papers_starting_point() -> None:
+    callback = RevisitedBatchNorm()
+    assert (callback.scale, callback.scale_lr_divisor, callback.weight_decay_exempt) == (0.1, 100.0, "scale")
+    assert (callback.include, callback.exclude) == (("*",), ())
+    assert (callback.zero_scale, callback.trained, callback.enabled) == ("keep", "keep", True)
+    assert isinstance(callback.monitor, BatchNormMonitor)
+    assert RevisitedBatchNorm(monitor=False).monitor is None
+
+
 def test_the_trainers_own_monitor_replaces_the_built_in_one(tmp_path: Path) -> None:
     run = trainer(tmp_path, BatchNormMonitor(prefix="bn"), RevisitedBatchNorm(), logger=CSVLogger(tmp_path))
     run.fit(LitNet(), loader())

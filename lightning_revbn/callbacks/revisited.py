@@ -268,16 +268,14 @@ class RevisitedBatchNorm(Callback):
         Raises:
             MisconfigurationException: If the rule cannot hold for an optimizer.
         """
-        divided = rule_scales(self._selection.look(pl_module), sorted(self._zero_kept))
-        exempt = exempt_parameters(
-            pl_module, self.weight_decay_exempt, include=self._selection.include, exclude=self._selection.exclude
-        )
+        ruled = {id(rule.optimizer) for rule in self._rules}
+        optimizers = [optimizer for optimizer in trainer.strategy.optimizers if id(optimizer) not in ruled]
+        records = self._selection.look(pl_module) if optimizers else []
+        divided = rule_scales(records, sorted(self._zero_kept))
+        exempt = exempt_parameters(pl_module, records, self.weight_decay_exempt) if records else []
         if (self.scale_lr_divisor <= 1 or not divided) and not exempt:
             return
-        ruled = {id(rule.optimizer) for rule in self._rules}
-        for optimizer in trainer.strategy.optimizers:
-            if id(optimizer) in ruled:
-                continue
+        for optimizer in optimizers:
             try:
                 rule = ScaleUpdateRule(optimizer, divided, self.scale_lr_divisor, exempt, warn_if_unused=False)
             except (TypeError, ValueError) as error:

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_revbn.core.initialization import rule_scales
-from lightning_revbn.core.layers import check_choice, find_batch_norms
+from lightning_revbn.core.layers import BatchNormRecord, check_choice, find_batch_norms
 
 WeightDecayExempt: TypeAlias = Literal["scale", "norm", "vectors"]
 Group: TypeAlias = "dict[str, Any]"
@@ -327,7 +327,7 @@ def scale_param_groups(
     divisor = check_divisor(divisor)
     records = find_batch_norms(module, include=include, exclude=exclude)
     scales = {id(scale) for scale in rule_scales(records)} if divisor > 1 else set[int]()
-    exempt = {id(parameter) for parameter in exempt_parameters(module, weight_decay_exempt)}
+    exempt = {id(parameter) for parameter in exempt_parameters(module, records, weight_decay_exempt)}
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         kinds.setdefault((id(parameter) in scales, id(parameter) in exempt), []).append(parameter)
@@ -345,19 +345,14 @@ def scale_param_groups(
 
 
 def exempt_parameters(
-    module: nn.Module,
-    weight_decay_exempt: WeightDecayExempt | None,
-    *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
+    module: nn.Module, records: Sequence[BatchNormRecord], weight_decay_exempt: WeightDecayExempt | None
 ) -> list[nn.Parameter]:
     """List the parameters that take no weight decay.
 
     Args:
         module: The model.
+        records: Its batch norm layers; those that patterns leave out count as any other module.
         weight_decay_exempt: `"scale"`, `"norm"`, `"vectors"` or None, as in `scale_param_groups`.
-        include: Patterns of batch norm layers.
-        exclude: Patterns of batch norm layers to leave out; stronger than `include`.
 
     Returns:
         The parameters, each once. Scales kept at a deliberate zero are among the scales.
@@ -369,7 +364,7 @@ def exempt_parameters(
     if weight_decay_exempt is None:
         return []
     found: dict[int, nn.Parameter] = {}
-    for record in find_batch_norms(module, include=include, exclude=exclude):
+    for record in records:
         if record.target is None:
             continue
         for parameter in (record.scale, None if weight_decay_exempt == "scale" else record.shift):

@@ -843,7 +843,7 @@ def test_permanent_groups_take_a_tensor_learning_rate() -> None:
 
 def test_attention_and_recurrent_biases_count_as_vectors() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "lstm": nn.LSTM(3, 4), "norm": nn.LayerNorm(4)})
-    exempt = {id(p) for p in exempt_parameters(model, "vectors")}
+    exempt = {id(p) for p in exempt_parameters(model, [], "vectors")}
     assert {name for name, p in model.named_parameters() if id(p) in exempt} == {
         "attention.in_proj_bias",
         "attention.out_proj.bias",

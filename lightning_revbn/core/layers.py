@@ -390,13 +390,14 @@ def _is_uniform(layer: nn.Module, bounds: tuple[float, float], value: float, dty
     """Tell whether all channels have a value, given the least and greatest of them."""
     if is_parametrized(layer, "weight"):  # what comes back through a parametrisation is rounded on the way
         return all(math.isclose(bound, value, rel_tol=1e-3) for bound in bounds)
-    rounded = _rounded(value, dtype)
-    return bounds == (rounded, rounded)
+    return bounds[0] == bounds[1] and bounds[0] in _roundings(value, dtype)
 
 
 @lru_cache
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    return torch.tensor(value, dtype=dtype).item()
+def _roundings(value: float, dtype: torch.dtype) -> frozenset[float]:
+    """Return what a value may have become: a model is converted to the precision of the run after it was written."""
+    written = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return frozenset(torch.tensor(value, dtype=first).to(dtype).item() for first in written)
 
 
 def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:

@@ -110,7 +110,9 @@ def test_a_lazy_layer_made_by_a_checkpoint_keeps_what_the_checkpoint_holds() -> 
 def test_of_two_calls_the_second_decides_on_a_lazy_layer() -> None:
     model = lazy_net()
     init_batch_norms(model, 0.1)
+    waiting = len(model[1]._forward_pre_hooks)
     init_batch_norms(model, 0.2)
+    assert len(model[1]._forward_pre_hooks) == waiting
     model(torch.randn(2, 3, 6, 6))
     assert torch.equal(model[1].weight, torch.full((4,), 0.2))
     assert not model[1]._forward_pre_hooks

@@ -111,6 +111,14 @@ def test_a_layer_already_at_the_target_is_still_fresh_in_every_precision(dtype: 
     assert verdicts(model, 0.2) == {"0": ("skip", "trained")}
 
 
+@pytest.mark.parametrize("before", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("after", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_layer_converted_to_another_precision_is_still_at_the_target(before: torch.dtype, after: torch.dtype) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4)).to(before)
+    nn.init.constant_(model[0].weight, 0.1)
+    assert verdicts(model.to(after), 0.1) == {"0": FRESH}
+
+
 def test_a_layer_without_running_statistics_is_judged_by_its_scale() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))
     assert verdicts(model) == {"0": FRESH}

@@ -76,54 +76,59 @@ class AffineStatistics:
 
 
 class _Kind:
-    """The scales, or the shifts, of all layers as one flat vector with the layer's index beside each channel."""
+    """The scales, or the shifts, of all layers, in one matrix for every number of channels."""
 
     def __init__(self, parameters: dict[str, Tensor]) -> None:
         self.names = list(parameters)
         self._parameters = list(parameters.values())
-        self._sizes = [parameter.numel() for parameter in self._parameters]
-        self._dtype = self._parameters[0].dtype if self._parameters else torch.float32
-        if not self._parameters:
-            self._start = torch.empty(0)
-            return
-        start = self._flat()
-        layers = torch.arange(len(self._sizes), device=start.device)
-        self._layer = torch.repeat_interleave(layers, torch.tensor(self._sizes, device=start.device))
-        self._counts = torch.tensor([*self._sizes, start.numel()], device=start.device, dtype=start.dtype)
-        self._start = start
+        self._channels = [parameter.numel() for parameter in self._parameters]
+        by_channels: dict[int, list[int]] = {}
+        for index, channels in enumerate(self._channels):
+            by_channels.setdefault(channels, []).append(index)
+        self._groups = list(by_channels.values())
+        # Where each layer stands once the groups are joined.
+        joined = [index for group in self._groups for index in group]
+        self._order = sorted(range(len(joined)), key=joined.__getitem__)
+        self._starts = self._matrices()
 
     def compute(self) -> Tensor:
         """Return shape `(5, L + 1)`: the statistics of L layers, and in the last column those of all channels."""
-        values = self._flat()
-        mean = self._average(values)
-        spread = self._average((values - mean[self._layer]) ** 2).sqrt()
-        drift = self._average((values - self._start) ** 2).sqrt()
-        least, greatest = self._extreme(values, "amin"), self._extreme(values, "amax")
-        return torch.stack([mean, spread, least, greatest, drift])
+        columns: list[Tensor] = []
+        channels: list[int] = []
+        for values, start in zip(self._matrices(), self._starts, strict=True):
+            variance, mean = torch.var_mean(values, dim=1, correction=0)
+            least, greatest = torch.aminmax(values, dim=1)
+            drift = (values - start).square_().mean(dim=1)
+            columns.append(torch.stack([mean, variance, least, greatest, drift]))
+            channels += [values.shape[1]] * values.shape[0]
+        table = torch.cat(columns, dim=1)
+        share = table.new_tensor(channels) / sum(channels)
+        mean, variance, least, greatest, drift = table
+        total = (mean * share).sum()
+        # The variance of all channels is that within the layers and that between them.
+        spread = ((variance + (mean - total) ** 2) * share).sum()
+        whole = torch.stack([total, spread, least.min(), greatest.max(), (drift * share).sum()])
+        table = torch.cat([table[:, self._order], whole[:, None]], dim=1)
+        table[[1, 4]] = table[[1, 4]].sqrt()
+        return table
 
     def start_state(self) -> dict[str, Any]:
-        return {"layers": self.names, "channels": self._sizes, "values": self._start.to(self._dtype).cpu()}
+        rows = [row for matrix in self._starts for row in matrix]
+        flat = [rows[place].to(self._parameters[index].dtype).cpu() for index, place in enumerate(self._order)]
+        return {"layers": self.names, "channels": self._channels, "values": torch.cat(flat) if flat else torch.empty(0)}
 
     def set_start(self, state: dict[str, Any]) -> None:
-        if list(state["layers"]) != self.names or list(state["channels"]) != self._sizes:
+        if list(state["layers"]) != self.names or list(state["channels"]) != self._channels:
             raise ValueError("the values to measure drift from are those of other layers")
-        if self.names:
-            self._start = state["values"].to(self._start)
+        self._starts = self._matrices(list(state["values"].split(self._channels)))
 
-    def _flat(self) -> Tensor:
-        device = self._parameters[0].device
+    def _matrices(self, rows: list[Tensor] | None = None) -> list[Tensor]:
+        """Return one matrix for every number of channels, a row a layer: of the parameters, or of other values."""
+        rows = [parameter.detach().flatten() for parameter in self._parameters] if rows is None else rows
+        device = self._parameters[0].device if self._parameters else None
         # Half precision would round the sums; MPS has no float64.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        with torch.no_grad():
-            return torch.cat([parameter.detach().to(device).flatten() for parameter in self._parameters]).to(dtype)
-
-    def _average(self, values: Tensor) -> Tensor:
-        sums = values.new_zeros(len(self._sizes)).index_add_(0, self._layer, values)
-        return torch.cat([sums, values.sum(0, keepdim=True)]) / self._counts
-
-    def _extreme(self, values: Tensor, reduce: str) -> Tensor:
-        found = values.new_empty(len(self._sizes)).scatter_reduce_(0, self._layer, values, reduce, include_self=False)
-        return torch.cat([found, getattr(found, reduce)(0, keepdim=True)])
+        dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
+        return [torch.stack([rows[index].to(device) for index in group]).to(dtype) for group in self._groups]
 
 
 def _to_floats(vector: Tensor) -> list[float]:

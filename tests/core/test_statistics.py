@@ -94,3 +94,11 @@ def test_measuring_neither_changes_parameters_nor_records_gradients() -> None:
     statistics.compute()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert {key.split("/")[0] for key in statistics.compute()} > set(BATCH_NORMS)
+
+
+def test_layers_of_different_precision_are_measured_together() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3).to(torch.float16), nn.BatchNorm1d(2).double())
+    nn.init.constant_(model[1].weight, 0.5)
+    computed = AffineStatistics(find_batch_norms(model)).compute()
+    assert computed["1/scale_mean"] == 0.5
+    assert computed["scale_mean"] == pytest.approx((3 + 1.5 + 2) / 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -124,11 +124,18 @@ class _Kind:
 
     def _matrices(self, rows: list[Tensor] | None = None) -> list[Tensor]:
         """Return one matrix for every number of channels, a row a layer: of the parameters, or of other values."""
-        rows = [parameter.detach().flatten() for parameter in self._parameters] if rows is None else rows
+        rows = [_whole(parameter).flatten() for parameter in self._parameters] if rows is None else rows
         device = self._parameters[0].device if self._parameters else None
         # Half precision would round the sums; MPS has no float64.
         dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
         return [torch.stack([rows[index].to(device) for index in group]).to(dtype) for group in self._groups]
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter; of one that FSDP2 has sharded, all of them: every rank must take part."""
+    values = parameter.detach()
+    gather: Callable[[], Tensor] | None = getattr(values, "full_tensor", None)
+    return values if gather is None else gather()
 
 
 def _to_floats(vector: Tensor) -> list[float]:

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lit import LitNet, trainer
 from models import images, scales
 from torch import nn
@@ -21,37 +22,62 @@ from lightning_revbn import RevisitedBatchNorm
 LR, C = 0.05, 100.0
 
 
+class Sharded(LitNet):
+    """Shards its parameters as FSDP2 does: the scales become DTensors."""
+
+    is_sharded = False
+
+    def configure_model(self) -> None:
+        from torch.distributed._composable.fsdp import fully_shard
+
+        if not self.is_sharded:
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+            self.is_sharded = True
+
+
 def by_hand(module: nn.Module) -> torch.optim.Optimizer:
     own = {id(scale) for scale in scales(module)}
     rest = {"params": [p for p in module.parameters() if id(p) not in own], "weight_decay": 0.01}
     return torch.optim.SGD([rest, {"params": scales(module), "lr": LR / C}], lr=LR, momentum=0.9)
 
 
-def main(strategy: str, folder: Path) -> None:
+def values(module: nn.Module) -> dict[str, Any]:
+    """Return a module's state on every rank, sharded parameters gathered."""
+    state = module.state_dict()
+    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
+
+
+def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     data = DataLoader(TensorDataset(*images(64)), batch_size=8)
-    options: dict[str, Any] = {"devices": 2, "strategy": strategy, "max_epochs": 2}
-    # Lightning puts its own sampler in place, shuffled by epoch and the same in both runs.
+    # Lightning puts its own sampler in place, shuffled by epoch and the same in all runs.
 
-    reference = LitNet(by_hand)
+    def options() -> dict[str, Any]:
+        sharding = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+        strategy = ModelParallelStrategy(**sharding) if name == "fsdp2" else name
+        return {"devices": 2, "strategy": strategy, "max_epochs": 2}
+
+    network = Sharded if name == "fsdp2" else LitNet
+    reference = network(by_hand)
     for scale in scales(reference):
         nn.init.constant_(scale, 0.1)
-    run = trainer(folder, **options)
-    run.fit(reference, data)
+    trainer(folder, **options()).fit(reference, data)
+    states = {"by hand": values(reference)}
 
-    module = LitNet()
-    callback = RevisitedBatchNorm()
+    module = network()
     save = ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1)
-    run = trainer(folder, callback, save, logger=CSVLogger(folder), enable_checkpointing=True, **options)
+    logger = CSVLogger(folder)
+    run = trainer(folder, RevisitedBatchNorm(), save, logger=logger, enable_checkpointing=True, **options())
     run.fit(module, data)
+    states["callback"] = values(module)
 
-    resumed = LitNet()
-    again = trainer(folder, RevisitedBatchNorm(), logger=CSVLogger(folder, name="resumed"), **options)
+    resumed = network()
+    again = trainer(folder, RevisitedBatchNorm(), logger=CSVLogger(folder, name="resumed"), **options())
     again.fit(resumed, data, ckpt_path=folder / "saved" / "epoch=0.ckpt")
+    states["resumed"] = values(resumed)
 
     if run.is_global_zero:
-        states = {"by hand": reference, "callback": module, "resumed": resumed}
-        torch.save({name: net.state_dict() for name, net in states.items()}, folder / "result.pt")
+        torch.save(states, folder / "result.pt")
 
 
 if __name__ == "__main__":

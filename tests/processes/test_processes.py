@@ -11,7 +11,6 @@ import pytest
 import torch
 from packaging.version import Version
 
-
 # The FSDP2 of torch 2.5, the lowest version that is tested, runs on CUDA alone.
 STRATEGIES = ["ddp", "ddp_spawn", *(["fsdp2"] if Version(torch.__version__) >= Version("2.7") else [])]
 

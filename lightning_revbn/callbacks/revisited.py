@@ -250,12 +250,10 @@ class RevisitedBatchNorm(Callback):
             if earlier is not None and earlier.target is not None:
                 if earlier.verdict == "rewrite" and record.has_scale(earlier.target):
                     record = replace(record, verdict="rewrite", reason=earlier.reason)
-                elif record.state == "trained" and earlier.state not in ("fresh", "lazy", "unmaterialized"):
-                    record = replace(record, verdict="skip", reason=earlier.reason)
                 elif record.state == "trained":
-                    record = replace(
-                        record, verdict="skip", reason="restored, from a checkpoint or by the model's hooks"
-                    )
+                    was_untrained = earlier.state in ("fresh", "lazy", "unmaterialized")
+                    restored = "restored, from a checkpoint or by the model's hooks"
+                    record = replace(record, verdict="skip", reason=restored if was_untrained else earlier.reason)
             records.append(record)
         self._selection.check_patterns_match(records)
         refuse(records)

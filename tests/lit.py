@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,10 @@ def trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
         "log_every_n_steps": 1,
     }
     return L.Trainer(default_root_dir=path, callbacks=list(callbacks), **{**defaults, **options})
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of the one `metrics.csv` below a directory, without empty cells."""
+    (file,) = path.rglob("metrics.csv")
+    with file.open() as lines:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]

@@ -58,7 +58,7 @@ def test_torch_is_bounded_below_only_and_malicious_releases_of_lightning_are_exc
     needed = {r.name: r.specifier for r in map(Requirement, requires("lightning-revbn") or []) if not r.marker}
     assert {spec.operator for spec in needed["torch"]} == {">="}
     assert not {"2.6.2", "2.6.3"} & set(needed["lightning"].filter(["2.5.0", "2.6.2", "2.6.3", "2.6.6"]))
-    assert set(needed) == {"torch", "lightning", "torchmetrics"}
+    assert set(needed) == {"torch", "lightning", "torchmetrics", "numpy"}
 
 
 @pytest.mark.parametrize("document", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))])

@@ -5,17 +5,66 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from numpy.typing import NDArray
 from typing_extensions import override
 
-from lightning_revbn.core.layers import find_batch_norms
+from lightning_revbn.callbacks.scalar_layout import scalar_layout
+from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
+from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms
 from lightning_revbn.core.statistics import AffineStatistics
 from lightning_revbn.core.update_rule import scale_learning_rates
+
+WHOLE_MODEL = ("scale_mean", "scale_drift", "shift_drift", "scale_lr", "normalized_absmax", "normalized_over_3")
+"""Keys over all layers; they are for callbacks and the progress bar too."""
+
+
+@dataclass
+class _Event:
+    """What is logged at one step."""
+
+    step: int
+    metrics: dict[str, float]
+    histograms: dict[str, NDArray[np.float64]]
+
+
+@dataclass
+class _Fit:
+    """What is measured in one fit, by one process.
+
+    An event that waits for the activations of its step is kept here, and the hooks that measure them are while a batch
+    is in the network.
+    """
+
+    records: Sequence[BatchNormRecord]
+    statistics: AffineStatistics
+    metric: NormalizedActivations | None
+    event: _Event | None = None
+    hooks: ActivationHooks | None = None
+    last_step: int | None = None
+
+    def hook(self) -> None:
+        """Measure activations, if an event waits for them."""
+        self.unhook()
+        if self.event is not None and self.metric is not None:
+            self.hooks = ActivationHooks(self.records, self.metric)
+
+    def unhook(self) -> None:
+        """Measure no more."""
+        if self.hooks is not None:
+            self.hooks.remove()
+            self.hooks = None
 
 
 class BatchNormMonitor(Callback):
@@ -28,14 +77,25 @@ class BatchNormMonitor(Callback):
     training; a resumed run goes on measuring from there. The keys of the whole model are in
     `trainer.callback_metrics` too, for ModelCheckpoint and EarlyStopping.
 
-    Values are those before the step they are logged at, on the step axis of Lightning's LearningRateMonitor. In a model
-    with lazy layers everything starts with the first event after they were made.
+    Every logger gets one dict a logging step. Values are those before the step they are logged at, on the step axis of
+    Lightning's LearningRateMonitor. In a model with lazy layers everything starts with the first logging step after
+    they were made. TensorBoard groups the layers on its page "Custom Scalars"; a layout that you write there yourself
+    after the start of training takes the place of ours.
+
+    With `activations`, the normalised values of every layer (x_hat, before scale and shift) are measured in the forward
+    passes of logging steps: `revbn/{layer}/normalized_absmax`, the greatest |x_hat|, and `normalized_over_3`, the share
+    of |x_hat| > 3, over the global batch (all ranks, all batches that are accumulated); and both for the whole model.
+    Layers are measured in the mode they run in: with the statistics of the batch, or with running statistics.
 
     Args:
         every_n_steps: How many optimizer steps between two events, the first at step 0. None takes the Trainer's
             `log_every_n_steps` and Lightning's own steps, the first of which is `log_every_n_steps - 1`.
         per_layer: Whether to log single layers, or the whole model only.
+        activations: Whether to measure normalised activations on logging steps.
+        histograms: Whether to log the values of every layer's scale and shift as histograms `revbn/{layer}/scale` and
+            `revbn/{layer}/shift`; for TensorBoardLogger and WandbLogger.
         prefix: First part of every key.
+        progress_bar: Whether to show the keys of the whole model in the progress bar.
 
     Raises:
         ValueError: If `every_n_steps` is not a positive whole number.
@@ -45,16 +105,28 @@ class BatchNormMonitor(Callback):
         trainer = Trainer(callbacks=[BatchNormMonitor()])
     """
 
-    def __init__(self, every_n_steps: int | None = None, per_layer: bool = True, *, prefix: str = "revbn") -> None:
-        if every_n_steps is not None and (isinstance(every_n_steps, bool) or every_n_steps < 1):
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        per_layer: bool = True,
+        activations: bool = False,
+        histograms: bool = False,
+        prefix: str = "revbn",
+        *,
+        progress_bar: bool = False,
+    ) -> None:
+        if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be a positive whole number, or None")
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
+        self.activations = activations
+        self.histograms = histograms
         self.prefix = prefix
+        self.progress_bar = progress_bar
         self._start: dict[str, Any] | None = None
-        self._statistics: AffineStatistics | None = None
-        self._scales: list[torch.Tensor] = []
         self._module: weakref.ref[LightningModule] | None = None
+        self._fit: _Fit | None = None
+        self._warned_unseen = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,36 +135,54 @@ class BatchNormMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name = type(self).__name__
         if not trainer.loggers:
-            rank_zero_warn(
-                f"{type(self).__name__}: the Trainer has no logger, so per-layer batch norm statistics are not logged"
-            )
+            rank_zero_warn(f"{name}: the Trainer has no logger, so per-layer batch norm statistics are not logged")
+        elif self.histograms and not _with_histograms(trainer):
+            rank_zero_warn(f"{name}: histograms need a TensorBoardLogger or a WandbLogger, and the Trainer has neither")
         self._module = weakref.ref(pl_module)
-        self._begin(pl_module)
+        self._begin(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage] # the step axis of LearningRateMonitor
-        if not self._is_due(trainer, step):
+        due = self._is_due(trainer, step)
+        if due and self._fit is None:
+            self._begin(trainer, pl_module)
+        if self._fit is None:
             return
-        if self._statistics is None:
-            self._begin(pl_module)
-        if self._statistics is None:
-            return
-        metrics = self._statistics.compute(per_layer=self.per_layer and bool(trainer.loggers))
-        rates = [rate for optimizer in trainer.optimizers for rate in scale_learning_rates(optimizer, self._scales)]
-        if rates:
-            metrics["scale_lr"] = sum(rates) / len(rates)
-        metrics = {f"{self.prefix}/{key}": value for key, value in metrics.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-        summary = {key: value for key, value in metrics.items() if key.count("/") == self.prefix.count("/") + 1}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in summary.items()})
+        if due and step != self._fit.last_step:  # once, however many batches are accumulated
+            self._fit.last_step = step
+            self._fit.event = self._measure(trainer, self._fit, step)
+            if self._fit.metric is None:
+                self._finish(trainer, self._fit)
+        self._fit.hook()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._fit is not None and self._fit.event is not None:
+            self._fit.unhook()
+            # Where gradients are accumulated, the activations of all batches of the step belong to the event.
+            if not trainer.fit_loop.epoch_loop._should_accumulate():  # pyright: ignore[reportPrivateUsage] # no public name
+                self._finish(trainer, self._fit, has_run=True)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fit is not None:  # a hook of the user's may have skipped the last batch
+            self._fit.unhook()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fit is not None:  # and with it the one that an event waited for
+            self._finish(trainer, self._fit)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._statistics = None
-        self._scales = []
+        if self._fit is not None:
+            self._fit.unhook()
+            self._fit = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -107,23 +197,101 @@ class BatchNormMonitor(Callback):
         self._start = state_dict.get("start")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind what belongs to this process: the module that was seen and its parameters."""
-        return {**self.__dict__, "_module": None, "_statistics": None, "_scales": []}
+        """Leave behind what belongs to this process: the module that was seen, its parameters and hooks."""
+        return {**self.__dict__, "_module": None, "_fit": None}
 
-    def _begin(self, pl_module: LightningModule) -> None:
-        """Note the layers and where their drift is measured from; lazy layers are waited for."""
-        records = find_batch_norms(pl_module)
-        if any(record.state == "lazy" for record in records):
-            return
-        self._scales = [record.scale for record in records if record.scale is not None]
-        try:
-            self._statistics = AffineStatistics(records, self._start)
-        except ValueError as error:
-            rank_zero_warn(f"{type(self).__name__}: drift starts again from the present values, since {error}")
-            self._statistics = AffineStatistics(records)
-        self._start = self._statistics.state_dict()
+    @property
+    def _first(self) -> str:
+        """What every key begins with."""
+        return f"{self.prefix}/" if self.prefix else ""
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         if self.every_n_steps is None:
             return bool(trainer._logger_connector.should_update_logs)  # pyright: ignore[reportPrivateUsage] # no public name
         return step % self.every_n_steps == 0
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the layers and where their drift is measured from; lazy layers are waited for."""
+        self._fit = None
+        records = find_batch_norms(pl_module)
+        if any(record.state == "lazy" for record in records):
+            return
+        try:
+            statistics = AffineStatistics(records, self._start, self._first)
+        except ValueError as error:
+            rank_zero_warn(f"{type(self).__name__}: drift starts again from the present values, since {error}")
+            statistics = AffineStatistics(records, prefix=self._first)
+        self._start = statistics.state_dict()
+        metric = NormalizedActivations(len(records)).to(pl_module.device) if self.activations and records else None
+        self._fit = _Fit(records, statistics, metric)
+        layers = [record.name for record in records]
+        layout = scalar_layout(self.prefix, layers, activations=self.activations, per_layer=self.per_layer)
+        for logger in trainer.loggers:
+            if records and isinstance(logger, TensorBoardLogger):
+                writer = cast("Any", logger.experiment)  # pyright: ignore[reportUnknownMemberType] # one of two packages'
+                writer.add_custom_scalars(layout)
+
+    def _measure(self, trainer: Trainer, fit: _Fit, step: int) -> _Event:
+        """Measure scales and shifts at a logging step."""
+        metrics = fit.statistics.compute(per_layer=self.per_layer and bool(trainer.loggers))
+        scales = [record.scale for record in fit.records if record.scale is not None]
+        rates = [rate for optimizer in trainer.optimizers for rate in scale_learning_rates(optimizer, scales)]
+        if rates:
+            metrics[f"{self._first}scale_lr"] = sum(rates) / len(rates)
+        return _Event(step, metrics, fit.statistics.histograms() if self.histograms else {})
+
+    def _finish(self, trainer: Trainer, fit: _Fit, has_run: bool = False) -> None:
+        """Log the event, if there is one; `has_run` tells that batches went through the network for it."""
+        event, fit.event = fit.event, None
+        if event is None:
+            return
+        metrics = event.metrics
+        if fit.metric is not None:
+            activations = self._activation_metrics(fit.records, fit.metric)
+            metrics = metrics | activations
+            if has_run and not activations and not self._warned_unseen:
+                self._warned_unseen = True
+                rank_zero_warn(
+                    f"{type(self).__name__}: no batch norm layer was seen at work, so there are no activations to log; "
+                    "layers inside torch.compile and torch.func transforms cannot be seen"
+                )
+        for logger in trainer.loggers:
+            _log(logger, replace(event, metrics=metrics))
+        summary = {key: metrics[key] for key in (f"{self._first}{name}" for name in WHOLE_MODEL) if key in metrics}
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in summary.items()})
+        if self.progress_bar:
+            trainer.progress_bar_metrics.update(summary)
+
+    def _activation_metrics(
+        self, records: Sequence[BatchNormRecord], metric: NormalizedActivations
+    ) -> dict[str, float]:
+        """Return what was seen since the event began, reduced across ranks, and begin anew."""
+        computed = metric.compute()
+        metric.reset()
+        layers = [f"{record.name}/" if record.name else "" for record in records] if self.per_layer else []
+        rows = cast("list[tuple[float, float]]", torch.stack([*computed], dim=1).tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        result: dict[str, float] = {}
+        for layer, (absmax, over_3) in [*zip(layers, rows, strict=False), ("", rows[-1])]:
+            if not math.isnan(over_3):  # a layer that this step did not use has seen nothing
+                result[f"{self._first}{layer}normalized_absmax"] = absmax
+                result[f"{self._first}{layer}normalized_over_3"] = over_3
+        return result
+
+
+def _with_histograms(trainer: Trainer) -> bool:
+    return any(isinstance(logger, (TensorBoardLogger, WandbLogger)) for logger in trainer.loggers)
+
+
+def _log(logger: Logger, event: _Event) -> None:
+    """Hand an event to a logger, with the histograms where it takes them."""
+    metrics: dict[str, Any] = dict(event.metrics)
+    for key, values in event.histograms.items():
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            continue
+        if isinstance(logger, TensorBoardLogger):
+            cast("Any", logger.experiment).add_histogram(key, finite, event.step)
+        elif isinstance(logger, WandbLogger):
+            wandb: Any = import_module("wandb")
+            metrics[key] = wandb.Histogram(finite)
+    logger.log_metrics(metrics, step=event.step)

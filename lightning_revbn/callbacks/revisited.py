@@ -183,6 +183,23 @@ class RevisitedBatchNorm(Callback):
             self._monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.enabled and self._monitor is not None:
+            self._monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled and self._monitor is not None:
+            self._monitor.on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled and self._monitor is not None:
+            self._monitor.on_train_end(trainer, pl_module)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap()
         self._remove_rules()

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_revbn.core.layers import BatchNormRecord
 
 STATISTICS = ("mean", "std", "min", "max", "drift")
+
+_Floats: TypeAlias = NDArray[np.float64]
+_ATTRIBUTES = {"scale": "weight", "shift": "bias"}
 
 
 class AffineStatistics:
@@ -19,9 +27,14 @@ class AffineStatistics:
     The drift is the root mean square distance from the values at the time this object was made (or from `start`). The
     standard deviation is that of the channels themselves, `sqrt(mean((x - mean)^2))`, so it is 0 for one channel.
 
+    However many layers there are, all values are joined on their device, copied to the host once, and measured there
+    in float64, by a few calls over all layers. Of parameters that FSDP2 has sharded every rank must take part, here and
+    in `compute`. A parametrised scale or shift is measured as the layer uses it.
+
     Args:
         records: The layers; those without a scale or shift have no statistics of it.
         start: What `state_dict()` of an earlier object returned, to go on measuring drift from there.
+        prefix: What every key begins with.
 
     Raises:
         ValueError: If `start` is of other layers.
@@ -34,15 +47,33 @@ class AffineStatistics:
         1.0
     """
 
-    def __init__(self, records: Sequence[BatchNormRecord], start: dict[str, Any] | None = None) -> None:
-        self._kinds = {
-            "scale": _Kind({record.name: record.scale for record in records if record.scale is not None}),
-            "shift": _Kind({record.name: record.shift for record in records if record.shift is not None}),
-        }
-        if start is not None:
-            for key, kind in self._kinds.items():
-                kind.set_start(start[key])
+    def __init__(
+        self, records: Sequence[BatchNormRecord], start: dict[str, Any] | None = None, prefix: str = ""
+    ) -> None:
+        self._prefix = prefix
+        self._names: dict[str, list[str]] = {}
+        self._channels: dict[str, list[int]] = {}
+        self._parameters: list[Tensor] = []
+        self._unready: dict[int, Callable[[], Tensor]] = {}
+        for kind, attribute in _ATTRIBUTES.items():
+            of_kind = [(record.name, record.module, getattr(record, kind)) for record in records]
+            # A shard without elements has nothing to measure.
+            layers = [(name, module, own) for name, module, own in of_kind if own is not None and own.numel()]
+            self._names[kind] = [name for name, _, _ in layers]
+            self._channels[kind] = [own.numel() for _, _, own in layers]
+            for _, module, own in layers:
+                reader = _reader(module, attribute, own, self._parameters[0].device if self._parameters else own.device)
+                if reader is not None:
+                    self._unready[len(self._parameters)] = reader
+                self._parameters.append(own)
+        self._widths = np.array([width for widths in self._channels.values() for width in widths], dtype=np.int64)
+        self._offsets = np.cumsum(self._widths) - self._widths
+        kinds = [(name, kind) for kind, names in self._names.items() for name in names]
+        self._keys = [self._key(name, f"{kind}_{statistic}") for statistic in STATISTICS for name, kind in kinds]
+        self._dtype = functools.reduce(torch.promote_types, (own.dtype for own in self._parameters), torch.float16)
+        self._start = self._read() if start is None else self._joined(start)
 
+    @np.errstate(over="ignore", invalid="ignore")  # where training has diverged, infinity and NaN are the answer
     def compute(self, per_layer: bool = True) -> dict[str, float]:
         """Compute the statistics of the present values.
 
@@ -53,90 +84,87 @@ class AffineStatistics:
             `{layer}/scale_mean`, `_std`, `_min`, `_max`, `_drift` and the same for `shift_`; over all channels of the
             model `scale_mean`, `scale_drift` and `shift_drift`.
         """
-        computed = {key: kind.compute() for key, kind in self._kinds.items() if kind.names}
-        if not computed:
+        if not self._parameters:
             return {}
-        host = iter(_to_floats(torch.cat([table.flatten() for table in computed.values()])))
+        values = self._read()
+        sums = self._sums(values)
+        moved = self._sums_of_squares(values - self._start)
         result: dict[str, float] = {}
-        for key in computed:
-            names = self._kinds[key].names
-            for statistic in STATISTICS:
-                for name in [*names, None]:
-                    value = next(host)
-                    if name is None:
-                        if statistic in ("mean", "drift") and (key, statistic) != ("shift", "mean"):
-                            result[f"{key}_{statistic}"] = value
-                    elif per_layer:
-                        result[f"{name}/{key}_{statistic}" if name else f"{key}_{statistic}"] = value
+        if per_layer:
+            mean = sums / self._widths
+            spread = self._sums_of_squares(values - np.repeat(mean, self._widths))
+            std, drift = np.sqrt(spread / self._widths), np.sqrt(moved / self._widths)
+            extremes = [extreme.reduceat(values, self._offsets) for extreme in (np.minimum, np.maximum)]
+            table = np.concatenate([mean, std, *extremes, drift])  # in the order of STATISTICS
+            result = dict(zip(self._keys, cast("list[float]", table.tolist()), strict=True))
+        scales = len(self._names["scale"])
+        for kind, layers in (("scale", slice(0, scales)), ("shift", slice(scales, None))):
+            channels = sum(self._channels[kind])
+            if channels:
+                if kind == "scale":
+                    result[f"{self._prefix}scale_mean"] = float(sums[layers].sum()) / channels
+                result[f"{self._prefix}{kind}_drift"] = math.sqrt(moved[layers].sum() / channels)
         return result
+
+    def histograms(self) -> dict[str, _Floats]:
+        """Return the values themselves.
+
+        Returns:
+            `{layer}/scale` and `{layer}/shift`, shape `(C,)` each.
+        """
+        rows = np.split(self._read(), self._offsets[1:]) if self._parameters else []
+        keys = [self._key(name, kind) for kind, names in self._names.items() for name in names]
+        return dict(zip(keys, rows, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values that drift is measured from: names, channels and one flat tensor, for scale and shift."""
-        return {key: kind.start_state() for key, kind in self._kinds.items()}
+        state: dict[str, Any] = {}
+        first = 0
+        for kind, channels in self._channels.items():
+            part = torch.from_numpy(self._start[first : first + sum(channels)])  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+            first += sum(channels)
+            state[kind] = {"layers": self._names[kind], "channels": channels, "values": part.to(self._dtype, copy=True)}
+        return state
+
+    def _read(self) -> _Floats:
+        """Return the values of all scales, then of all shifts, as one vector."""
+        if not self._parameters:
+            return np.empty(0)
+        with torch.no_grad():
+            parameters = self._parameters
+            if self._unready:
+                parameters = [self._unready[i]() if i in self._unready else own for i, own in enumerate(parameters)]
+            # MPS has no float64, so the precision is raised on the host.
+            joined = torch.cat(parameters).cpu().double()
+        return cast("_Floats", joined.numpy())
+
+    def _joined(self, start: dict[str, Any]) -> _Floats:
+        """Return a saved start as one vector."""
+        for kind, names in self._names.items():
+            saved = start[kind]
+            if list(saved["layers"]) != names or list(saved["channels"]) != self._channels[kind]:
+                raise ValueError("the values to measure drift from are those of other layers")
+        return cast("_Floats", torch.cat([start[kind]["values"].cpu().double() for kind in self._names]).numpy())
+
+    def _sums(self, values: _Floats) -> _Floats:
+        """Return the sum over the channels of every layer, scales first."""
+        return np.add.reduceat(values, self._offsets)
+
+    def _sums_of_squares(self, differences: _Floats) -> _Floats:
+        """Return the sum of squares over the channels of every layer; what is given is used up."""
+        return self._sums(np.square(differences, out=differences))
+
+    def _key(self, layer: str, quantity: str) -> str:
+        return f"{self._prefix}{layer}/{quantity}" if layer else f"{self._prefix}{quantity}"
 
 
-class _Kind:
-    """The scales, or the shifts, of all layers, in one matrix for every number of channels."""
-
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
-        self.names = list(parameters)
-        self._parameters = list(parameters.values())
-        self._channels = [parameter.numel() for parameter in self._parameters]
-        by_channels: dict[int, list[int]] = {}
-        for index, channels in enumerate(self._channels):
-            by_channels.setdefault(channels, []).append(index)
-        self._groups = list(by_channels.values())
-        # Where each layer stands once the groups are joined.
-        joined = [index for group in self._groups for index in group]
-        self._order = sorted(range(len(joined)), key=joined.__getitem__)
-        self._starts = self._matrices()
-
-    def compute(self) -> Tensor:
-        """Return shape `(5, L + 1)`: the statistics of L layers, and in the last column those of all channels."""
-        columns: list[Tensor] = []
-        channels: list[int] = []
-        for values, start in zip(self._matrices(), self._starts, strict=True):
-            variance, mean = torch.var_mean(values, dim=1, correction=0)
-            least, greatest = torch.aminmax(values, dim=1)
-            drift = (values - start).square_().mean(dim=1)
-            columns.append(torch.stack([mean, variance, least, greatest, drift]))
-            channels += [values.shape[1]] * values.shape[0]
-        table = torch.cat(columns, dim=1)
-        share = table.new_tensor(channels) / sum(channels)
-        mean, variance, least, greatest, drift = table
-        total = (mean * share).sum()
-        # The variance of all channels is that within the layers and that between them.
-        spread = ((variance + (mean - total) ** 2) * share).sum()
-        whole = torch.stack([total, spread, least.min(), greatest.max(), (drift * share).sum()])
-        table = torch.cat([table[:, self._order], whole[:, None]], dim=1)
-        table[[1, 4]] = table[[1, 4]].sqrt()
-        return table
-
-    def start_state(self) -> dict[str, Any]:
-        rows = [row for matrix in self._starts for row in matrix]
-        flat = [rows[place].to(self._parameters[index].dtype).cpu() for index, place in enumerate(self._order)]
-        return {"layers": self.names, "channels": self._channels, "values": torch.cat(flat) if flat else torch.empty(0)}
-
-    def set_start(self, state: dict[str, Any]) -> None:
-        if list(state["layers"]) != self.names or list(state["channels"]) != self._channels:
-            raise ValueError("the values to measure drift from are those of other layers")
-        self._starts = self._matrices(list(state["values"].split(self._channels)))
-
-    def _matrices(self, rows: list[Tensor] | None = None) -> list[Tensor]:
-        """Return one matrix for every number of channels, a row a layer: of the parameters, or of other values."""
-        rows = [_whole(parameter).flatten() for parameter in self._parameters] if rows is None else rows
-        device = self._parameters[0].device if self._parameters else None
-        # Half precision would round the sums; MPS has no float64.
-        dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
-        return [torch.stack([rows[index].to(device) for index in group]).to(dtype) for group in self._groups]
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """Return the values of a parameter; of one that FSDP2 has sharded, all of them: every rank must take part."""
-    values = parameter.detach()
-    gather: Callable[[], Tensor] | None = getattr(values, "full_tensor", None)
-    return values if gather is None else gather()
-
-
-def _to_floats(vector: Tensor) -> list[float]:
-    return cast("list[float]", vector.tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+def _reader(module: nn.Module, attribute: str, own: Tensor, device: torch.device) -> Callable[[], Tensor] | None:
+    """Return how to get the values where a parameter cannot be joined to others as it is; None where it can."""
+    if is_parametrized(module, attribute):
+        return lambda: getattr(module, attribute).flatten().to(device)
+    gather: Callable[[], Tensor] | None = getattr(own, "full_tensor", None)
+    if gather is not None:
+        return lambda: gather().flatten().to(device)
+    if own.dim() != 1 or own.device != device:
+        return lambda: own.flatten().to(device)
+    return None

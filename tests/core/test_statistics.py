@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import BATCH_NORMS, residual_net
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_revbn import find_batch_norms
 from lightning_revbn.core.statistics import AffineStatistics
@@ -102,3 +105,63 @@ def test_layers_of_different_precision_are_measured_together() -> None:
     computed = AffineStatistics(find_batch_norms(model)).compute()
     assert computed["1/scale_mean"] == 0.5
     assert computed["scale_mean"] == pytest.approx((3 + 1.5 + 2) / 8)
+
+
+def test_a_parametrised_scale_is_measured_as_the_layer_uses_it() -> None:
+    class Double(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        def right_inverse(self, x: torch.Tensor) -> torch.Tensor:
+            return x / 2
+
+    layer = nn.BatchNorm1d(3)
+    register_parametrization(layer, "weight", Double())
+    layer.weight = torch.tensor([1.0, 2.0, 6.0])
+    computed = AffineStatistics(find_batch_norms(nn.Sequential(layer, nn.BatchNorm1d(1)))).compute()
+    assert (computed["0/scale_mean"], computed["0/scale_max"]) == (3.0, 6.0)
+    assert computed["scale_mean"] == 2.5
+
+
+def test_infinity_and_nan_are_told_as_they_are() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    statistics = AffineStatistics(find_batch_norms(model))
+    model[0].weight.data = torch.tensor([float("inf"), 1.0])
+    model[1].bias.data = torch.tensor([float("nan"), 1.0])
+    computed = statistics.compute()
+    assert computed["0/scale_max"] == computed["0/scale_drift"] == computed["scale_mean"] == math.inf
+    assert math.isnan(computed["1/shift_mean"])
+    assert computed["1/scale_mean"] == 1.0
+
+
+def test_every_key_begins_with_the_prefix() -> None:
+    statistics = AffineStatistics(find_batch_norms(residual_net()), prefix="a/")
+    assert all(key.startswith("a/") for key in [*statistics.compute(), *statistics.histograms()])
+
+
+def test_histograms_are_of_the_values_themselves() -> None:
+    model = residual_net()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    histograms = AffineStatistics(find_batch_norms(model)).histograms()
+    assert histograms.keys() == {f"{layer}/{kind}" for layer in BATCH_NORMS for kind in ("scale", "shift")}
+    np.testing.assert_array_equal(histograms["bn2/shift"], array(model.bn2.bias))
+    np.testing.assert_array_equal(histograms["stem.1/scale"], array(model.stem[1].weight))
+
+
+def test_values_reach_the_host_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = AffineStatistics(find_batch_norms(residual_net()))
+    copies: list[torch.Size] = []
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        copies.append(tensor.shape)
+        return tensor
+
+    def refused(tensor: torch.Tensor) -> None:
+        raise AssertionError("a copy of its own")
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, refused, raising=False)
+    statistics.compute()
+    assert copies == [torch.Size([2 * 3 * 6])]

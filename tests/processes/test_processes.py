@@ -1,4 +1,4 @@
-"""Two gloo ranks on the CPU: the update rule and the rewrite under data parallel strategies."""
+"""Two gloo ranks on the CPU: update rule, rewrite and monitor under data parallel strategies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import BATCH_NORMS
 from packaging.version import Version
 
 # The FSDP2 of torch 2.5, the lowest version that is tested, runs on CUDA alone.
@@ -17,11 +18,7 @@ STRATEGIES = ["ddp", "ddp_spawn", *(["fsdp2"] if Version(torch.__version__) >= V
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_train_as_hand_made_groups_do_and_resume_alike(strategy: str, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("train.py")
-    done = subprocess.run(
-        [sys.executable, str(script), strategy, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    told = run("train.py", strategy, tmp_path)
 
     states = torch.load(tmp_path / "result.pt", weights_only=True)
     for name in ("callback", "resumed"):
@@ -30,11 +27,49 @@ def test_two_ranks_train_as_hand_made_groups_do_and_resume_alike(strategy: str, 
     assert states["callback"]["model.bn1.weight"].mean() < 0.2
 
     # One table a fit with the callback, on rank 0 alone.
-    assert done.stderr.count("batch norm layers start from a new scale") == 2
+    assert told.count("batch norm layers start from a new scale") == 2
 
-    (log,) = (tmp_path / "lightning_logs").rglob("metrics.csv")
-    with log.open() as lines:
-        logged = [row for row in csv.DictReader(lines) if row["revbn/scale_mean"]]
+    logged = logged_in(tmp_path / "lightning_logs")
     assert [int(row["step"]) for row in logged] == list(range(8))
     assert float(logged[0]["revbn/scale_mean"]) == pytest.approx(0.1)
     assert {float(row["revbn/scale_lr"]) for row in logged} == {0.05 / 100}
+    assert all(float(row[f"revbn/model.{layer}/normalized_absmax"]) > 1 for row in logged for layer in BATCH_NORMS)
+
+
+def test_activations_of_two_ranks_equal_those_of_one_rank_with_the_joined_batch(tmp_path: Path) -> None:
+    for devices in (1, 2):
+        run("activations.py", str(devices), tmp_path / str(devices))
+    one, two = (logged_in(tmp_path / str(devices) / "HandMade") for devices in (1, 2))
+    assert len(one) == 8
+    for joined, ranks in zip(one, two, strict=True):
+        assert joined.keys() == ranks.keys()
+        for key in joined:
+            assert float(ranks[key]) == pytest.approx(float(joined[key]), rel=1e-5, abs=1e-9), (joined["step"], key)
+    assert float(one[0]["revbn/normalized_absmax"]) > 3
+    assert 0 < float(one[0]["revbn/normalized_over_3"]) < 0.1
+
+    tables = {ranks: torch.load(tmp_path / str(ranks) / "tables.pt", weights_only=True) for ranks in (1, 2)}
+    torch.testing.assert_close(tables[2]["SyncBatchNorm"], tables[1]["SyncBatchNorm"], rtol=1e-6, atol=0)
+    # Layers that are not synchronised normalise the batch of their own rank.
+    first = logged_in(tmp_path / "2" / "BatchNorm2d")[0]
+    for layer, expected in zip(
+        [*(f"model.{name}/" for name in BATCH_NORMS), ""], tables[1]["rank by rank"].T, strict=True
+    ):
+        logged = [float(first[f"revbn/{layer}normalized_{name}"]) for name in ("absmax", "over_3")]
+        assert logged == pytest.approx(expected.tolist(), rel=1e-6)
+    assert not torch.allclose(tables[1]["rank by rank"], tables[1]["SyncBatchNorm"], rtol=1e-3)
+
+
+def run(script: str, *arguments: object) -> str:
+    """Run a script of this directory and return what it told on standard error."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def logged_in(folder: Path) -> list[dict[str, str]]:
+    """Return the events of the monitor in the one log below a directory."""
+    (log,) = folder.rglob("metrics.csv")
+    with log.open() as lines:
+        return [row for row in csv.DictReader(lines) if row["revbn/scale_mean"]]

@@ -17,7 +17,7 @@ from models import images, scales
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_revbn import RevisitedBatchNorm
+from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
 
 LR, C = 0.05, 100.0
 
@@ -67,7 +67,8 @@ def main(name: str, folder: Path) -> None:
     module = network()
     save = ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1)
     logger = CSVLogger(folder)
-    run = trainer(folder, RevisitedBatchNorm(), save, logger=logger, enable_checkpointing=True, **options())
+    callback = RevisitedBatchNorm(monitor=BatchNormMonitor(activations=True))
+    run = trainer(folder, callback, save, logger=logger, enable_checkpointing=True, **options())
     run.fit(module, data)
     states["callback"] = values(module)
 

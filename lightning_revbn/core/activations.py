@@ -1,0 +1,245 @@
+"""How large the normalised values get inside batch norm layers, as a torchmetrics metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the one base of all BN classes
+from torch.utils.hooks import RemovableHandle
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_revbn.core.layers import BatchNormRecord
+
+THRESHOLD = 3.0
+"""From which |x_hat| on a value counts as large; of normally distributed values 0.27 % are."""
+
+
+class NormalizedExtremes(NamedTuple):
+    """What `NormalizedActivations` computes; shape `(L + 1,)` each: L layers, and last all of them together."""
+
+    absmax: Tensor
+    """Greatest |x_hat|; NaN if one was NaN."""
+    over_3: Tensor
+    """Share of values with |x_hat| > 3, in [0, 1]; NaN for a layer that has seen nothing."""
+
+
+class NormalizedActivations(Metric):
+    """Greatest |x_hat| and share of |x_hat| > 3 in batch norm layers, over all that was seen since the last reset.
+
+    x_hat is what a batch norm layer multiplies with its scale: `(x - mean) / sqrt(var + eps)`. Reduced across ranks as
+    torchmetrics does: the greatest by maximum, the share by sums.
+
+    Args:
+        layers: Number of layers L.
+        **options: For `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = NormalizedActivations(layers=1)
+        >>> metric.update(0, torch.tensor([0.5, -4.0, 1.0, 2.0]))
+        >>> metric.compute().absmax[0].item(), metric.compute().over_3[0].item()
+        (4.0, 0.25)
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    absmax: Tensor
+    over: Tensor
+    count: Tensor
+
+    def __init__(self, layers: int, **options: Any) -> None:
+        super().__init__(**options)
+        add_state = cast("Callable[..., None]", self.add_state)  # pyright: ignore[reportUnknownMemberType] # partly untyped
+        add_state("absmax", torch.zeros(layers), dist_reduce_fx="max")
+        add_state("over", torch.zeros(layers, dtype=torch.int64), dist_reduce_fx="sum")
+        add_state("count", torch.zeros(layers, dtype=torch.int64), dist_reduce_fx="sum")
+
+    @override
+    def update(self, layer: int, normalized: Tensor) -> None:
+        """Take in values of one layer.
+
+        Args:
+            layer: Which, counted from 0.
+            normalized: x_hat, any shape.
+        """
+        if not normalized.numel():
+            return
+        size = normalized.detach().abs()
+        self.absmax[layer] = torch.maximum(self.absmax[layer], size.amax().to(self.absmax))
+        self.over[layer] += (size > THRESHOLD).sum().to(self.over)
+        self.count[layer] += size.numel()
+
+    @override
+    def compute(self) -> NormalizedExtremes:
+        """Compute both over all ranks.
+
+        Returns:
+            Greatest |x_hat| and share of |x_hat| > 3, of each layer and of all.
+        """
+        over, count = (torch.cat([state, state.sum()[None]]).to(self.absmax.dtype) for state in (self.over, self.count))
+        greatest = self.absmax.max()[None] if len(self.absmax) else self.absmax.new_zeros(1)
+        return NormalizedExtremes(torch.cat([self.absmax, greatest]), over / count)
+
+
+class ActivationHooks:
+    """Forward hooks that give a metric the normalised values of batch norm layers, until they are removed.
+
+    x_hat is computed from the layer's input as torch's batch norm does: with the statistics of the batch in training
+    mode (of the batches of all ranks in `SyncBatchNorm`), else with the running statistics. So it does not depend on
+    scale and shift, which may be 0 or missing, nor on what a subclass does to the output. Only where a subclass has a
+    `forward` of its own that gives an affine function of the input with other statistics (synchronised by hand, say),
+    x_hat is read off its output, in channels whose scale is not 0.
+
+    Nothing is kept but the metric's numbers. Code compiled by `torch.compile` and transforms of `torch.func` do not run
+    the hooks.
+
+    Use it as a context manager, or call `remove`.
+
+    Args:
+        records: The layers, in the order in which the metric counts them.
+        metric: What to update.
+
+    Example:
+        >>> from lightning_revbn import find_batch_norms
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> records = find_batch_norms(model)
+        >>> metric = NormalizedActivations(len(records))
+        >>> with ActivationHooks(records, metric):
+        ...     _ = model(torch.randn(32, 4))
+        >>> metric.count.tolist()
+        [256]
+    """
+
+    def __init__(self, records: Sequence[BatchNormRecord], metric: NormalizedActivations) -> None:
+        metric.update(0, torch.empty(0))  # torchmetrics warns of what was never updated, though no layer may run
+        self._handles: list[RemovableHandle] = []
+        for index, record in enumerate(records):
+            layer, measure = record.module, _Measure(metric, index)
+            self._handles.append(
+                layer.register_forward_pre_hook(measure.before, with_kwargs=True)
+                if type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+                else layer.register_forward_hook(measure.after, with_kwargs=True)
+            )
+
+    def remove(self) -> None:
+        """Remove the hooks; a second call does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> ActivationHooks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class _Measure:
+    """The hooks of one layer."""
+
+    def __init__(self, metric: NormalizedActivations, index: int) -> None:
+        self._metric = metric
+        self._index = index
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Measure a layer that is known to work as torch's."""
+        self.after(layer, args, kwargs, None)
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
+        """Measure a layer by its input and output."""
+        if torch.compiler.is_compiling():
+            return
+        inputs: object = args[0] if args else next(iter(kwargs.values()), None)
+        # A tensor inside a transform of torch.func stands for other values than it holds.
+        if not isinstance(inputs, Tensor) or _is_wrapped(inputs):
+            return
+        with torch.no_grad():
+            x_hat = normalize(layer, inputs)
+            if isinstance(output, Tensor) and output.shape == inputs.shape and output.numel():
+                x_hat = _correct(layer, x_hat, output)
+            self._metric.update(self._index, x_hat)
+
+
+def normalize(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Compute x_hat of a batch norm layer, as it would be in the next forward pass; change nothing.
+
+    Args:
+        layer: A batch norm layer, frozen ones included.
+        inputs: Its input, shape `(N, C)` or `(N, C, *)`.
+
+    Returns:
+        `(inputs - mean) / sqrt(var + eps)`, of the same shape, in float32 or better.
+    """
+    values = inputs.detach()
+    values = values if values.dtype == torch.float64 else values.float()
+    running = cast("list[Tensor | None]", [getattr(layer, name, None) for name in ("running_mean", "running_var")])
+    if running[0] is None or running[1] is None or (isinstance(layer, _BatchNorm) and layer.training):
+        mean, variance = _batch_moments(layer, values)
+    else:
+        mean, variance = (statistic.detach().to(values) for statistic in (running[0], running[1]))
+    shape = [1, -1] + [1] * (values.dim() - 2)
+    eps: float = getattr(layer, "eps", 1e-5)
+    return (values - mean.reshape(shape)).mul_((variance + eps).rsqrt().reshape(shape))
+
+
+def _batch_moments(layer: nn.Module, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance per channel: of this rank's batch, or of all ranks' where the layer synchronises."""
+    others = [dim for dim in range(values.dim()) if dim != 1]
+    channels = values.shape[1]
+    if values.numel():
+        variance, mean = torch.var_mean(values, others, correction=0)
+    else:
+        mean = variance = values.new_zeros(channels)
+    if not (isinstance(layer, nn.SyncBatchNorm) and layer.training and _ranks(layer) > 1):
+        return mean, variance
+    count = values.new_full((channels,), values.numel() // max(1, channels))
+    own = torch.stack([count, mean, variance]).double()
+    gathered = [torch.empty_like(own) for _ in range(_ranks(layer))]
+    torch.distributed.all_gather(gathered, own, group=layer.process_group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+    counts, means, variances = torch.stack(gathered).unbind(1)
+    shares = counts / counts.sum(0)
+    mean = (means * shares).sum(0)
+    variance = ((variances + (means - mean).square()) * shares).sum(0)
+    return mean.to(values), variance.to(values)
+
+
+def _correct(layer: nn.Module, x_hat: Tensor, output: Tensor) -> Tensor:
+    """Return x_hat as the output tells it, if that is an affine function of x_hat other than scale and shift."""
+    shape = [1, -1] + [1] * (x_hat.dim() - 2)
+    affine = cast("list[Tensor | None]", [getattr(layer, name, None) for name in ("weight", "bias")])
+    scale = x_hat.new_ones(1) if affine[0] is None else affine[0].to(x_hat)
+    shift = x_hat.new_zeros(1) if affine[1] is None else affine[1].to(x_hat)
+    scale, shift = scale.reshape(shape), shift.reshape(shape)
+    observed = output.to(x_hat)
+    tolerance = 30 * torch.finfo(output.dtype).eps
+    if _is_near(observed, x_hat * scale + shift, tolerance):
+        return x_hat
+    told = torch.where(scale == 0, x_hat, (observed - shift) / scale)
+    others = [dim for dim in range(x_hat.dim()) if dim != 1]
+    centred, mean = x_hat - x_hat.mean(others, keepdim=True), told.mean(others, keepdim=True)
+    spread = centred.square().sum(others, keepdim=True)
+    slope = torch.where(spread == 0, 0.0, (centred * told).sum(others, keepdim=True) / spread)
+    # Where an activation follows inside the layer, the output is no straight line over the input.
+    return told if _is_near(told, centred * slope + mean, 10 * tolerance) else x_hat
+
+
+def _is_near(values: Tensor, others: Tensor, tolerance: float) -> bool:
+    """Tell whether tensors are equal up to rounding, in proportion to the size of the first."""
+    return bool((values - others).abs().amax() <= tolerance * values.abs().amax())
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    functorch = cast("Any", torch._C)._functorch  # pyright: ignore[reportPrivateUsage] # no public name
+    return bool(functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _ranks(layer: nn.SyncBatchNorm) -> int:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size(layer.process_group)

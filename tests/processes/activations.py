@@ -1,0 +1,95 @@
+"""Run by test_processes.py: the activations of the same training on one rank and on two."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed.nn
+from lightning.pytorch.loggers import CSVLogger
+from lit import LitNet, trainer
+from models import images, residual_net
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_revbn import BatchNormMonitor, find_batch_norms
+from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
+
+GLOBAL_BATCH = 16
+
+
+class HandMade(nn.BatchNorm2d):
+    """Batch norm that users synchronise by hand: with differentiable all-reduces, in a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        size = input.new_tensor([input.numel() / input.shape[1]])
+        moments = torch.cat([size, input.sum((0, 2, 3)), input.square().sum((0, 2, 3))])
+        if torch.distributed.is_initialized():
+            moments = torch.distributed.nn.all_reduce(moments)
+        count, total, squares = moments.split([1, input.shape[1], input.shape[1]])
+        mean = total / count
+        variance = squares / count - mean.square()
+        shape = (1, -1, 1, 1)
+        x_hat = (input - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+        return x_hat * self.weight.view(shape) + self.bias.view(shape)
+
+
+class OnCPU(nn.SyncBatchNorm):
+    """SyncBatchNorm as its class says, at work on CPUs: torch's own runs on GPUs alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return HandMade.forward(self, input)  # type: ignore[arg-type]
+
+
+def network(kind: type[nn.Module]) -> nn.Module:
+    model = residual_net()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            model.set_submodule(name, kind(layer.num_features))
+    return model.double()
+
+
+def main(devices: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)  # so that sums in another order do not matter
+    inputs, targets = images(64)
+    inputs = inputs.double()
+    inputs[::3] *= 4  # ranks differ
+    data = TensorDataset(inputs, targets)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # Lightning's own sampler would shuffle.
+    sampler = DistributedSampler(data, devices, rank, shuffle=False)
+    batches = DataLoader(data, batch_size=GLOBAL_BATCH // devices, sampler=sampler)
+    for kind in (HandMade, nn.BatchNorm2d):
+        logger = CSVLogger(folder, name=kind.__name__)
+        options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
+        run = trainer(folder, BatchNormMonitor(activations=True), logger=logger, **options)
+        run.fit(LitNet(model=network(kind)), batches)
+
+    # The first batch once more, by the hooks alone.
+    first = inputs[:GLOBAL_BATCH]
+    own = [first] if devices == 1 else [first[rank::devices]]
+    tables = {"SyncBatchNorm": seen(network(OnCPU), own)}
+    if devices == 1:  # what two ranks see where layers are not synchronised
+        tables["rank by rank"] = seen(network(nn.BatchNorm2d), [first[::2], first[1::2]])
+    if run.is_global_zero:
+        torch.save(tables, folder / "tables.pt")
+
+
+def seen(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    """Return greatest |x_hat| and share of |x_hat| > 3, shape `(2, L + 1)`, over several batches and all ranks."""
+    records = find_batch_norms(model)
+    metric = NormalizedActivations(len(records))
+    with ActivationHooks(records, metric):
+        for batch in batches:
+            model(batch)
+    return torch.stack(metric.compute())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -71,7 +71,10 @@ class AffineStatistics:
         kinds = [(name, kind) for kind, names in self._names.items() for name in names]
         self._keys = [self._key(name, f"{kind}_{statistic}") for statistic in STATISTICS for name, kind in kinds]
         self._dtype = functools.reduce(torch.promote_types, (own.dtype for own in self._parameters), torch.float16)
-        self._start = self._read() if start is None else self._joined(start)
+        # Memory that is used again: to ask the system for some megabytes takes longer than to fill them.
+        self._values = torch.empty(int(self._widths.sum()), dtype=torch.float64)
+        self._scratch = np.empty(len(self._values))
+        self._start = np.array(self._read()) if start is None else self._joined(start)
 
     @np.errstate(over="ignore", invalid="ignore")  # where training has diverged, infinity and NaN are the answer
     def compute(self, per_layer: bool = True) -> dict[str, float]:
@@ -86,13 +89,14 @@ class AffineStatistics:
         """
         if not self._parameters:
             return {}
-        values = self._read()
+        values, scratch = self._read(), self._scratch
         sums = self._sums(values)
-        moved = self._sums_of_squares(values - self._start)
+        moved = self._sums(np.square(np.subtract(values, self._start, out=scratch), out=scratch))
         result: dict[str, float] = {}
         if per_layer:
             mean = sums / self._widths
-            spread = self._sums_of_squares(values - np.repeat(mean, self._widths))
+            np.subtract(values, np.repeat(mean, self._widths), out=scratch)
+            spread = self._sums(np.square(scratch, out=scratch))
             std, drift = np.sqrt(spread / self._widths), np.sqrt(moved / self._widths)
             extremes = [extreme.reduceat(values, self._offsets) for extreme in (np.minimum, np.maximum)]
             table = np.concatenate([mean, std, *extremes, drift])  # in the order of STATISTICS
@@ -112,7 +116,7 @@ class AffineStatistics:
         Returns:
             `{layer}/scale` and `{layer}/shift`, shape `(C,)` each.
         """
-        rows = np.split(self._read(), self._offsets[1:]) if self._parameters else []
+        rows = np.split(np.array(self._read()), self._offsets[1:]) if self._parameters else []
         keys = [self._key(name, kind) for kind, names in self._names.items() for name in names]
         return dict(zip(keys, rows, strict=True))
 
@@ -127,16 +131,15 @@ class AffineStatistics:
         return state
 
     def _read(self) -> _Floats:
-        """Return the values of all scales, then of all shifts, as one vector."""
-        if not self._parameters:
-            return np.empty(0)
+        """Return the values of all scales, then of all shifts, as one vector; the next call writes over it."""
         with torch.no_grad():
             parameters = self._parameters
             if self._unready:
                 parameters = [self._unready[i]() if i in self._unready else own for i, own in enumerate(parameters)]
             # MPS has no float64, so the precision is raised on the host.
-            joined = torch.cat(parameters).cpu().double()
-        return cast("_Floats", joined.numpy())
+            if parameters:
+                self._values.copy_(torch.cat(parameters).cpu())
+        return cast("_Floats", self._values.numpy())
 
     def _joined(self, start: dict[str, Any]) -> _Floats:
         """Return a saved start as one vector."""
@@ -149,10 +152,6 @@ class AffineStatistics:
     def _sums(self, values: _Floats) -> _Floats:
         """Return the sum over the channels of every layer, scales first."""
         return np.add.reduceat(values, self._offsets)
-
-    def _sums_of_squares(self, differences: _Floats) -> _Floats:
-        """Return the sum of squares over the channels of every layer; what is given is used up."""
-        return self._sums(np.square(differences, out=differences))
 
     def _key(self, layer: str, quantity: str) -> str:
         return f"{self._prefix}{layer}/{quantity}" if layer else f"{self._prefix}{quantity}"

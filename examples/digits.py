@@ -23,7 +23,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from paired_report import draw_picture, print_table
+from paired_report import draw_picture, print_observations, print_table
 from rich.console import Console
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -62,12 +62,13 @@ class ResidualBlock(nn.Module):
 
 
 class DigitsResNet(L.LightningModule):
-    """A ResNet of three blocks for small grey images, with the training recipe of the paper.
+    """A ResNet of three stages for small grey images, with the training recipe of the paper.
 
     Takes images of shape `(N, 1, H, W)` in [0, 1], returns logits of shape `(N, 10)`.
 
     Args:
-        channels: Channels of the three blocks; the stem has as many as the first.
+        channels: Channels of the three stages; the stem has as many as the first.
+        blocks: Residual blocks in a stage.
         learning_rate: Of SGD at the start of the cosine schedule, which reaches 1e-8 at the end of training.
         momentum: Of SGD.
         weight_decay: On the weights of convolutions and linear layers alone.
@@ -76,6 +77,7 @@ class DigitsResNet(L.LightningModule):
     def __init__(
         self,
         channels: tuple[int, int, int] = (8, 16, 32),
+        blocks: int = 1,
         learning_rate: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
@@ -84,14 +86,14 @@ class DigitsResNet(L.LightningModule):
         self.save_hyperparameters()
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.example_input_array = torch.zeros(1, 1, 8, 8)  # for the sizes in Lightning's summary
-        first, second, third = channels
+        first, last = channels[0], channels[-1]
         self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
-        self.blocks = nn.Sequential(
-            ResidualBlock(first, first, stride=1),
-            ResidualBlock(first, second, stride=2),
-            ResidualBlock(second, third, stride=2),
-        )
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, 10))
+        self.blocks = nn.Sequential()
+        for before, after in zip((first, *channels[:-1]), channels, strict=True):
+            stride = 1 if len(self.blocks) == 0 else 2
+            self.blocks.append(ResidualBlock(before, after, stride))
+            self.blocks.extend(ResidualBlock(after, after, stride=1) for _ in range(blocks - 1))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10))
         self.val_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
         for module in self.modules():
@@ -186,6 +188,7 @@ class Run:
         arm: `"baseline"` or `"revisited"`.
         seed: The number of the pair that it belongs to, from 1.
         epochs: How long to train.
+        blocks: Residual blocks in each of the network's three stages.
         scale: What the batch norm scales start from in the revisited arm.
         divisor: What their learning rate is divided by there.
         log_dir: Where the logs go.
@@ -194,6 +197,7 @@ class Run:
     arm: str
     seed: int
     epochs: int
+    blocks: int
     scale: float
     divisor: float
     log_dir: Path
@@ -204,10 +208,10 @@ def derive_seed(seed: int) -> int:
     return int(md5(str(seed).encode()).hexdigest()[-8:], 16)
 
 
-def build(seed: int) -> tuple[DigitsResNet, Digits]:
+def build(seed: int, blocks: int = 1) -> tuple[DigitsResNet, Digits]:
     """Return a new network and its data; the same initial weights and batches whenever the seed is the same."""
     L.seed_everything(derive_seed(seed), verbose=False)
-    return DigitsResNet(), Digits(shuffle_seed=derive_seed(seed))
+    return DigitsResNet(blocks=blocks), Digits(shuffle_seed=derive_seed(seed))
 
 
 def train(run: Run, *, show: bool = False) -> float:
@@ -220,8 +224,8 @@ def train(run: Run, *, show: bool = False) -> float:
     Returns:
         Accuracy on the test images after the last epoch, in %.
     """
-    network, digits = build(run.seed)
-    callback: L.Callback = BatchNormMonitor(every_n_steps=STEPS_PER_EPOCH)
+    network, digits = build(run.seed, run.blocks)
+    callback: L.Callback = BatchNormMonitor(every_n_steps=STEPS_PER_EPOCH, activations=True)
     if run.arm == "revisited":
         callback = RevisitedBatchNorm(scale=run.scale, scale_lr_divisor=run.divisor, monitor=callback)
     trainer = L.Trainer(
@@ -315,6 +319,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="pairs to train (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=100, metavar="N", help="epochs of a run (default: %(default)s)")
     parser.add_argument(
+        "--blocks", type=int, default=1, metavar="N", help="blocks in each of three stages (default: %(default)s)"
+    )
+    parser.add_argument(
         "--scale", type=float, default=0.1, metavar="G", help="where batch norm scales start (default: %(default)s)"
     )
     parser.add_argument(
@@ -332,7 +339,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="where logs and picture go, in place of those of an earlier demo (default: %(default)s)",
     )
     settings = parser.parse_args(arguments)
-    for option in ("seeds", "epochs"):
+    for option in ("seeds", "epochs", "blocks"):
         if getattr(settings, option) < 1:
             parser.error(f"--{option} must be at least 1, got {getattr(settings, option)}")
     try:
@@ -352,20 +359,30 @@ def main(arguments: list[str] | None = None) -> None:
         for earlier in settings.output_dir.glob(f"{arm}/seed_*"):
             shutil.rmtree(earlier)
     runs = [
-        Run(arm, seed, settings.epochs, settings.scale, settings.divisor, settings.output_dir / arm / f"seed_{seed:02}")
+        Run(
+            arm=arm,
+            seed=seed,
+            epochs=settings.epochs,
+            blocks=settings.blocks,
+            scale=settings.scale,
+            divisor=settings.divisor,
+            log_dir=settings.output_dir / arm / f"seed_{seed:02}",
+        )
         for seed in range(1, settings.seeds + 1)
         for arm in ARMS
     ]
     accuracies = train_all(runs, console)
     baseline, revisited = ([accuracies[run] for run in runs if run.arm == arm] for arm in ARMS)
     print_table(baseline, revisited, console)
+    logs = {arm: [run.log_dir / "metrics.csv" for run in runs if run.arm == arm] for arm in ARMS}
+    print_observations(logs["baseline"], logs["revisited"], console)
     picture = settings.output_dir / "digits.png"
     draw_picture(
         picture,
         baseline,
         revisited,
         scale_logs=[run.log_dir / "metrics.csv" for run in runs[: len(ARMS)]],
-        layers=[record.name for record in find_batch_norms(DigitsResNet())],
+        layers=[record.name for record in find_batch_norms(DigitsResNet(blocks=settings.blocks))],
     )
     console.print(
         f"Logs: tensorboard --logdir {settings.output_dir}, or metrics.csv in each run's directory", soft_wrap=True

@@ -19,6 +19,7 @@ from lightning_revbn import paired_t_test
 from lightning_revbn.compare import PairedTTest
 
 SIGNIFICANT = 0.05
+LEGEND_LINES = 16  # of a deeper network some layers are named, evenly spaced
 GAIN, LOSS, TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: told apart by colour-blind readers too
 
 
@@ -88,6 +89,46 @@ def conclude(result: PairedTTest) -> str:
     )
 
 
+def print_observations(baseline_logs: Sequence[Path], revisited_logs: Sequence[Path], console: Console) -> None:
+    """Print what batch norm did: all layers together, at the first and last event of the monitor, mean over seeds.
+
+    Args:
+        baseline_logs: `metrics.csv` of every baseline run.
+        revisited_logs: Those of the revisited runs.
+        console: Where to.
+    """
+    ends = [values for logs in (baseline_logs, revisited_logs) for values in _mean_first_and_last(logs)]
+    table = Table(title="What batch norm did (mean over seeds)", title_justify="left")
+    for heading in ("", "Baseline start", "end", "Revisited start", "end"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for (name, key), digits in {
+        ("Mean scale", "scale_mean"): 3,
+        ("Scales: RMS change", "scale_drift"): 3,
+        ("Shifts: RMS change", "shift_drift"): 3,
+        ("Greatest |x_hat|", "normalized_absmax"): 2,
+    }.items():
+        table.add_row(name, *(f"{values[key]:.{digits}f}" for values in ends))
+    table.add_row("|x_hat| > 3 (%)", *(f"{100 * values['normalized_over_3']:.2f}" for values in ends))
+    console.print()
+    console.print(table)
+
+
+def _mean_first_and_last(logs: Sequence[Path]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the whole-model values of the monitor's first and last event, each a mean over logs."""
+    events = [[row for row in _read(log) if row["revbn/scale_mean"]] for log in logs]
+    keys = ("scale_mean", "scale_drift", "shift_drift", "normalized_absmax", "normalized_over_3")
+    first, last = (
+        {key: statistics.fmean(float(rows[place][f"revbn/{key}"]) for rows in events) for key in keys}
+        for place in (0, -1)
+    )
+    return first, last
+
+
+def _read(log: Path) -> list[dict[str, str]]:
+    with log.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def draw_picture(
     path: Path,
     baseline: Sequence[float],
@@ -117,7 +158,8 @@ def draw_picture(
     left.set_ylabel("Mean scale of a batch norm layer")
     right.tick_params(labelleft=False)
     handles, names = left.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", title="Layer, by depth", frameon=False)
+    every = -(-len(names) // LEGEND_LINES)
+    figure.legend(handles[::every], names[::every], loc="outside right center", title="Layer, by depth", frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -131,8 +173,7 @@ def read_scale_means(log: Path, layers: Sequence[str]) -> dict[str, tuple[list[i
     Returns:
         Training steps and mean scales by layer.
     """
-    with log.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _read(log)
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for layer in layers:
         logged = [row for row in rows if row[f"revbn/{layer}/scale_mean"]]

@@ -241,3 +241,4 @@ def test_the_monitor_can_be_pickled_in_the_middle_of_a_logging_step(tmp_path: Pa
     assert copies[0].activations
     assert copies[0].prefix == "bn"
     assert copies[0].state_dict().keys() == monitor.state_dict().keys()
+    assert copies[0]._fit is None  # neither the network nor its hooks went along

@@ -251,7 +251,7 @@ def test_statistics_of_a_subclasss_own_are_read_off_its_output(dtype: torch.dtyp
 def test_of_a_subclasss_own_statistics_channels_at_scale_0_cannot_be_read() -> None:
     layer = OwnStatistics(2)
     layer.weight.data[0] = 0.0
-    inputs = torch.randn(100, 2) + 5
+    inputs = torch.randn(100, 2) + 20
     absmax, _ = seen(layer, lambda: layer(inputs))
     both = [by_numpy(inputs.double().numpy())[0], (inputs.double().numpy()[:, 1] - 1) / 2]
     assert absmax[0] == pytest.approx(np.abs(both).max(), rel=1e-5)

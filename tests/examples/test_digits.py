@@ -115,6 +115,22 @@ def test_the_printed_p_value_is_that_of_scipy(demo: Demo) -> None:
     assert printed == f"{reference.pvalue:.3g}"
 
 
+def test_the_observations_are_means_of_what_was_logged(demo: Demo) -> None:
+    def mean(arm: str, key: str) -> float:
+        return np.mean([float(row[key]) for seed in (1, 2) for row in demo.rows(arm, seed) if row[key]], dtype=float)
+
+    lines = [line.split("│") for line in demo.printed.splitlines() if line.count("│") == 6]
+    shown = {cells[1].strip(): [cell.strip() for cell in cells[2:6]] for cells in lines}
+    # One epoch has one event, the first and the last.
+    for name, key, scale, digits_ in (
+        ("Mean scale", "revbn/scale_mean", 1, 3),
+        ("Greatest |x_hat|", "revbn/normalized_absmax", 1, 2),
+        ("|x_hat| > 3 (%)", "revbn/normalized_over_3", 100, 2),
+    ):
+        baseline, revisited = (f"{scale * mean(arm, key):.{digits_}f}" for arm in digits.ARMS)
+        assert shown[name] == [baseline, baseline, revisited, revisited]
+
+
 def test_the_picture_is_there_and_small(demo: Demo) -> None:
     picture = demo.output_dir / "digits.png"
     assert str(picture) in demo.printed
@@ -164,7 +180,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 def test_both_arms_start_from_the_same_weights_but_the_scales_and_see_the_same_batches(
     made: list[Recorder], tmp_path: Path
 ) -> None:
-    run = digits.Run("baseline", seed=1, epochs=1, scale=0.1, divisor=100.0, log_dir=tmp_path / "baseline")
+    run = digits.Run("baseline", seed=1, epochs=1, blocks=1, scale=0.1, divisor=100.0, log_dir=tmp_path / "baseline")
     digits.train(run)
     digits.train(replace(run, arm="revisited", log_dir=tmp_path / "revisited"))
     baseline, revisited = made
@@ -181,7 +197,7 @@ def test_both_arms_start_from_the_same_weights_but_the_scales_and_see_the_same_b
 
 @pytest.mark.filterwarnings("ignore:scale=1.0. the method starts batch norm scales below 1:UserWarning")
 def test_a_scale_and_divisor_of_1_train_the_baseline_to_the_bit(made: list[Recorder], tmp_path: Path) -> None:
-    run = digits.Run("baseline", seed=1, epochs=1, scale=1.0, divisor=1.0, log_dir=tmp_path / "baseline")
+    run = digits.Run("baseline", seed=1, epochs=1, blocks=1, scale=1.0, divisor=1.0, log_dir=tmp_path / "baseline")
     first = digits.train(run)
     second = digits.train(replace(run, arm="revisited", log_dir=tmp_path / "revisited"))
     assert first == second

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_revbn import BatchNormMonitor, find_batch_norms
-from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
+from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations, normalize
 
 GLOBAL_BATCH = 16
 
@@ -37,13 +37,6 @@ class HandMade(nn.BatchNorm2d):
         shape = (1, -1, 1, 1)
         x_hat = (input - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         return x_hat * self.weight.view(shape) + self.bias.view(shape)
-
-
-class OnCPU(nn.SyncBatchNorm):
-    """SyncBatchNorm as its class says, at work on CPUs: torch's own runs on GPUs alone."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return HandMade.forward(self, input)  # type: ignore[arg-type]
 
 
 def network(kind: type[nn.Module]) -> nn.Module:
@@ -71,18 +64,20 @@ def main(devices: int, folder: Path) -> None:
         run = trainer(folder, BatchNormMonitor(activations=True), logger=logger, **options)
         run.fit(LitNet(model=network(kind)), batches)
 
-    # The first batch once more, by the hooks alone.
+    # The first batch once more, by hand. SyncBatchNorm runs on GPUs alone, but what it normalises to can be computed.
     first = inputs[:GLOBAL_BATCH]
-    own = [first] if devices == 1 else [first[rank::devices]]
-    tables = {"SyncBatchNorm": seen(network(OnCPU), own)}
+    metric = NormalizedActivations(1)
+    metric.update(0, normalize(nn.SyncBatchNorm(3), first[rank::devices]))
+    tables = {"SyncBatchNorm": torch.stack(metric.compute())}
     if devices == 1:  # what two ranks see where layers are not synchronised
         tables["rank by rank"] = seen(network(nn.BatchNorm2d), [first[::2], first[1::2]])
+        tables["joined"] = seen(network(nn.BatchNorm2d), [first])
     if run.is_global_zero:
         torch.save(tables, folder / "tables.pt")
 
 
 def seen(model: nn.Module, batches: list[Tensor]) -> Tensor:
-    """Return greatest |x_hat| and share of |x_hat| > 3, shape `(2, L + 1)`, over several batches and all ranks."""
+    """Return greatest |x_hat| and share of |x_hat| > 3, shape `(2, L + 1)`, over several batches."""
     records = find_batch_norms(model)
     metric = NormalizedActivations(len(records))
     with ActivationHooks(records, metric):

@@ -1,0 +1,151 @@
+"""What BatchNormMonitor costs: an event against `log_dict`, and the statistics against the number of layers."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+import torchvision
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_revbn import BatchNormMonitor, find_batch_norms
+from lightning_revbn.core.statistics import AffineStatistics
+
+WARM_UP = 3
+
+
+class Clock(L.Callback):
+    """Notes when every batch starts: from one start to the next is a whole step with all that logging does in it."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Note the time."""
+        self.starts.append(time.perf_counter())
+
+    @property
+    def step(self) -> float:
+        """Median seconds a step."""
+        return statistics.median(b - a for a, b in zip(self.starts[WARM_UP:], self.starts[WARM_UP + 1 :], strict=False))
+
+
+class Idle(L.LightningModule):
+    """Holds a large network and trains one number, so that a step costs next to nothing but its logging."""
+
+    def __init__(self, network: nn.Module, keys: list[str]) -> None:
+        super().__init__()
+        self.network = network
+        self.number = nn.Parameter(torch.ones(1))
+        self.metrics = {key: torch.tensor(float(index)) for index, key in enumerate(keys)}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return a loss; log what there is to log, already computed."""
+        if self.metrics:
+            self.log_dict(self.metrics)
+        return self.number.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return SGD on the one number."""
+        return torch.optim.SGD([self.number], lr=0.0)
+
+
+def step_seconds(kind: type[Logger], keys: list[str], *callbacks: L.Callback, steps: int = 20) -> float:
+    """Train some steps that all log.
+
+    Args:
+        kind: Of the logger.
+        keys: What training_step logs by `log_dict`.
+        callbacks: Of the Trainer.
+        steps: How many, after the first ones.
+
+    Returns:
+        Median seconds a step.
+    """
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=WARM_UP + steps + 1,
+            log_every_n_steps=1,
+            logger=kind(folder),  # type: ignore[call-arg]
+            callbacks=[clock, *callbacks],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Idle(torchvision.models.resnet152(), keys), DataLoader(torch.zeros(1000, 1)))
+    return clock.step
+
+
+def compare_events(rounds: int) -> None:
+    names = [record.name for record in find_batch_norms(torchvision.models.resnet152())]
+    computed = AffineStatistics(find_batch_norms(torchvision.models.resnet152())).compute()
+    keys = [f"revbn/network.{key}" if "/" in key else f"revbn/{key}" for key in computed]
+    print(f"one logging event, ResNet-152: {len(names)} layers, {len(keys)} keys, {rounds} rounds")
+    print(f"{'logger':<20} {'log_dict':>10} {'monitor':>10}   log_dict / monitor (in one round)")
+    for kind in (CSVLogger, TensorBoardLogger):
+        rows: list[tuple[float, float]] = []
+        for _ in range(rounds):
+            bare = step_seconds(kind, [])
+            monitored = step_seconds(kind, [], BatchNormMonitor(every_n_steps=1)) - bare
+            rows.append((step_seconds(kind, keys) - bare, monitored))
+        ratios = [logged / monitored for logged, monitored in rows]
+        low, high = min(ratios), max(ratios)
+        logged, monitored = (statistics.median(column) * 1e3 for column in zip(*rows, strict=True))
+        print(
+            f"{kind.__name__:<20} {logged:>7.1f} ms {monitored:>7.2f} ms   "
+            f"{statistics.median(ratios):.0f} ({low:.0f} to {high:.0f})"
+        )
+
+
+def seconds(module: nn.Module, rounds: int) -> tuple[float, float]:
+    """Return median and least seconds of the statistics of a model's layers."""
+    measured = AffineStatistics(find_batch_norms(module))
+    times: list[float] = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        measured.compute()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), min(times)
+
+
+def statistics_alone(rounds: int) -> None:
+    print("the statistics alone")
+    print(f"{'network':<22} {'channels':>9} {'median':>10} {'least':>10}   per layer")
+    networks: dict[str, nn.Module] = {"ResNet-152": torchvision.models.resnet152()}
+    for count in (10, 100, 300, 1_000):
+        networks[f"{count} layers of 256"] = nn.Sequential(*(nn.BatchNorm2d(256) for _ in range(count)))
+    for name, network in networks.items():
+        records = find_batch_norms(network)
+        middle, least = seconds(network, rounds)
+        channels = sum(record.channels for record in records)
+        print(
+            f"{name:<22} {channels:>9,} {middle * 1e3:>7.3f} ms {least * 1e3:>7.3f} ms   "
+            f"{middle / len(records) * 1e6:.1f} microseconds"
+        )
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the comparison (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    statistics_alone(300)
+    compare_events(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the callback costs a whole training run: the demo's network, trained plain and with it, in turns.
+
+Every run is a process of its own, imports included, with Lightning's default logger and logging interval. Each figure
+is a median over rounds of the ratio within one round, of the time on the clock and of the CPU time; the latter does not
+see what else the machine is doing. `plain again` is the noise: the same run a second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ARMS = {
+    "plain": [],
+    "plain again": [],
+    "BatchNormMonitor()": ["BatchNormMonitor()"],
+    "RevisitedBatchNorm()": ["RevisitedBatchNorm()"],
+    "the same, activations=True": ["RevisitedBatchNorm(monitor=BatchNormMonitor(activations=True))"],
+}
+SCRIPT = """
+import sys, warnings
+sys.path.insert(0, {examples!r})
+warnings.filterwarnings("ignore")
+import lightning as L
+import torch
+from digits import Digits, DigitsResNet
+{imports}
+torch.set_num_threads(1)
+L.seed_everything(1, verbose=False)
+trainer = L.Trainer(
+    accelerator="cpu", max_epochs={epochs}, default_root_dir={folder!r}, callbacks=[{callbacks}],
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+)
+trainer.fit(DigitsResNet(), Digits())
+"""
+
+
+def run(callbacks: list[str], epochs: int) -> tuple[float, float]:
+    """Train in a new process.
+
+    Args:
+        callbacks: Of the Trainer, as Python code.
+        epochs: Of the training.
+
+    Returns:
+        Seconds on the clock, and of CPU time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        imports = "from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm" if callbacks else ""
+        code = SCRIPT.format(
+            examples=str(EXAMPLES), imports=imports, epochs=epochs, folder=folder, callbacks=", ".join(callbacks)
+        )
+        before, start = os.times(), time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        clock, after = time.perf_counter() - start, os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return clock, used
+
+
+def describe(ratios: list[float]) -> str:
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def main() -> None:
+    """Print the ratios to the plain run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of the comparison (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=100, help="epochs of a run (default: %(default)s, as the demo)")
+    arguments = parser.parse_args()
+    names = list(ARMS)
+    rounds: list[dict[str, tuple[float, float]]] = []
+    for round_ in range(arguments.rounds):
+        turn = round_ % len(names)
+        rounds.append({name: run(ARMS[name], arguments.epochs) for name in names[turn:] + names[:turn]})
+    clock, used = (statistics.median(times["plain"][kind] for times in rounds) for kind in (0, 1))
+    print(f"whole process, demo's network, {arguments.epochs} epochs, {arguments.rounds} rounds, ratio in one round")
+    print(f"{'':<28} {'time on the clock':<26} CPU time")
+    for name in names[1:]:
+        ratios = [[times[name][kind] / times["plain"][kind] for times in rounds] for kind in (0, 1)]
+        print(f"{name:<28} {describe(ratios[0]):<26} {describe(ratios[1])}")
+    print(f"{'plain':<28} {clock:.1f} s{'':<20} {used:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

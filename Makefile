@@ -31,6 +31,8 @@ format: $(VENV)/.lint ## let ruff repair what it can
 bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ratios taken in one run
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/rewrite.py
+	$(BIN)/python benchmarks/monitor.py
+	$(BIN)/python benchmarks/training.py
 
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build

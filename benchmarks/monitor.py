@@ -138,7 +138,7 @@ def statistics_alone(rounds: int) -> None:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the comparison (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

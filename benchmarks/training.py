@@ -85,7 +85,7 @@ def describe(ratios: list[float]) -> str:
 def main() -> None:
     """Print the ratios to the plain run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of the comparison (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of the comparison (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=100, help="epochs of a run (default: %(default)s, as the demo)")
     arguments = parser.parse_args()
     names = list(ARMS)

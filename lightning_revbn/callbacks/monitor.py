@@ -83,9 +83,9 @@ class BatchNormMonitor(Callback):
     after the start of training takes the place of ours.
 
     With `activations`, the normalised values of every layer (x_hat, before scale and shift) are measured in the forward
-    passes of logging steps: `revbn/{layer}/normalized_absmax`, the greatest |x_hat|, and `normalized_over_3`, the share
-    of |x_hat| > 3, over the global batch (all ranks, all batches that are accumulated); and both for the whole model.
-    Layers are measured in the mode they run in: with the statistics of the batch, or with running statistics.
+    passes of logging steps: `revbn/{layer}/normalized_absmax`, the greatest `|x_hat|`, and `normalized_over_3`, the
+    share of `|x_hat| > 3`, over the global batch (all ranks, all batches that are accumulated); and both for the whole
+    model. Layers are measured in the mode they run in: with the statistics of the batch, or with running statistics.
 
     Args:
         every_n_steps: How many optimizer steps between two events, the first at step 0. None takes the Trainer's

@@ -16,20 +16,20 @@ from typing_extensions import override
 from lightning_revbn.core.layers import BatchNormRecord
 
 THRESHOLD = 3.0
-"""From which |x_hat| on a value counts as large; of normally distributed values 0.27 % are."""
+"""From which `|x_hat|` on a value counts as large; of normally distributed values 0.27 % are."""
 
 
 class NormalizedExtremes(NamedTuple):
     """What `NormalizedActivations` computes; shape `(L + 1,)` each: L layers, and last all of them together."""
 
     absmax: Tensor
-    """Greatest |x_hat|; NaN if one was NaN."""
+    """Greatest `|x_hat|`; NaN if one was NaN."""
     over_3: Tensor
-    """Share of values with |x_hat| > 3, in [0, 1]; NaN for a layer that has seen nothing."""
+    """Share of values with `|x_hat| > 3`, in [0, 1]; NaN for a layer that has seen nothing."""
 
 
 class NormalizedActivations(Metric):
-    """Greatest |x_hat| and share of |x_hat| > 3 in batch norm layers, over all that was seen since the last reset.
+    """Greatest `|x_hat|` and share of `|x_hat| > 3` in batch norm layers, over all that was seen since the last reset.
 
     x_hat is what a batch norm layer multiplies with its scale: `(x - mean) / sqrt(var + eps)`. Reduced across ranks as
     torchmetrics does: the greatest by maximum, the share by sums.
@@ -79,7 +79,7 @@ class NormalizedActivations(Metric):
         """Compute both over all ranks.
 
         Returns:
-            Greatest |x_hat| and share of |x_hat| > 3, of each layer and of all.
+            Greatest `|x_hat|` and share of `|x_hat| > 3`, of each layer and of all.
         """
         over, count = (torch.cat([state, state.sum()[None]]).to(self.absmax.dtype) for state in (self.over, self.count))
         greatest = self.absmax.max()[None] if len(self.absmax) else self.absmax.new_zeros(1)

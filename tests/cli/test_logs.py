@@ -53,7 +53,7 @@ def write_csv(directory: Path, events: Events) -> Path:
         logger.log_metrics(dict(metrics), step=step)
     logger.save()
     shutil.move(directory / "new" / "metrics.csv", directory / "metrics.csv")
-    (directory / "new").rmdir()
+    shutil.rmtree(directory / "new")  # older versions of Lightning write hparams.yaml too
     return directory / "metrics.csv"
 
 

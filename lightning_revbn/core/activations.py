@@ -95,8 +95,8 @@ class ActivationHooks:
     `forward` of its own that gives an affine function of the input with other statistics (synchronised by hand, say),
     x_hat is read off its output, in channels whose scale is not 0.
 
-    Nothing is kept but the metric's numbers. Code compiled by `torch.compile` and transforms of `torch.func` do not run
-    the hooks.
+    Nothing is kept but the metric's numbers. Not measured: layers in code compiled by `torch.compile`, in transforms of
+    `torch.func`, and layers whose input is a DTensor.
 
     Use it as a context manager, or call `remove`.
 
@@ -156,8 +156,8 @@ class _Measure:
         if torch.compiler.is_compiling():
             return
         inputs: object = args[0] if args else next(iter(kwargs.values()), None)
-        # A tensor inside a transform of torch.func stands for other values than it holds.
-        if not isinstance(inputs, Tensor) or _is_wrapped(inputs):
+        # What is no batch of channels, the layer itself refuses.
+        if not isinstance(inputs, Tensor) or inputs.dim() < 2 or _stands_for_others(inputs):
             return
         with torch.no_grad():
             x_hat = normalize(layer, inputs)
@@ -234,9 +234,10 @@ def _is_near(values: Tensor, others: Tensor, tolerance: float) -> bool:
     return bool((values - others).abs().amax() <= tolerance * values.abs().amax())
 
 
-def _is_wrapped(tensor: Tensor) -> bool:
+def _stands_for_others(tensor: Tensor) -> bool:
+    """Tell whether a tensor stands for other values than it holds: in a transform of torch.func, or as a DTensor."""
     functorch = cast("Any", torch._C)._functorch  # pyright: ignore[reportPrivateUsage] # no public name
-    return bool(functorch.is_functorch_wrapped_tensor(tensor))
+    return hasattr(tensor, "full_tensor") or bool(functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _ranks(layer: nn.SyncBatchNorm) -> int:

@@ -206,6 +206,25 @@ def test_transforms_of_torch_func_are_left_alone() -> None:
     assert np.isnan(over_3).all()
 
 
+def test_sharded_inputs_are_left_alone() -> None:
+    class Sharded(Tensor):
+        """Has what a DTensor is known by."""
+
+        def full_tensor(self) -> Tensor:
+            raise AssertionError("a collective that other ranks may not take part in")
+
+    layer = nn.BatchNorm1d(2).eval()
+    _, over_3 = seen(layer, lambda: layer(torch.randn(4, 2).as_subclass(Sharded)))
+    assert np.isnan(over_3).all()
+
+
+def test_what_a_layer_refuses_is_refused_in_its_own_words() -> None:
+    layer = nn.BatchNorm2d(2)
+    for inputs in (torch.randn(2), torch.randn(4, 2)):
+        with pytest.raises(ValueError, match="expected 4D input"):
+            seen(layer, lambda inputs=inputs: layer(inputs))
+
+
 def test_compiled_code_is_left_alone() -> None:
     layer = nn.BatchNorm1d(2).eval()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lit import LitNet, loader, rows, trainer
 from models import BATCH_NORMS
@@ -100,6 +101,7 @@ def test_wandb_offline_holds_every_key_and_histograms(tmp_path: Path, monkeypatc
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     fit(tmp_path, logger)
     logger.experiment.finish()
+    wandb.teardown()  # its service may write for a while after the run has finished
     (file,) = tmp_path.rglob("*.wandb")
     history = {row["trainer/global_step"]: row for row in wandb_history(file)}
     for step, values in reference(tmp_path).items():

@@ -21,23 +21,21 @@ from typing import IO, Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_revbn.callbacks.monitor import WHOLE_MODEL
+from lightning_revbn.core.statistics import STATISTICS
+
 CSV_NAME = "metrics.csv"
 EVENTS_MARK = "tfevents"  # what TensorBoard knows event files by: it is in all their names
 MAX_STEP = 2**53  # no run is longer, and up to here steps are exact on a figure's axis too
 
 QUANTITIES = frozenset(
     (
-        *(f"{kind}_{statistic}" for kind in ("scale", "shift") for statistic in ("mean", "std", "min", "max", "drift")),
+        *(f"{kind}_{statistic}" for kind in ("scale", "shift") for statistic in STATISTICS),
         "normalized_absmax",
         "normalized_over_3",
     )
 )
 """What BatchNormMonitor logs of a layer."""
-
-OF_THE_MODEL = frozenset(
-    ("scale_mean", "scale_drift", "shift_drift", "scale_lr", "normalized_absmax", "normalized_over_3")
-)
-"""What it logs of the whole model."""
 
 DEFAULT_PREFIX = "revbn"
 
@@ -207,7 +205,7 @@ def batch_norm_run(label: str, scalars: Scalars, prefix: str | None = None) -> R
     known = frozenset(layers)
     series = {head: scalars.series[key] for head, key in heads.items() if head[0] in known}
     by_depth = all(heads[head] in scalars.in_order for head in series)
-    whole_model = layers == [""] and all(quantity in OF_THE_MODEL for _, quantity in series)
+    whole_model = layers == [""] and all(quantity in WHOLE_MODEL for _, quantity in series)
     return Run(label, tuple(layers if by_depth else sorted(layers, key=natural)), series, by_depth, whole_model)
 
 

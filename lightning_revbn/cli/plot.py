@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from lightning_revbn.cli.logs import (
     progress_bar,
     read_scalars,
 )
+from lightning_revbn.core.layers import unmatched_patterns
 
 MOST_RUNS = 8
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -211,13 +211,11 @@ def choose_layers(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
         if run.whole_model:
             raise PlotError(f"--layers: {one_line(run.label)} logged the whole model only (per_layer=False)")
     names = list(dict.fromkeys(layer for run in runs for layer in run.layers))
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-            raise PlotError(
-                f"--layers: the pattern {pattern!r} matches none of the {len(names)} batch norm layers; the nearest "
-                f"names are {', '.join(map(repr, nearest))}"
-            )
+    for pattern, nearest in unmatched_patterns(patterns, names):
+        raise PlotError(
+            f"--layers: the pattern {pattern!r} matches none of the {len(names)} batch norm layers; the nearest "
+            f"names are {nearest}"
+        )
     chosen = [[layer for layer in run.layers if any(fnmatchcase(layer, p) for p in patterns)] for run in runs]
     for run, layers in zip(runs, chosen, strict=True):
         if not layers:

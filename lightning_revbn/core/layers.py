@@ -193,13 +193,11 @@ class Selection:
             return
         mapped = tuple(self.scale) if isinstance(self.scale, Mapping) else ()
         for argument, patterns in (("include", self.include), ("exclude", self.exclude), ("scale", mapped)):
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-                    raise ValueError(
-                        f"{argument}: the pattern {pattern!r} matches none of the model's {len(names)} batch norm "
-                        f"layers; the nearest names are {', '.join(repr(name) for name in nearest)}"
-                    )
+            for pattern, nearest in unmatched_patterns(patterns, names):
+                raise ValueError(
+                    f"{argument}: the pattern {pattern!r} matches none of the model's {len(names)} batch norm "
+                    f"layers; the nearest names are {nearest}"
+                )
 
     def _target(self, name: str) -> float | None:
         """Return the scale asked for in a layer, or None where the patterns leave it out."""
@@ -219,6 +217,23 @@ class Selection:
         if state in ("unmaterialized", "shared", "unsupported"):
             return "refuse"
         return "rewrite" if state in ("fresh", "lazy") else "skip"
+
+
+def unmatched_patterns(patterns: Iterable[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    """List the patterns that match no name.
+
+    Args:
+        patterns: `fnmatch` patterns.
+        names: Dotted names of layers.
+
+    Returns:
+        Each such pattern, with the nearest names in words.
+    """
+    return [
+        (pattern, ", ".join(map(repr, difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))))
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
 
 
 def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str]]:

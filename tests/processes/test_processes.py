@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lit import rows
 from models import BATCH_NORMS
 from packaging.version import Version
 
@@ -70,6 +70,4 @@ def run(script: str, *arguments: object) -> str:
 
 def logged_in(folder: Path) -> list[dict[str, str]]:
     """Return the events of the monitor in the one log below a directory."""
-    (log,) = folder.rglob("metrics.csv")
-    with log.open() as lines:
-        return [row for row in csv.DictReader(lines) if row["revbn/scale_mean"]]
+    return [row for row in rows(folder) if "revbn/scale_mean" in row]

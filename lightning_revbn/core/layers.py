@@ -20,11 +20,23 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from lightning_revbn.core.input_batch_norm import InputBatchNorm
+
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 Verdict: TypeAlias = Literal["rewrite", "skip", "refuse"]
 State: TypeAlias = Literal[
-    "fresh", "zero", "trained", "frozen", "no scale", "excluded", "lazy", "unmaterialized", "shared", "unsupported"
+    "fresh",
+    "zero",
+    "trained",
+    "frozen",
+    "input",
+    "no scale",
+    "excluded",
+    "lazy",
+    "unmaterialized",
+    "shared",
+    "unsupported",
 ]
 ZeroScalePolicy: TypeAlias = Literal["keep", "overwrite"]
 TrainedPolicy: TypeAlias = Literal["keep", "overwrite", "error"]
@@ -43,10 +55,12 @@ class BatchNormRecord:
         state: What the layer was found to be, for programs: `"fresh"` (as torch initialises it, or already at the
             target), `"zero"` (scale 0 in every channel and never trained), `"trained"` (running statistics have moved,
             or the scale starts at other values), `"frozen"` (the scale is a buffer or does not require a gradient),
-            `"no scale"` (`affine=False`), `"excluded"` (by `include`, `exclude` or a scale mapping), `"lazy"` (made by
-            its first input), `"unmaterialized"` (on the meta device), `"shared"` (its scale is also a parameter of a
-            module that is no batch norm) or `"unsupported"` (quantised, or parametrised in a way that cannot be set).
-        target: The scale that the settings ask for in this layer; None where they ask for none.
+            `"input"` (an `InputBatchNorm`, which starts at a scale of its own), `"no scale"` (`affine=False`),
+            `"excluded"` (by `include`, `exclude` or a scale mapping), `"lazy"` (made by its first input),
+            `"unmaterialized"` (on the meta device), `"shared"` (its scale is also a parameter of a module that is no
+            batch norm) or `"unsupported"` (quantised, or parametrised in a way that cannot be set).
+        target: The scale that the settings ask for in this layer, that of an `InputBatchNorm` the layer itself; None
+            where they ask for none.
     """
 
     name: str
@@ -107,8 +121,8 @@ def find_batch_norms(
     """List every batch norm layer of a model with the verdict on it; change nothing.
 
     Layers are recognised by their class (`BatchNorm1d`, `2d`, `3d`, `SyncBatchNorm` and whatever derives from torch's
-    base of these), never by name. A layer that is used twice, or whose scale belongs to two batch norm layers, is
-    listed once.
+    base of these, and `InputBatchNorm`), never by name. A layer that is used twice, or whose scale belongs to two batch
+    norm layers, is listed once.
 
     Args:
         module: The model, or any part of one. A batch norm layer itself will do.
@@ -173,6 +187,8 @@ class Selection:
         records: list[BatchNormRecord] = []
         for name, layer in layers:
             target = self._target(name)
+            if target is not None and isinstance(layer, InputBatchNorm):
+                target = layer.scale
             state, reason = (
                 ("excluded", "not selected by the patterns") if target is None else _look(layer, target, other_owners)
             )
@@ -244,7 +260,7 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
     seen: set[int] = set()
     modules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
     for name, layer in modules:
-        if isinstance(layer, _BatchNorm) or _is_frozen_batch_norm(layer):
+        if isinstance(layer, (_BatchNorm, InputBatchNorm)) or _is_frozen_batch_norm(layer):
             names.add(name)
             parameter = _parameter(layer, "weight")
             if parameter is not None and id(parameter) in seen:
@@ -346,6 +362,8 @@ def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> t
     """Tell what state a selected layer is in, from its own values alone."""
     if any(cls.__module__.startswith(_QUANTIZED) for cls in type(layer).__mro__):
         return "unsupported", "a quantised layer is for inference; it cannot be trained"
+    if isinstance(layer, InputBatchNorm):
+        return "input", "the input layer starts at a scale of its own"
     if not isinstance(layer, _BatchNorm):
         return "frozen", "frozen: its scale is a buffer"
     if is_parametrized(layer, "weight"):

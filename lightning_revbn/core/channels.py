@@ -1,0 +1,136 @@
+"""Looks at a tensor as (outer, channels, inner) in the order of its memory, in pieces that stay in the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_CACHED = 1 << 19
+"""Elements that a piece has on a CPU: their float32 values fill two megabytes, which two cores keep in their caches."""
+_LAUNCHED = 1 << 23
+"""Elements that a piece has on an accelerator, where the memory for intermediate values counts, not the cache."""
+_NARROW = 64
+"""Channels with fewer values side by side than this are joined to wide rows, for loops that are worth their start."""
+
+
+@dataclass(frozen=True)
+class ChannelView:
+    """A dense tensor as parts of shape `(outer, width, inner)`, views of its memory.
+
+    Where the values of one channel lie side by side, width is the number of channels. Where channels alternate (as in
+    tables, and in images with the channels last), several rows are joined: inner is 1, and width a multiple of the
+    number of channels.
+
+    Attributes:
+        parts: One or two views that together hold every element once.
+        channels: Number of channels C.
+        repeat: How many neighbours in `width` belong to one channel, before the next channel begins.
+    """
+
+    parts: tuple[Tensor, ...]
+    channels: int
+    repeat: int
+
+    def spread(self, values: Tensor, part: Tensor) -> Tensor:
+        """Return per-channel values so that they broadcast against a part.
+
+        Args:
+            values: One value a channel, shape `(C,)`.
+            part: One of `parts`.
+
+        Returns:
+            Shape `(1, width, 1)`.
+        """
+        period = self.channels * self.repeat
+        return values.repeat_interleave(self.repeat).repeat(part.shape[1] // period).view(1, -1, 1)
+
+    def fold(self, values: Tensor) -> Tensor:
+        """Sort values per column by channel.
+
+        Args:
+            values: Shape `(width,)` or `(K, width)`.
+
+        Returns:
+            Shape `(M, C)`: the M values of each channel.
+        """
+        rows = values.reshape(-1, self.channels, self.repeat)
+        return rows.transpose(1, 2).reshape(-1, self.channels)
+
+
+def dense(values: Tensor) -> Tensor:
+    """Return a tensor that fills its memory without gaps or overlaps: the same one if it does.
+
+    Args:
+        values: Any tensor.
+
+    Returns:
+        The tensor, or a contiguous copy.
+    """
+    return values if values.permute(_memory_order(values)).is_contiguous() else values.contiguous()
+
+
+def channel_view(values: Tensor, channel_dim: int | None, like: Tensor | None = None) -> ChannelView:
+    """Look at a dense tensor by channel.
+
+    Args:
+        values: A dense tensor (see `dense`) of any rank.
+        channel_dim: Where its channels are; negative counts from the end. None takes all values as one channel.
+        like: A tensor of the same shape whose memory order to take instead; `values` is copied if its own differs.
+
+    Returns:
+        The view.
+    """
+    order = _memory_order(values if like is None else like)
+    if channel_dim is None:
+        channels, at = 1, len(order)
+    else:
+        channel_dim %= values.dim()
+        channels, at = values.shape[channel_dim], order.index(channel_dim)
+    permuted = values.permute(order)
+    sizes = list(permuted.shape)
+    outer, inner = (
+        (math.prod(sizes[:at]), math.prod(sizes[at + 1 :])) if channel_dim is not None else (1, values.numel())
+    )
+    if inner >= _NARROW or not values.numel():
+        return ChannelView((permuted.reshape(outer, channels, inner),), channels, 1)
+    period = channels * inner
+    joined = max(1, min(outer, _NARROW * 16 // period))
+    rows = permuted.reshape(outer, period)
+    whole = outer - outer % joined
+    parts = [rows[:whole].view(-1, period * joined, 1)]
+    if whole < outer:
+        parts.append(rows[whole:].unsqueeze(2))
+    return ChannelView(tuple(parts), channels, inner)
+
+
+def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, slice, slice]]:
+    """Divide a part of a view into pieces small enough to stay in the cache of a processor.
+
+    Args:
+        part: Shape `(outer, width, inner)`.
+        elements: About how many elements a piece shall have; None chooses by the device.
+
+    Yields:
+        The index of each piece.
+    """
+    size = elements or (_CACHED if part.device.type == "cpu" else _LAUNCHED)
+    outer, width, inner = part.shape
+    if not part.numel():
+        return
+    rows = max(1, size // (width * inner))
+    columns = inner if width * inner <= 2 * size else max(256, size // width // 256 * 256)
+    for row in range(0, outer, rows):
+        for column in range(0, inner, columns):
+            yield slice(row, row + rows), slice(None), slice(column, column + columns)
+
+
+def _memory_order(values: Tensor) -> list[int]:
+    """Return the dimensions from the one whose neighbours are farthest apart to the one whose are nearest."""
+    dims = list(range(values.dim()))
+    if values.is_contiguous():
+        return dims
+    strides = values.stride()
+    return sorted(dims, key=lambda dim: -strides[dim])

@@ -1,0 +1,172 @@
+"""The paper's front layer: batch norm of the network's input, with a trainable scale and no shift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+from typing_extensions import Self, override
+
+from lightning_revbn.core.moments import Kind, global_moments
+
+
+class InputBatchNorm(nn.Module):
+    """Normalise the input of a network by its batch, and multiply by a trainable scale (arXiv 2110.13989).
+
+    The layer of the paper: scale g * 0.58 where the batch norm layers behind it start at g, trained with lr / c like
+    theirs; shift fixed at 0. On one process its output, gradients and running statistics are those of
+    `torch.nn.BatchNorm2d` to the bit, and so are the names in its state. Where a process group is initialised it
+    normalises by the batch of all ranks while training, on CPUs too, with one collective forwards, and one backwards if
+    the input needs a gradient. It is no subclass of torch's batch norm, so `sync_batchnorm=True` leaves it as it is.
+
+    uint8 input is divided by 255. Running statistics stay in float32 when the layer is converted to half precision.
+
+    `OnlineInputNormMixin` needs no layer in the model, costs less and works under FSDP; its scale is not trained.
+
+    Args:
+        num_features: Number of channels C of inputs of shape `(N, C, *)`.
+        scale: Where the scale (`weight`) starts.
+        eps: Added to the variance; meant for data in [0, 1].
+        momentum: Weight of the newest batch in the running statistics.
+        process_group: The ranks that share a batch; None is the default group.
+
+    Raises:
+        ValueError: If `num_features` or `scale` is not positive.
+
+    Example:
+        >>> layer = InputBatchNorm(3, scale=0.1 * 0.58)
+        >>> output = layer(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8))
+        >>> round(output.std(correction=0).item(), 3), [name for name, _ in layer.named_parameters()]
+        (0.058, ['weight'])
+    """
+
+    weight: nn.Parameter
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        scale: float = 0.1 * 0.58,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features={num_features!r} must be the number of channels, 1 or more")
+        if not scale > 0:
+            raise ValueError(
+                f"scale={scale!r} must be above 0; the paper uses 0.58 times the scale of the other layers"
+            )
+        self.num_features = num_features
+        self.scale = scale
+        self.eps = eps
+        self.momentum = momentum
+        self.process_group = process_group
+        self.weight = nn.Parameter(torch.full((num_features,), scale))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise a batch.
+
+        Args:
+            inputs: Shape `(N, C, *)`; uint8, or floating-point values.
+
+        Returns:
+            The same shape; float32 for uint8.
+
+        Raises:
+            ValueError: If there are other numbers of dimensions or channels.
+        """
+        if inputs.dim() < 2 or inputs.shape[1] != self.num_features:
+            raise ValueError(
+                f"InputBatchNorm({self.num_features}) takes inputs of shape (N, {self.num_features}, *), "
+                f"got {tuple(inputs.shape)}"
+            )
+        values = inputs.to(self.running_mean.dtype).div_(255) if inputs.dtype == torch.uint8 else inputs
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            if self._ranks() > 1:
+                return self._synchronized(inputs, values)
+        weight, bias = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
+        return batch_norm(
+            values, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
+        )
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, scale={self.scale:g}, eps={self.eps}, momentum={self.momentum}"
+
+    def _synchronized(self, inputs: Tensor, values: Tensor) -> Tensor:
+        """Normalise by the batch of all ranks, and add it to the running statistics."""
+        unit, kind = (255.0, Kind.UINT8) if inputs.dtype == torch.uint8 else (1.0, Kind.FLOAT)
+        batch = global_moments(inputs.detach(), kind=kind, group=self.process_group, ranks=self._ranks())
+        moments = batch.moments.moved(batch.shift).scaled(unit)
+        with torch.no_grad():
+            unbiased = moments.m2 / (moments.count - 1).clamp(min=1)
+            has_values = moments.count > 0
+            for running, newest in ((self.running_mean, moments.mean), (self.running_var, unbiased)):
+                running.copy_(torch.where(has_values, torch.lerp(running.double(), newest, self.momentum), running))
+        constants = (moments.mean, (moments.variance + self.eps).rsqrt(), moments.count)
+        weight, bias = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
+        output: Tensor = _Normalize.apply(values, weight, bias, *constants, self.process_group)  # pyright: ignore[reportUnknownMemberType, reportAssignmentType] # torch does not type it
+        return output
+
+    def _ranks(self) -> int:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 1
+        return torch.distributed.get_world_size(self.process_group)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the running statistics in float32 where everything else becomes a half."""
+        kept = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        for name, before in kept.items():
+            moved: Tensor = getattr(self, name)
+            if moved.dtype.itemsize < 4 <= before.dtype.itemsize:
+                setattr(self, name, before.to(moved.device))
+        return self
+
+
+class _Normalize(torch.autograd.Function):
+    """Batch norm with mean and variance of several ranks, the gradient of which has parts from all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        values, weight, bias, mean, invstd, count, group = args
+        shape = [1, -1] + [1] * (values.dim() - 2)
+        work = torch.promote_types(values.dtype, weight.dtype)
+        mean_shaped, invstd_shaped = mean.to(work).view(shape), invstd.to(work).view(shape)
+        rest = (mean - mean.to(work)).to(work).view(shape)
+        normalized = (values.to(work) - mean_shaped - rest) * invstd_shaped
+        ctx.save_for_backward(normalized, weight, invstd, count)
+        ctx.group, ctx.dtype = group, values.dtype
+        return (normalized * weight.view(shape) + bias.view(shape)).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        normalized, weight, invstd, count = ctx.saved_tensors
+        grad: Tensor = grads[0].to(normalized.dtype)
+        dims = [dim for dim in range(grad.dim()) if dim != 1]
+        shape = [1, -1] + [1] * (grad.dim() - 2)
+        sums = torch.stack([grad.double().sum(dims), (grad * normalized).double().sum(dims)])
+        grad_weight, grad_bias = sums[1].to(weight.dtype), sums[0].to(weight.dtype)
+        grad_values = None
+        if ctx.needs_input_grad[0]:
+            torch.distributed.all_reduce(sums, group=ctx.group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+            means = (sums / count.clamp(min=1)).to(grad.dtype)
+            centred = grad - means[0].view(shape) - normalized * means[1].view(shape)
+            grad_values = (centred * (weight * invstd.to(weight.dtype)).view(shape)).to(ctx.dtype)
+        return grad_values, grad_weight, grad_bias, None, None, None, None

@@ -1,0 +1,567 @@
+"""Standardises raw batches while they come in, with statistics that are learned on the way.
+
+The state is plain tensors, never buffers of a module: nothing rebroadcasts, casts or shards it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_revbn.core.layers import check_choice
+from lightning_revbn.core.moments import OUT_OF_RANGE, GlobalBatch, Kind, Moments, global_moments
+from lightning_revbn.core.normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize, normalize
+
+RELU_STD = 0.58
+"""Standard deviation of ReLU(N(0, 1)), sqrt(1/2 - 1/(2 pi)) = 0.58382, as the paper rounds it: that of the input of a
+layer inside a network, in units of the scale of the batch norm before it."""
+
+Mode: TypeAlias = Literal["batch", "running", "ema", "fixed"]
+NanPolicy: TypeAlias = Literal["error", "ignore"]
+
+_LOOKS_NORMALIZED_AFTER = 256  # samples
+
+
+@dataclass(frozen=True)
+class InputNorm:
+    """How the input is normalised: settings of `OnlineInputNormMixin` and `OnlineStandardizer`.
+
+    The result is `(x / input_range - mean) / sqrt(var + eps) * scale` per channel.
+
+    Args:
+        num_features: Number of channels C.
+        scale: What the standardised input is multiplied by. "auto" takes 0.58 times the scale of the
+            `RevisitedBatchNorm` in the Trainer, as the paper does, and 0.58 where there is none.
+        mode: Whose mean and variance are used while training: `"batch"`, those of the global batch (the paper);
+            `"running"`, those of everything seen so far, this batch included; `"ema"`, an exponential moving average;
+            `"fixed"`, the constants `mean` and `std`. Evaluation uses the statistics of everything seen in training; in
+            mode `"ema"` the average.
+        momentum: Weight of the newest batch in mode `"ema"`; the other modes forget nothing.
+        eps: Added to the variance, in units of `input_range` squared.
+        input_range: What raw values are divided by. "auto" is 255 for uint8 and 1 for everything else.
+        key: Where a batch holds the input: an index, a key of a mapping, or the name of an attribute. None is the
+            tensor itself, the first of a tuple or list, or the only tensor of a mapping.
+        channel_dim: Which dimension holds the channels; negative counts from the end. None takes all values together,
+            with `num_features=1`.
+        mask_key: Where a batch holds a boolean mask, True where values count; it must broadcast to the input. What it
+            leaves out becomes 0.
+        nan_policy: `"error"` stops training on all ranks, statistics untouched. `"ignore"` leaves NaN out of the
+            statistics and in the input. Infinity is always an error.
+        freeze_after: After how many samples of all ranks the statistics are kept as they are. From then on the
+            statistics of everything seen are used in mode `"batch"` too, and ranks communicate no more.
+        mean: Constants of mode `"fixed"`, one a channel, in units of `input_range`.
+        std: The same for the standard deviation.
+        prefix: First part of the keys that are logged.
+
+    Raises:
+        ValueError: If a value is out of range or settings contradict each other.
+
+    Example:
+        >>> InputNorm(num_features=3).mode
+        'batch'
+    """
+
+    num_features: int
+    scale: float | Literal["auto"] = "auto"
+    mode: Mode = "batch"
+    momentum: float = 0.1
+    eps: float = 1e-5
+    input_range: float | Literal["auto"] = "auto"
+    key: int | str | None = None
+    channel_dim: int | None = 1
+    mask_key: int | str | None = None
+    nan_policy: NanPolicy = "error"
+    freeze_after: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    prefix: str = "revbn"
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("nan_policy", self.nan_policy, get_args(NanPolicy))
+        if not _is_int(self.num_features) or self.num_features < 1:
+            raise ValueError(f"num_features={self.num_features!r} must be the number of channels, 1 or more")
+        if self.channel_dim is None and self.num_features != 1:
+            raise ValueError(
+                f"channel_dim=None takes all values together, so num_features must be 1, not {self.num_features}"
+            )
+        if not (self.channel_dim is None or _is_int(self.channel_dim)):
+            raise ValueError(f"channel_dim={self.channel_dim!r} must be an integer or None")
+        for name in ("scale", "input_range"):
+            value = getattr(self, name)
+            if value != "auto" and not (_is_number(value) and value > 0):
+                raise ValueError(f'{name}={value!r} must be "auto" or a finite number above 0')
+        if not (_is_number(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps={self.eps!r} must be a finite number, 0 or more")
+        if not (_is_number(self.momentum) and 0 < self.momentum <= 1):
+            raise ValueError(f"momentum={self.momentum!r} must be above 0 and at most 1")
+        if self.freeze_after is not None and not (_is_int(self.freeze_after) and self.freeze_after > 0):
+            raise ValueError(f"freeze_after={self.freeze_after!r} must be a number of samples above 0, or None")
+        if self.mode == "fixed" and self.freeze_after is not None:
+            raise ValueError('mode="fixed" collects no statistics, so there is nothing for freeze_after to freeze')
+        for name in ("mean", "std"):
+            self._check_constants(name)
+
+    def _check_constants(self, name: str) -> None:
+        values: Sequence[float] | None = getattr(self, name)
+        if values is None:
+            if self.mode == "fixed":
+                raise ValueError(f'mode="fixed" needs {name}: one number a channel, in units of input_range')
+            return
+        if self.mode != "fixed":
+            raise ValueError(f'{name} is for mode="fixed"; mode={self.mode!r} learns it from the data')
+        numbers = tuple(float(value) for value in values)
+        if len(numbers) != self.num_features:
+            raise ValueError(f"{name} has {len(numbers)} numbers, num_features is {self.num_features}")
+        if not all(math.isfinite(number) and (name == "mean" or number >= 0) for number in numbers):
+            raise ValueError(f"{name}={numbers} must be finite" + (" and not negative" if name == "std" else ""))
+        object.__setattr__(self, name, numbers)
+
+
+class InputStatistics(NamedTuple):
+    """Statistics per channel in units of the input range: for uint8 in [0, 1], as torchvision's Normalize wants them.
+
+    Attributes:
+        mean: float64, shape `(C,)`.
+        std: `sqrt(m2 / count)`, float64, shape `(C,)`.
+        count: How many values they are of, float64, shape `(C,)`; 0 for given constants.
+    """
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] # the design's name; nobody counts in it
+
+
+class MissingStatisticsError(RuntimeError):
+    """There are no statistics yet."""
+
+
+class InputError(ValueError):
+    """A batch cannot be measured; the statistics are as they were before it."""
+
+
+@dataclass(frozen=True)
+class _Average:
+    """An exponential moving average of mean and variance; `weight` is 1 once its start is forgotten."""
+
+    weight: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def astuple(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return weight, mean and variance."""
+        return self.weight, self.mean, self.variance
+
+    def add(self, batch: Moments, momentum: float) -> _Average:
+        """Return the average with one more batch, the variance between batches included."""
+        newest = torch.where(batch.count > 0, momentum, 0.0)
+        weight = (1 - newest) * self.weight + newest
+        share = torch.where(weight > 0, newest / weight, 0.0)
+        moved = batch.mean - self.mean
+        variance = (1 - share) * self.variance + share * batch.variance + share * (1 - share) * moved.square()
+        return _Average(weight, self.mean + share * moved, variance)
+
+
+class OnlineStandardizer:
+    """Standardise batches by statistics that every training batch adds to, on one process or many.
+
+    For plain loops and Fabric; with a Trainer use `OnlineInputNormMixin`. No gradient flows through it, and no batch is
+    changed in place.
+
+    Args:
+        settings: What is done; `key` and `mask_key` are the caller's business.
+        scale: What takes the place of `settings.scale` while that is "auto".
+
+    Example:
+        >>> standardizer = OnlineStandardizer(InputNorm(num_features=1, scale=1.0, eps=0.0))
+        >>> standardizer.train(torch.tensor([[0], [255]], dtype=torch.uint8)).flatten().tolist()
+        [-1.0, 1.0]
+        >>> standardizer.statistics().mean.tolist()
+        [0.5]
+    """
+
+    def __init__(self, settings: InputNorm, scale: float = RELU_STD) -> None:
+        self.settings = settings
+        self.scale = scale if settings.scale == "auto" else settings.scale
+        self._kind: Kind = Kind.UNKNOWN
+        self._shift: Tensor = torch.zeros(settings.num_features, dtype=torch.float64)
+        self._total = Moments(self._shift, self._shift, self._shift)
+        self._average = _Average(self._shift, self._shift, self._shift)
+        self._samples: Tensor = torch.zeros((), dtype=torch.float64)
+        self._faults: Tensor = torch.zeros(3, dtype=torch.float64)
+        self._is_frozen = False
+        self._constants: dict[Any, Constants] = {}
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a batch was measured, or constants are given."""
+        return self.settings.mode == "fixed" or self._kind is not Kind.UNKNOWN
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether training batches change nothing any more."""
+        return self.settings.mode == "fixed" or self._is_frozen
+
+    @property
+    def samples(self) -> int:
+        """How many samples of all ranks were measured; on an accelerator this waits for it."""
+        return int(self._samples)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether what was measured are floating-point numbers."""
+        return self._kind is Kind.FLOAT
+
+    def set_scale(self, scale: float) -> None:
+        """Multiply by another number from here on.
+
+        Args:
+            scale: The number.
+        """
+        self.scale = scale
+        self._constants.clear()
+
+    def train(
+        self,
+        values: Tensor,
+        mask: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        group: Any = None,
+        ranks: int = 1,
+    ) -> Tensor:
+        """Add a training batch to the statistics, and standardise it as the mode says.
+
+        Args:
+            values: This rank's part of the batch, raw; it may be empty.
+            mask: True where values count.
+            dtype: That of the result.
+            group: The process group of the ranks that share the batch; None is the default group.
+            ranks: How many these are. Where there are several, each must call this once a step, and there is one
+                collective, unless the statistics are frozen or given.
+
+        Returns:
+            The standardised values, of the shape and memory format of `values`.
+
+        Raises:
+            InputError: If any rank's values cannot be measured. On accelerators it is `check` that says so.
+        """
+        self._check_shape(values, mask)
+        if self.is_frozen:
+            return self.evaluate(values, mask, dtype=dtype)
+        values = values.detach()
+        batch = global_moments(
+            values,
+            self.settings.channel_dim,
+            kind=self._kind,
+            shift=self._shift if self._kind is Kind.FLOAT else None,
+            mask=mask,
+            ignore_nan=self.settings.nan_policy == "ignore",
+            group=group,
+            ranks=ranks,
+        )
+        self._to(batch.shift.device)
+        self._faults = self._faults + batch.faults
+        if batch.shift.device.type == "cpu":
+            self.check(values)
+        if batch.kind is Kind.UNKNOWN:  # no rank has any values
+            return torch.empty_like(values, dtype=dtype)
+        self._add(batch)
+        mean, variance = self._estimate()
+        if self.settings.mode == "batch":
+            # One value has no spread; what is known of all others does better.
+            lonely = batch.moments.count <= 1
+            mean = torch.where(lonely, mean, batch.moments.mean)
+            variance = torch.where(lonely, variance, batch.moments.variance)
+        return self._apply(values, mask, self._rounded(mean, variance, values), dtype)
+
+    def evaluate(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standardise a batch by what was learned in training; change nothing, communicate nothing.
+
+        Args:
+            values: The batch, raw.
+            mask: True where values count.
+            dtype: That of the result.
+
+        Returns:
+            The standardised values, of the shape and memory format of `values`.
+
+        Raises:
+            MissingStatisticsError: If nothing was learned yet.
+        """
+        self._check_shape(values, mask)
+        if not self.has_statistics:
+            raise MissingStatisticsError("there are no input statistics yet: train first, or load them")
+        key = values.dtype, values.device
+        if key not in self._constants:
+            if values.device.type != "mps":
+                self._to(values.device)
+            self._constants[key] = self._rounded(*self._estimate(), values)
+        return self._apply(values.detach(), mask, self._constants[key], dtype)
+
+    def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standardise a batch before there are statistics, by its own alone; remember nothing, communicate nothing.
+
+        Args:
+            values: The batch, raw.
+            mask: True where values count.
+            dtype: That of the result.
+
+        Returns:
+            The standardised values.
+        """
+        if self.has_statistics:
+            return self.evaluate(values, mask, dtype=dtype)
+        other = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.scale)
+        return other.train(values, mask, dtype=dtype)
+
+    def check(self, values: Tensor | None = None) -> None:
+        """Raise if a training batch could not be measured; on accelerators this waits for the batch.
+
+        Args:
+            values: This rank's part of the batch, to say more about it.
+
+        Raises:
+            InputError: If so.
+        """
+        nonfinite, beyond, mixed = (int(count) for count in self._faults)
+        self._faults = torch.zeros_like(self._faults)
+        if nonfinite:
+            raise InputError(
+                f"NaN or infinity in a training batch{self._where(values)}: the statistics are as they were before it. "
+                'Clean the data, or leave NaN out of the statistics by nan_policy="ignore"'
+            )
+        if beyond:
+            raise InputError(f"a training batch has {OUT_OF_RANGE}")
+        if mixed:
+            before = f", so far of kind {self._kind.name.lower()}" if self._kind is not Kind.UNKNOWN else ""
+            raise InputError(
+                f"training batches must all be uint8, all other integers or all floating-point numbers{before}; "
+                "convert them before they are batched"
+            )
+
+    def statistics(self) -> InputStatistics:
+        """Return mean and standard deviation of all training data seen so far, in units of the input range.
+
+        Returns:
+            Tensors on the CPU. In mode `"fixed"` the given constants.
+
+        Raises:
+            MissingStatisticsError: If nothing was learned yet.
+        """
+        if self.settings.mode == "fixed":
+            mean, std = (torch.tensor(given, dtype=torch.float64) for given in (self.settings.mean, self.settings.std))
+            return InputStatistics(mean, std, torch.zeros_like(mean))
+        if not self.has_statistics:
+            raise MissingStatisticsError("there are no input statistics yet: train first, or load them")
+        total = self._total.moved(self._shift).scaled(self._unit(self._kind))
+        return InputStatistics(total.mean.cpu(), total.std.cpu(), total.count.cpu())
+
+    def normalizer(self) -> FixedNormalizer:
+        """Return what `evaluate` does now as a module without Lightning.
+
+        Returns:
+            A module with buffers only, on the CPU.
+        """
+        shift, mean, gain = self._in_units()
+        given = self.settings.input_range
+        return FixedNormalizer(shift + mean, gain, self.settings.channel_dim, None if given == "auto" else given)
+
+    def denormalize(self, values: Tensor) -> Tensor:
+        """Undo what `evaluate` does: for pictures of what a network was given.
+
+        Args:
+            values: Standardised values.
+
+        Returns:
+            Values in units of the input range: pictures that came as uint8 lie in [0, 1].
+        """
+        self._check_shape(values, None)
+        return denormalize(values, *self._in_units(), self.settings.channel_dim)
+
+    def looks_normalized(self) -> bool | None:
+        """Tell whether the data have mean 0 and standard deviation 1 already; None while too few were seen."""
+        if self.settings.mode == "fixed" or not self.is_float:
+            return False
+        if self.samples < _LOOKS_NORMALIZED_AFTER:
+            return None
+        mean, std, _ = self.statistics()
+        return bool((mean.abs() < 0.25).all() and ((std > 0.8) & (std < 1.25)).all())
+
+    def lost_channels(self, dtype: torch.dtype) -> list[int]:
+        """List the channels whose spread numbers of a dtype cannot hold, since their mean is so large.
+
+        Args:
+            dtype: That of the raw values.
+
+        Returns:
+            Indices of channels.
+        """
+        if self.settings.mode == "fixed" or not dtype.is_floating_point or dtype.itemsize > 2:
+            return []
+        mean, std, count = self.statistics()
+        spacing = mean.abs() * torch.finfo(dtype).eps
+        lost = (std < 2 * spacing) & (count > 1)
+        return [channel for channel, is_lost in enumerate(cast("list[bool]", lost.tolist())) if is_lost]  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that was learned, on the CPU."""
+        names = ("count", "mean", "m2", "average_weight", "average_mean", "average_variance", "shift", "samples")
+        tensors = (*self._total.astuple(), *self._average.astuple(), self._shift, self._samples)
+        learned = {name: tensor.cpu().clone() for name, tensor in zip(names, tensors, strict=True)}
+        unit = self._unit(self._kind)
+        return {"scale": self.scale, "kind": self._kind.name, "input_range": unit, **learned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was learned.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it is of another number of channels.
+        """
+        channels = len(state["count"])
+        if channels != self.settings.num_features:
+            raise ValueError(
+                f"the saved input statistics are of {channels} channels, num_features is {self.settings.num_features}"
+            )
+        self._kind = Kind[state["kind"]]
+        factor = self._unit(self._kind) / state["input_range"]  # the range may be given otherwise now
+        self._shift, self._samples = state["shift"] * factor, state["samples"].clone()
+        self._total = Moments(state["count"].clone(), state["mean"], state["m2"]).scaled(1 / factor)
+        average = [state[f"average_{name}"] for name in ("weight", "mean", "variance")]
+        self._average = _Average(average[0].clone(), average[1] * factor, average[2] * factor**2)
+        self._faults = torch.zeros(3, dtype=torch.float64)
+        if self.settings.scale == "auto":
+            self.scale = float(state["scale"])
+        self._constants.clear()
+        self._settle()
+
+    def _add(self, batch: GlobalBatch) -> None:
+        """Add what all ranks know of a batch, unless there was a fault in it."""
+        if self._kind is Kind.UNKNOWN:
+            self._kind, self._shift = batch.kind, batch.shift
+        is_sound = self._faults.sum() == 0
+        self._total = Moments(*_where(is_sound, self._total.merge(batch.moments).astuple(), self._total.astuple()))
+        if self.settings.mode == "ema":
+            added = self._average.add(batch.moments, self.settings.momentum)
+            self._average = _Average(*_where(is_sound, added.astuple(), self._average.astuple()))
+        self._samples = torch.where(is_sound, self._samples + batch.samples, self._samples)
+        self._constants.clear()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Freeze the statistics if it is time; on an accelerator this waits for the number of samples."""
+        limit = self.settings.freeze_after
+        self._is_frozen = limit is not None and self.samples >= limit
+
+    def _estimate(self) -> tuple[Tensor, Tensor]:
+        """Return mean, from the shift, and variance in raw units, as evaluation uses them."""
+        if self.settings.mode == "fixed":
+            given = self.statistics()
+            return given.mean, given.std.square()
+        if self.settings.mode == "ema":
+            return self._average.mean, self._average.variance
+        return self._total.mean, self._total.variance
+
+    def _in_units(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return shift, mean from there and gain in units of the input range, on the CPU."""
+        if not self.has_statistics:
+            raise MissingStatisticsError("there are no input statistics yet: train first, or load them")
+        mean, variance = self._estimate()
+        unit = self._unit(self._kind)
+        shift, mean, variance = (tensor.cpu() for tensor in (self._shift / unit, mean / unit, variance / unit**2))
+        return shift, mean, self._gain(shift + mean, variance)
+
+    def _gain(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """Return what deviations are multiplied by; all in units of the input range."""
+        # A channel that never changed has no spread to divide by, and rounding of its mean is none.
+        constant = variance <= (8 * torch.finfo(torch.float64).eps * mean).square()
+        return self.scale / torch.where(constant, 1.0, (variance + self.settings.eps).sqrt())
+
+    def _rounded(self, mean: Tensor, variance: Tensor, values: Tensor) -> Constants:
+        """Return the constants for a batch, from mean and variance in the raw units of training."""
+        learned = self._unit(self._kind)
+        gain = self._gain((self._shift + mean) / learned, variance / learned**2)
+        unit = self._unit(Kind.UINT8 if values.dtype == torch.uint8 else Kind.FLOAT)
+        shift = self._shift
+        if unit != learned:
+            shift, mean = shift / learned * unit, mean / learned * unit
+        constants = Constants.of(shift, mean, gain / unit, arithmetic_dtype(values.dtype), self.scale)
+        if constants.mean.device == values.device:
+            return constants
+        rest = None if constants.rest is None else constants.rest.to(values.device)
+        return Constants(constants.mean.to(values.device), rest, constants.gain.to(values.device))
+
+    def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
+        with torch.no_grad():
+            return normalize(values, constants, self.settings.channel_dim, dtype, mask)
+
+    def _unit(self, kind: Kind) -> float:
+        """Return what raw values are divided by."""
+        if self.settings.mode == "fixed" and kind is Kind.UNKNOWN:
+            return 1.0
+        given = self.settings.input_range
+        return (255.0 if kind is Kind.UINT8 else 1.0) if given == "auto" else given
+
+    def _to(self, device: torch.device) -> None:
+        if self._shift.device == device:
+            return
+        self._shift, self._samples, self._faults = (
+            tensor.to(device) for tensor in (self._shift, self._samples, self._faults)
+        )
+        self._total = Moments(*(tensor.to(device) for tensor in self._total.astuple()))
+        self._average = _Average(*(tensor.to(device) for tensor in self._average.astuple()))
+
+    def _check_shape(self, values: Tensor, mask: Tensor | None) -> None:
+        dim, channels = self.settings.channel_dim, self.settings.num_features
+        shape = tuple(values.shape)
+        if values.is_complex():
+            raise InputError(f"the input is complex ({values.dtype}): make it real, for example by its magnitude")
+        if not shape or (dim is not None and not -len(shape) <= dim < len(shape)):
+            raise InputError(f"the input has shape {shape}: there is no dimension channel_dim={dim}")
+        if dim is not None and shape[dim] != channels:
+            raise InputError(
+                f"the input has shape {shape}: its dimension channel_dim={dim} has {shape[dim]} channels, and "
+                f"num_features is {channels}. Set num_features, or channel_dim (-1 where channels are last)"
+            )
+        if mask is None:
+            return
+        if mask.dtype != torch.bool:
+            raise InputError(f"the mask is {mask.dtype}: it must be boolean, True where values count")
+        try:
+            mask.expand(shape)
+        except RuntimeError as error:
+            raise InputError(
+                f"the mask of shape {tuple(mask.shape)} does not broadcast to the input, {shape}"
+            ) from error
+
+    def _where(self, values: Tensor | None) -> str:
+        """Say which sample and channel of this rank is not finite."""
+        if values is None or values.device.type != "cpu" or not values.is_floating_point():
+            return ""
+        wrong = ~values.isfinite()
+        if self.settings.nan_policy == "ignore":
+            wrong &= ~values.isnan()
+        if not wrong.any():
+            return " of another rank"
+        index = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        return f", first at index {tuple(index)} of an input of shape {tuple(values.shape)}"
+
+
+def _where(condition: Tensor, chosen: Sequence[Tensor], otherwise: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.where(condition, first, second) for first, second in zip(chosen, otherwise, strict=True)]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

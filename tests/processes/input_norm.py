@@ -1,0 +1,86 @@
+"""Run by test_input_norm.py: raw data in uneven and empty parts on several gloo ranks, through every stage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lit import trainer
+from raw import UnevenData, UnevenNet, raw_images
+
+from lightning_revbn import InputNorm
+
+
+class Sharded(UnevenNet):
+    """Shards its parameters as FSDP2 does."""
+
+    is_sharded = False
+
+    def configure_model(self) -> None:
+        from torch.distributed._composable.fsdp import fully_shard
+
+        if not self.is_sharded:
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+            self.is_sharded = True
+
+
+class Save(Callback):
+    """Saves what was learned and seen, from within the processes that did."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        parameters = {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
+            for name, value in pl_module.named_parameters()
+        }
+        data = trainer.datamodule
+        learned = {
+            "parameters": parameters,
+            "state": data.state_dict()["input_norm"],
+            "seen": pl_module.seen["train"],
+            "collectives": dict(data.collectives),
+        }
+        torch.save(learned, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+def main(strategy: str, ranks: int, mode: str, kind: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    images, labels = raw_images(40)
+    inputs = images.float() * 1.7 + 1e4 if kind == "float" else images
+    data = UnevenData(ranks, InputNorm(num_features=3, mode=mode), (inputs, labels))  # type: ignore[arg-type]
+    network = Sharded() if strategy == "fsdp2" else UnevenNet()
+    sharding = {"data_parallel_size": ranks, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+    options = {
+        "devices": ranks,
+        "strategy": ModelParallelStrategy(**sharding) if strategy == "fsdp2" else strategy,  # type: ignore[arg-type]
+        "max_epochs": 2,
+        "num_sanity_val_steps": 1,
+        "use_distributed_sampler": False,
+        "enable_checkpointing": True,
+    }
+    loggers: list[Any] = [CSVLogger(folder)]
+    if strategy == "ddp":  # the graph is drawn by rank 0 alone, from an example that passes the hook
+        network.example_input_array = inputs[:2]
+        loggers.append(TensorBoardLogger(folder, log_graph=True))
+    run = trainer(folder, Save(folder), logger=loggers, **options)
+    run.fit(network, data)
+    if strategy == "ddp_spawn":  # the processes that learned are gone
+        torch.save(data.state_dict()["input_norm"], folder / "home.pt")
+    run.validate(network, data, verbose=False)
+    run.test(network, data, verbose=False)
+    run.predict(network, data, return_predictions=False)
+    if strategy != "ddp_spawn":
+        torch.save(data.collectives, folder / f"collectives{run.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], Path(sys.argv[5]))

@@ -123,6 +123,10 @@ class InputNorm:
         object.__setattr__(self, name, numbers)
 
 
+# Hyperparameters of a DataModule may hold it, and checkpoints are loaded with weights_only=True.
+torch.serialization.add_safe_globals([InputNorm])
+
+
 class InputStatistics(NamedTuple):
     """Statistics per channel in units of the input range: for uint8 in [0, 1], as torchvision's Normalize wants them.
 

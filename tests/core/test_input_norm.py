@@ -1,0 +1,325 @@
+"""Settings and standardiser on one process, against numpy, torch's batch norm, torchvision and scikit-learn."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from raw import raw_images
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from lightning_revbn import InputNorm
+from lightning_revbn.core.input_norm import InputError, MissingStatisticsError, OnlineStandardizer
+
+IMAGES = raw_images(40)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_features": 0}, "num_features=0 must be the number of channels"),
+        ({"num_features": 2, "channel_dim": None}, "num_features must be 1, not 2"),
+        ({"num_features": 2, "channel_dim": 1.5}, "channel_dim=1.5 must be an integer or None"),
+        ({"num_features": 2, "scale": 0.0}, 'scale=0.0 must be "auto" or a finite number above 0'),
+        ({"num_features": 2, "input_range": float("inf")}, "input_range=inf must be"),
+        ({"num_features": 2, "mode": "minibatch"}, "mode='minibatch' is unknown: use one of 'batch', 'running'"),
+        ({"num_features": 2, "nan_policy": "drop"}, "nan_policy='drop' is unknown"),
+        ({"num_features": 2, "eps": -1.0}, "eps=-1.0 must be a finite number"),
+        ({"num_features": 2, "momentum": 0.0}, "momentum=0.0 must be above 0 and at most 1"),
+        ({"num_features": 2, "freeze_after": 0}, "freeze_after=0 must be a number of samples"),
+        ({"num_features": 2, "mode": "fixed"}, 'mode="fixed" needs mean'),
+        ({"num_features": 2, "mode": "fixed", "mean": [0.0, 0.0]}, 'mode="fixed" needs std'),
+        ({"num_features": 2, "mode": "fixed", "mean": [0.0], "std": [1.0]}, "mean has 1 numbers, num_features is 2"),
+        ({"num_features": 1, "mode": "fixed", "mean": [0.0], "std": [-1.0]}, "must be finite and not negative"),
+        ({"num_features": 1, "mean": [0.0]}, 'mean is for mode="fixed"'),
+        (
+            {"num_features": 1, "mode": "fixed", "mean": [0.0], "std": [1.0], "freeze_after": 5},
+            "nothing for freeze_after to freeze",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        InputNorm(**arguments)
+
+
+def test_batch_mode_is_batch_norm_of_scaled_images() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3, scale=0.058))
+    reference = nn.BatchNorm2d(3, momentum=None)
+    nn.init.constant_(reference.weight, 0.058)
+    for batch in IMAGES.split(8):
+        torch.testing.assert_close(standardizer.train(batch), reference(batch / 255).detach(), rtol=0, atol=1e-7)
+    mean, std, count = standardizer.statistics()
+    torch.testing.assert_close(mean.float(), reference.running_mean, rtol=1e-6, atol=0)
+    assert count.tolist() == [40 * 36] * 3
+    np.testing.assert_allclose(std, (IMAGES.double() / 255).numpy().std((0, 2, 3)), rtol=1e-13)
+
+
+def test_after_one_batch_the_statistics_are_the_running_statistics_of_batch_norm() -> None:
+    standardizer, reference = OnlineStandardizer(InputNorm(3)), nn.BatchNorm2d(3, momentum=1.0)
+    standardizer.train(IMAGES)
+    reference(IMAGES / 255)
+    mean, std, count = standardizer.statistics()
+    torch.testing.assert_close(mean.float(), reference.running_mean)
+    torch.testing.assert_close((std.square() * count / (count - 1)).float(), reference.running_var)
+
+
+def test_running_mode_uses_everything_seen_so_far() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3, scale=1.0, mode="running"))
+    for end in range(8, 41, 8):
+        result = standardizer.train(IMAGES[end - 8 : end])
+        seen = IMAGES[:end].double().numpy() / 255
+        mean, variance = (value.reshape(3, 1, 1) for value in (seen.mean((0, 2, 3)), seen.var((0, 2, 3))))
+        np.testing.assert_allclose(result, (seen[-8:] - mean) / np.sqrt(variance + 1e-5), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_a_class_sorted_stream_has_the_statistics_of_the_data_set(dtype: torch.dtype) -> None:
+    images, labels = raw_images(500)
+    images = images[labels.argsort()].to(dtype)
+    standardizer = OnlineStandardizer(InputNorm(3, mode="running"))
+    for batch in images.split(16):
+        standardizer.train(batch)
+    mean, std, _ = standardizer.statistics()
+    unit = 255 if dtype == torch.uint8 else 1
+    np.testing.assert_allclose(mean, images.double().numpy().mean((0, 2, 3)) / unit, rtol=1e-10)
+    np.testing.assert_allclose(std, images.double().numpy().std((0, 2, 3)) / unit, rtol=1e-10)
+
+
+def test_the_moving_average_is_debiased_and_has_the_variance_between_batches() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3, scale=1.0, mode="ema", momentum=0.3, eps=0.0))
+    batches = [batch.double().numpy() / 255 for batch in IMAGES.split(8)]
+    for step, batch in enumerate(IMAGES.split(8), start=1):
+        result = standardizer.train(batch)
+        weights = np.array([0.7 ** (step - 1 - index) for index in range(step)])
+        weights /= weights.sum()
+        first = sum(w * b.mean((0, 2, 3)) for w, b in zip(weights, batches, strict=False))
+        second = sum(w * (b**2).mean((0, 2, 3)) for w, b in zip(weights, batches, strict=False))
+        mean, std = first.reshape(3, 1, 1), np.sqrt(second - first**2).reshape(3, 1, 1)
+        np.testing.assert_allclose(result, (batches[step - 1] - mean) / std, atol=3e-6)
+    assert torch.equal(standardizer.evaluate(IMAGES[-8:]), result)
+
+
+def test_fixed_mode_is_torchvisions_normalize() -> None:
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    standardizer = OnlineStandardizer(InputNorm(3, scale=1.0, mode="fixed", mean=mean, std=std, eps=0.0))
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    for values in (IMAGES, IMAGES / 255):
+        for result in (standardizer.train(values), standardizer.evaluate(values)):
+            torch.testing.assert_close(result, reference(values), rtol=1e-5, atol=2e-6)
+    assert standardizer.statistics().mean.tolist() == mean
+    assert standardizer.samples == 0
+
+
+def test_frozen_statistics_stay_and_batches_are_normalised_by_them() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3, freeze_after=16))
+    for batch in IMAGES.split(8)[:2]:
+        standardizer.train(batch)
+    before = standardizer.statistics()
+    assert standardizer.is_frozen
+    assert torch.equal(standardizer.train(IMAGES[16:]), standardizer.evaluate(IMAGES[16:]))
+    assert all(torch.equal(*pair) for pair in zip(standardizer.statistics(), before, strict=True))
+    longer = OnlineStandardizer(InputNorm(3, freeze_after=24))
+    longer.load_state_dict(standardizer.state_dict())
+    assert not longer.is_frozen
+
+
+def test_what_was_learned_from_bytes_fits_floats_from_0_to_1() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3))
+    standardizer.train(IMAGES)
+    torch.testing.assert_close(standardizer.evaluate(IMAGES / 255), standardizer.evaluate(IMAGES), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.float32], ids=str)
+def test_a_range_is_the_unit_of_statistics_and_eps(dtype: torch.dtype) -> None:
+    values = (IMAGES.int() * 200).to(dtype)
+    standardizer = OnlineStandardizer(InputNorm(3, scale=1.0, input_range=65535))
+    reference = nn.BatchNorm2d(3)
+    torch.testing.assert_close(
+        standardizer.train(values), reference(values.float() / 65535).detach(), rtol=0, atol=1e-5
+    )
+    expected = (IMAGES.double() * 200 / 65535).numpy().mean((0, 2, 3))
+    np.testing.assert_allclose(standardizer.statistics().mean, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("value", [0.1, 1e6, 0.0])
+def test_a_constant_channel_becomes_zero_and_comes_back(eps: float, value: float) -> None:
+    values = torch.stack([torch.full((64,), value), torch.arange(64.0)], 1)
+    standardizer = OnlineStandardizer(InputNorm(2, scale=1.0, eps=eps))
+    for batch in values.split(16):
+        assert (standardizer.train(batch)[:, 0] == 0).all()
+    other = torch.tensor([[value + 1, 3.0]])
+    result = standardizer.evaluate(other)
+    assert result[0, 0].item() == pytest.approx(1.0, abs=0.07)  # float32 has steps of 0.06 at 1e6
+    torch.testing.assert_close(standardizer.denormalize(result), other)
+
+
+def test_one_value_a_channel_is_normalised_by_what_was_seen_before() -> None:
+    standardizer = OnlineStandardizer(InputNorm(2))
+    assert standardizer.train(torch.tensor([[3.0, 4.0]])).tolist() == [[0.0, 0.0]]
+    standardizer.train(torch.arange(20.0).view(10, 2))
+    single = torch.tensor([[30.0, 40.0]])
+    assert torch.equal(standardizer.train(single), standardizer.evaluate(single))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("seen", [0, 2])
+def test_one_bad_sample_stops_training_and_leaves_the_statistics(bad: float, seen: int) -> None:
+    standardizer = OnlineStandardizer(InputNorm(3))
+    values = IMAGES.float()
+    for batch in values.split(8)[:seen]:
+        standardizer.train(batch)
+    before = standardizer.state_dict()
+    poisoned = values[16:24].clone()
+    poisoned[3, 1, 2, 4] = bad
+    with pytest.raises(InputError, match=r"NaN or infinity in a training batch, first at index \(3, 1, 2, 4\)"):
+        standardizer.train(poisoned)
+    after = standardizer.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if isinstance(before[name], Tensor))
+    standardizer.train(values[16:24])
+    assert standardizer.samples == 8 * seen + 8
+
+
+def test_nan_can_be_ignored_as_scikit_learn_does() -> None:
+    table = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    table[torch.rand(table.shape, generator=torch.Generator().manual_seed(1)) < 0.1] = torch.nan
+    standardizer = OnlineStandardizer(InputNorm(4, scale=1.0, eps=0.0, mode="running", nan_policy="ignore"))
+    for batch in table.split(50):
+        standardizer.train(batch)
+    expected = StandardScaler().fit_transform(table.double().numpy())
+    np.testing.assert_allclose(standardizer.evaluate(table), expected, atol=2e-6)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        standardizer.train(torch.full((2, 4), torch.inf))
+
+
+def test_a_mask_is_for_statistics_and_result() -> None:
+    spectrograms = torch.rand(6, 5, 30, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(30) < torch.tensor([30, 20, 10, 5, 25, 15]).view(-1, 1)).unsqueeze(1)
+    garbage = spectrograms.masked_fill(~mask, 1e9)
+    standardizer = OnlineStandardizer(InputNorm(5))
+    result = standardizer.train(garbage, mask)
+    kept = np.where(mask.expand_as(spectrograms), spectrograms.double(), np.nan)
+    np.testing.assert_allclose(standardizer.statistics().std, np.nanstd(kept, (0, 2)), rtol=1e-13)
+    assert (result.masked_select(~mask) == 0).all()
+    assert result.abs().max() < 2
+
+
+@pytest.mark.parametrize(
+    ("values", "mask", "message"),
+    [
+        (torch.zeros(4, 5, 5, 3), None, r"its dimension channel_dim=1 has 5 channels, and num_features is 3"),
+        (torch.zeros(3), None, r"shape \(3,\): there is no dimension channel_dim=1"),
+        (torch.tensor(1.0), None, r"shape \(\): there is no dimension"),
+        (torch.zeros(2, 3, dtype=torch.complex64), None, "complex"),
+        (torch.zeros(2, 3), torch.ones(2, 3), "the mask is torch.float32: it must be boolean"),
+        (torch.zeros(2, 3), torch.ones(5, dtype=torch.bool), r"mask of shape \(5,\) does not broadcast"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(values: Tensor, mask: Tensor | None, message: str) -> None:
+    for call in ("train", "preview"):
+        with pytest.raises(InputError, match=message):
+            getattr(OnlineStandardizer(InputNorm(3)), call)(values, mask)
+
+
+def test_bytes_and_floats_do_not_mix() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3))
+    standardizer.train(IMAGES)
+    with pytest.raises(InputError, match=r"must all be uint8, .* so far of kind uint8"):
+        standardizer.train(IMAGES / 255)
+    assert standardizer.samples == 40
+
+
+def test_nothing_is_known_before_training() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3))
+    for call in (lambda: standardizer.evaluate(IMAGES), standardizer.statistics, standardizer.normalizer):
+        with pytest.raises(MissingStatisticsError, match="there are no input statistics yet"):
+            call()
+    own = OnlineStandardizer(InputNorm(3)).train(IMAGES)
+    assert torch.equal(standardizer.preview(IMAGES), own)
+    assert not standardizer.has_statistics
+    assert standardizer.train(IMAGES[:0]).shape == (0, 3, 6, 6)
+    assert not standardizer.has_statistics
+
+
+@pytest.mark.parametrize("mode", ["batch", "running", "ema"])
+def test_a_restored_state_goes_on_to_the_bit(mode: Any) -> None:
+    settings = InputNorm(3, mode=mode)
+    through, first, second = (OnlineStandardizer(settings) for _ in range(3))
+    values = IMAGES.float() + 1e4
+    for batch in values.split(8):
+        through.train(batch)
+    for batch in values.split(8)[:3]:
+        first.train(batch)
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    second.load_state_dict(torch.load(buffer, weights_only=True))
+    for batch in values.split(8)[3:]:
+        result = second.train(batch)
+    assert torch.equal(second.evaluate(values), through.evaluate(values))
+    assert all(torch.equal(*pair) for pair in zip(second.statistics(), through.statistics(), strict=True))
+    assert result.isfinite().all()
+
+
+def test_a_state_of_other_channels_is_refused_and_one_of_another_range_converted() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3))
+    standardizer.train(IMAGES)
+    with pytest.raises(ValueError, match="are of 3 channels, num_features is 4"):
+        OnlineStandardizer(InputNorm(4)).load_state_dict(standardizer.state_dict())
+    other = OnlineStandardizer(InputNorm(3, input_range=1.0))
+    other.load_state_dict(standardizer.state_dict())
+    torch.testing.assert_close(other.statistics().std, standardizer.statistics().std)
+
+
+def test_settings_can_be_saved_in_hyperparameters() -> None:
+    buffer = io.BytesIO()
+    torch.save({"input_norm": InputNorm(3, mode="running")}, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True)["input_norm"] == InputNorm(3, mode="running")
+
+
+def test_gradients_end_here_and_a_second_backward_works() -> None:
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    result = OnlineStandardizer(InputNorm(3)).train((IMAGES / 255).requires_grad_())
+    assert not result.requires_grad
+    for _ in range(2):
+        (result * weight).sum().backward()
+
+
+def test_inference_mode_before_training_does_no_harm() -> None:
+    standardizer, other = OnlineStandardizer(InputNorm(3)), OnlineStandardizer(InputNorm(3))
+    other.train(IMAGES)
+    with torch.inference_mode():
+        standardizer.preview(IMAGES)
+        standardizer.load_state_dict(other.state_dict())
+        standardizer.evaluate(IMAGES)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    (standardizer.train(IMAGES) * weight).sum().backward()
+    assert standardizer.samples == 80
+
+
+def test_it_tells_data_that_are_normalised_already() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3))
+    noise = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    standardizer.train(noise[:100])
+    assert standardizer.looks_normalized() is None
+    standardizer.train(noise[100:])
+    assert standardizer.looks_normalized()
+    raw = OnlineStandardizer(InputNorm(3))
+    raw.train(IMAGES / 255)
+    raw.train((IMAGES / 255).repeat(10, 1, 1, 1))
+    assert raw.looks_normalized() is False
+
+
+def test_it_tells_channels_whose_spread_is_lost_in_half_precision() -> None:
+    values = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 1e4, 5.0])
+    standardizer = OnlineStandardizer(InputNorm(3))
+    standardizer.train(values.bfloat16())
+    assert standardizer.lost_channels(torch.bfloat16) == [1]
+    assert standardizer.lost_channels(torch.float32) == []

@@ -1,0 +1,106 @@
+"""Two and three gloo ranks with uneven and empty batches against one process with the joined batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lit import trainer
+from raw import PARTS, UnevenData, UnevenNet, raw_images
+from test_processes import STRATEGIES, run
+from torch import Tensor
+
+from lightning_revbn import InputNorm
+
+CASES = [(strategy, 2, "batch", "uint8") for strategy in STRATEGIES] + [
+    ("ddp", 3, "running", "uint8"),
+    ("ddp", 3, "batch", "float"),
+    ("ddp_spawn", 2, "ema", "float"),
+]
+EVALUATION = {"sanity_check", "validate", "test", "predict", "example"}
+
+
+@pytest.mark.parametrize(("strategy", "ranks", "mode", "kind"), CASES)
+def test_several_ranks_learn_what_one_process_learns_from_the_joined_batch(
+    strategy: str, ranks: int, mode: Any, kind: str, tmp_path: Path
+) -> None:
+    run("input_norm.py", strategy, ranks, mode, kind, tmp_path)
+    saved = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+    images, labels = raw_images(40)
+    inputs = images.float() * 1.7 + 1e4 if kind == "float" else images
+    data, network = UnevenData(1, InputNorm(num_features=3, mode=mode), (inputs, labels)), UnevenNet()
+    trainer(tmp_path, num_sanity_val_steps=0).fit(network, data)
+    expected = data.state_dict()["input_norm"]
+
+    for of_rank in saved:
+        for name, value in from_zero(expected).items():
+            assert_same(from_zero(of_rank["state"])[name], value, exactly=kind == "uint8", name=name)
+        for name, value in network.named_parameters():
+            torch.testing.assert_close(of_rank["parameters"][name], value.detach(), rtol=0, atol=1e-6)
+        # One all-reduce a training step, none in the sanity check and in what came before.
+        assert of_rank["collectives"]["train"] == [1] * 10
+        assert all(counts == [0] * len(counts) for stage, counts in of_rank["collectives"].items() if stage != "train")
+    for step in range(10):
+        joined = torch.cat([of_rank["seen"][step] for of_rank in saved])
+        torch.testing.assert_close(joined, network.seen["train"][step], rtol=0, atol=1e-6)
+        assert [len(of_rank["seen"][step]) for of_rank in saved] == [*PARTS[ranks][step % 5]]
+
+    if strategy == "ddp_spawn":
+        for name, value in torch.load(tmp_path / "home.pt", weights_only=True).items():
+            assert_same(value, saved[0]["state"][name], exactly=True, name=name)
+    else:
+        counted = [torch.load(tmp_path / f"collectives{rank}.pt", weights_only=True) for rank in range(ranks)]
+        stages = {stage for of_rank in counted for stage in of_rank}
+        assert stages >= (EVALUATION if strategy == "ddp" else EVALUATION - {"example"})
+        assert len({len(of_rank["predict"]) for of_rank in counted}) > 1  # ranks predict different numbers of batches
+        assert not any(sum(of_rank.get(stage, [])) for of_rank in counted for stage in EVALUATION)
+
+
+def test_the_front_layer_on_two_ranks_equals_batch_norm_of_the_joined_batch(tmp_path: Path) -> None:
+    run("front_layer.py", 2, tmp_path)
+    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for kind in ("uint8", "float"):
+        ours, hand_made = results[0][kind]["layer"], results[0][kind]["joined"]
+        gathered = {name: torch.cat([result[kind]["layer"][name] for result in results]) for name in ("output", "grad")}
+        for name, value in {**ours, **gathered}.items():
+            torch.testing.assert_close(value, hand_made[name], rtol=1e-5, atol=2e-7, msg=f"{kind} {name}")
+    assert results[0]["collectives"] == [1, 2]  # forwards; backwards too, where the input needs a gradient
+    # A Trainer with sync_batchnorm=True leaves the layer as it is, and it trains.
+    assert results[0]["class"] == "InputBatchNorm"
+    assert results[0]["trained"] == results[1]["trained"]
+    assert results[0]["trained"]["weight"] != [0.058] * 3
+
+
+def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_the_statistics(tmp_path: Path) -> None:
+    run("faults.py", 2, tmp_path)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert first.keys() == second.keys() == {"NaN", "infinity", "another kind", "beyond 32 bits", "first step"}
+    for name in first:
+        for result in (first[name], second[name]):
+            assert result["error"], name
+            assert result["unchanged"], name
+            assert result["goes on"], name
+    assert "of another rank" in first["NaN"]["error"]
+    assert "first at index (1, 2)" in second["NaN"]["error"]
+
+
+def from_zero(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with means from zero: where they are measured from is up to the ranks."""
+    is_average = state["average_weight"] > 0
+    means = {
+        "mean": state["shift"] + state["mean"],
+        "average_mean": torch.where(is_average, state["shift"] + state["average_mean"], 0.0),
+    }
+    return {name: value for name, value in {**state, **means}.items() if name != "shift"}
+
+
+def assert_same(value: Any, expected: Any, *, exactly: bool, name: str) -> None:
+    if not isinstance(expected, Tensor):
+        assert value == expected, name
+    elif exactly:
+        assert torch.equal(value, expected), name
+    else:
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0, msg=name)

@@ -39,8 +39,7 @@ class LitNet(L.LightningModule):
 class Batches:
     """Batches in a fixed order that remember where they are, so that a run can be resumed at any step."""
 
-    def __init__(self, batches: int, size: int) -> None:
-        inputs, targets = images(batches * size)
+    def __init__(self, inputs: Tensor, targets: Tensor, size: int = 8) -> None:
         self._batches = list(zip(inputs.split(size), targets.split(size), strict=True))
         self._next = 0
 
@@ -61,7 +60,7 @@ class Batches:
 
 
 def loader(batches: int = 6, size: int = 8) -> Batches:
-    return Batches(batches, size)
+    return Batches(*images(batches * size), size)
 
 
 def trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:

@@ -17,7 +17,7 @@ import timm
 import torch
 import torchvision
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lit import Batches, trainer
+from lit import loader, trainer
 from models import assert_same_parameters
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -156,7 +156,7 @@ def fit(path: Path, *callbacks: Any, steps: int = 3, **options: Any) -> Timm:
     run = trainer(
         path, *callbacks, max_steps=steps, max_epochs=-1, enable_checkpointing=bool(options.pop("save", False))
     )
-    run.fit(module, Batches(3, 4), **options)
+    run.fit(module, loader(3, 4), **options)
     return module
 
 

@@ -33,6 +33,7 @@ bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ra
 	$(BIN)/python benchmarks/rewrite.py
 	$(BIN)/python benchmarks/monitor.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/input_norm.py
 
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-_CACHED = 1 << 19
-"""Elements that a piece has on a CPU: their float32 values fill two megabytes, which two cores keep in their caches."""
+_CACHED = 5 << 17
+"""Elements that a piece has on a CPU for every thread: few enough for its caches, enough to be worth the calls."""
 _LAUNCHED = 1 << 23
 """Elements that a piece has on an accelerator, where the memory for intermediate values counts, not the cache."""
 _NARROW = 64
@@ -116,7 +117,7 @@ def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, s
     Yields:
         The index of each piece.
     """
-    size = elements or (_CACHED if part.device.type == "cpu" else _LAUNCHED)
+    size = elements or (int(_CACHED * torch.get_num_threads()) if part.device.type == "cpu" else _LAUNCHED)
     outer, width, inner = part.shape
     if not part.numel():
         return

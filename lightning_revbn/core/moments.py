@@ -341,7 +341,7 @@ class _ByteSums:
     """Adds 8-bit integers and their squares exactly in float32, in memory that is used again."""
 
     def __init__(self) -> None:
-        self._values = self._squares = torch.empty(0)
+        self._values = torch.empty(0)
 
     def __call__(self, piece: Tensor) -> tuple[Tensor, Tensor]:
         """Return sum and sum of squares per column, int64, of a piece of shape `(outer, width, inner)`."""
@@ -352,19 +352,18 @@ class _ByteSums:
         shape = (rows, padded // _ROW, _ROW) if side_by_side else (padded // _ROW, _ROW, width)
         if self._values.shape != shape:
             self._values = torch.zeros(shape, device=piece.device)
-            self._squares = torch.empty_like(self._values)
-        if side_by_side:
-            self._values.view(rows, padded)[:, :length].copy_(piece.reshape(rows, length))
-        else:
-            self._values.view(padded, width)[:length].copy_(piece.squeeze(2))
-        torch.mul(self._values, self._values, out=self._squares)
-        sums = [
-            (values.sum(2).sum(1, dtype=torch.float64).view(outer, width) if side_by_side else values.sum(1)).sum(
-                0, dtype=torch.float64
-            )
-            for values in (self._values, self._squares)
-        ]
-        return sums[0].long(), sums[1].long()
+        flat = self._values.view(rows, padded).t() if side_by_side else self._values.view(padded, width)
+        flat[:length].copy_(piece.reshape(rows, length).t() if side_by_side else piece.squeeze(2))
+        flat[length:] = 0  # what a longer piece may have left
+        total = self._add(outer if side_by_side else None)
+        self._values.square_()
+        return total, self._add(outer if side_by_side else None)
+
+    def _add(self, outer: int | None) -> Tensor:
+        """Return the sum of every column: at most 256 values in float32, and what comes of that in float64."""
+        if outer is None:
+            return self._values.sum(1).sum(0, dtype=torch.float64).long()
+        return self._values.sum(2).sum(1, dtype=torch.float64).view(outer, -1).sum(0).long()
 
 
 def _float_moments(view: ChannelView, valid: ChannelView | None, shift: Tensor, ignore_nan: bool) -> Moments:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_revbn.core import channels
 from lightning_revbn.core.moments import Moments, global_moments, moments
 
 SHAPES = [
@@ -51,6 +52,27 @@ def test_floats_equal_numpy(shape: tuple[int, ...], channel_dim: int | None, dty
     values = sample(shape, torch.float64).to(dtype)
     measured = moments(values, channel_dim)
     for channel, row in enumerate(by_channel(values, channel_dim)):
+        assert measured.mean[channel].item() == pytest.approx(row.mean(), rel=1e-13)
+        assert measured.std[channel].item() == pytest.approx(row.std(), rel=1e-13)
+
+
+@pytest.mark.parametrize("elements", [300, 1000, 4500])
+@pytest.mark.parametrize(
+    ("shape", "channel_dim"),
+    [((2300, 3), 1), ((7, 5, 700), 1), ((3, 2, 1900), 1), ((40, 30, 3), -1), ((90, 4, 11), 1), ((5000,), None)],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.float64], ids=str)
+def test_pieces_of_any_size_add_up(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    channel_dim: int | None,
+    elements: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = sample(shape, dtype)
+    monkeypatch.setattr(channels, "_CACHED", elements / torch.get_num_threads())
+    measured = moments(values, channel_dim)
+    for channel, row in enumerate(by_channel(values, channel_dim).astype(float)):
         assert measured.mean[channel].item() == pytest.approx(row.mean(), rel=1e-13)
         assert measured.std[channel].item() == pytest.approx(row.std(), rel=1e-13)
 

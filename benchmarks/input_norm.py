@@ -1,0 +1,234 @@
+"""What input normalisation costs: time, memory and communication, against batch norm in front and offline constants."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from lightning_revbn import InputNorm, OnlineInputNormMixin
+from lightning_revbn.core.input_norm import OnlineStandardizer
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+SHAPE = (128, 3, 224, 224)
+
+
+def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Call functions in turns, and return the seconds of each call."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, other: str) -> str:
+    """Return the median ratio in one round, with quartiles."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(times[name], times[other], strict=True)], n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def bare(images: Tensor) -> Tensor:
+    """Return the arithmetic alone, with constants in the units of bytes."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    return images.float().sub_(mean).mul_(1 / std)
+
+
+def frozen() -> OnlineStandardizer:
+    """Return a standardiser whose statistics are fixed since it has seen one sample."""
+    standardizer = OnlineStandardizer(InputNorm(3, freeze_after=1))
+    standardizer.train(torch.randint(0, 256, (1, *SHAPE[1:]), dtype=torch.uint8))
+    return standardizer
+
+
+def speed(threads: int, rounds: int) -> None:
+    """Print the ratios of whole batches."""
+    torch.set_num_threads(threads)
+    images = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
+    layer, standardizer, after = nn.BatchNorm2d(3), OnlineStandardizer(InputNorm(3)), frozen()
+    offline = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    with torch.no_grad():
+        times = in_turns(
+            {
+                "mode batch": lambda: standardizer.train(images),
+                "x.float() + BatchNorm2d": lambda: layer(images.float()),
+                "v2 ToDtype + Normalize": lambda: offline(images),
+                "freeze_after passed": lambda: after.train(images),
+                "bare arithmetic": lambda: bare(images),
+            },
+            rounds,
+        )
+    print(f"uint8 {'x'.join(map(str, SHAPE))}, {threads} thread(s), {rounds} rounds, eager, ratio in one round")
+    for name, other in (
+        ("mode batch", "x.float() + BatchNorm2d"),
+        ("mode batch", "v2 ToDtype + Normalize"),
+        ("freeze_after passed", "bare arithmetic"),
+    ):
+        print(f"{name:<20} / {other:<24} {ratio(times, name, other)}")
+    print("medians: " + ", ".join(f"{name} {1e3 * statistics.median(own):.0f} ms" for name, own in times.items()))
+
+
+def peak_memory() -> None:
+    """Print the peak of the memory that a call takes, against that of its result."""
+    torch.set_num_threads(1)
+    images = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
+    standardizer = OnlineStandardizer(InputNorm(3))
+    standardizer.train(images[:8])
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # begin to measure the peak anew
+    result = standardizer.train(images)
+    taken, size = status("VmHWM") - before, result.numel() * result.element_size() / 1024
+    print(f"peak of extra memory / size of the result: {taken / size:.3f} (result {size / 1024:.1f} MiB)")
+
+
+def status(field: str) -> int:
+    """Return a size in KiB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called while it is active."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace in ("c10d", "_c10d_functional")
+        return func(*args, **(kwargs or {}))
+
+
+def communicate(rank: int, folder: str) -> None:
+    """Count the collectives of two ranks."""
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    standardizer = OnlineStandardizer(InputNorm(3, freeze_after=8 * 2 * 5))
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    with Collectives() as learning:
+        for _ in range(5):
+            standardizer.train(images, ranks=2)
+    with Collectives() as otherwise:
+        for _ in range(5):
+            standardizer.train(images, ranks=2)
+            standardizer.evaluate(images)
+            standardizer.preview(images)
+    if rank == 0:
+        print(f"collectives in 5 training steps of 2 ranks: {learning.count}; frozen, evaluation: {otherwise.count}")
+    torch.distributed.destroy_process_group()
+
+
+class Photos(L.LightningDataModule):
+    """Random images as bytes."""
+
+    def train_dataloader(self) -> Any:
+        """Return the same batch 12 times."""
+        batch = torch.randint(0, 256, (16, *SHAPE[1:]), dtype=torch.uint8), torch.randint(0, 1000, (16,))
+        return DataLoader([batch] * 12, batch_size=None)  # type: ignore[arg-type]
+
+
+class Offline(Photos):
+    """Normalises by constants that were looked up."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return the batch as floats."""
+        return bare(batch[0]), batch[1]
+
+
+class Online(OnlineInputNormMixin, Photos):
+    """Normalises by the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(input_norm=InputNorm(3, scale=1.0))
+
+
+class Network(L.LightningModule):
+    """A ResNet-18 that notes how long its steps take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torchvision.models.resnet18()
+        self.starts: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss; a step lasts until the next begins."""
+        self.starts.append(time.perf_counter())
+        return cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return SGD."""
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def step_seconds(data: L.LightningDataModule) -> float:
+    """Return the median seconds of a training step."""
+    network = Network()
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        L.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=folder, **quiet).fit(network, data)
+    return statistics.median(b - a for a, b in zip(network.starts[1:], network.starts[2:], strict=False))
+
+
+def training_step(rounds: int) -> None:
+    """Print what the mixin adds to the step of a network."""
+    torch.set_num_threads(2)
+    times: dict[str, list[float]] = {"mixin": [], "constants": [], "constants again": []}
+    for round_ in range(rounds):
+        arms: list[tuple[str, L.LightningDataModule]] = [
+            ("mixin", Online()),
+            ("constants", Offline()),
+            ("constants again", Offline()),
+        ]
+        for name, data in arms[round_ % 3 :] + arms[: round_ % 3]:
+            times[name].append(step_seconds(data))
+    print(f"training step of ResNet-18, 16x3x224x224 uint8, 2 threads, {rounds} rounds, ratio in one round")
+    for name in ("mixin", "constants again"):
+        print(f"{name:<16} / constants {ratio(times, name, 'constants')}")
+    print(f"constants: {statistics.median(times['constants']):.2f} s")
+
+
+def main() -> None:
+    """Print everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=25, help="rounds of the comparisons of batches (default: 25)")
+    parser.add_argument("--steps", type=int, default=9, help="rounds of the training steps (default: 9)")
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    for threads in (1, 2):
+        speed(threads, arguments.rounds)
+    spawn = get_context("spawn")
+    measured = spawn.Process(target=peak_memory)
+    measured.start()
+    measured.join()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(communicate, (folder,), nprocs=2)
+    training_step(arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -124,7 +124,7 @@ class InputNorm:
 
 
 # Hyperparameters of a DataModule may hold it, and checkpoints are loaded with weights_only=True.
-torch.serialization.add_safe_globals([InputNorm])
+torch.serialization.add_safe_globals([InputNorm])  # pyright: ignore[reportUnknownMemberType] # torch does not type it
 
 
 class InputStatistics(NamedTuple):

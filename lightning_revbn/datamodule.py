@@ -104,6 +104,7 @@ class OnlineInputNormMixin(_Base):
             raise TypeError(f"input_norm must be an InputNorm, got {input_norm!r}")
         self._standardizer = OnlineStandardizer(input_norm)
         self._letter = Letter(input_norm.num_features)
+        self._knows_scale = False
         self._loaded_scale: float | None = None
         self._scaled_for: weakref.ref[Trainer] | None = None
         self._logged_step: int | None = None
@@ -142,6 +143,8 @@ class OnlineInputNormMixin(_Base):
         online = self._online
         if getattr(module, "_current_fx_name", None) != "batch_to_device":
             return self._as_example(batch)
+        if not self._knows_scale:
+            self._settle_scale(trainer)
         values, mask = self.select_input(batch), self.select_mask(batch)
         dtype = trainer.precision_plugin.convert_input(torch.zeros((), dtype=torch.float32)).dtype
         if trainer.training:
@@ -287,7 +290,8 @@ class OnlineInputNormMixin(_Base):
 
     def _load(self, state: dict[str, Any]) -> None:
         self._online.load_state_dict(state)
-        self._loaded_scale = float(state["scale"]) if self._online.has_statistics else None
+        self._knows_scale = self._online.has_statistics  # a checkpoint from before the first step knows nothing
+        self._loaded_scale = float(state["scale"]) if self._knows_scale else None
         self._scaled_for = self._logged_step = None
 
     def _prepare(self, trainer: Trainer) -> None:
@@ -297,24 +301,34 @@ class OnlineInputNormMixin(_Base):
         self._scaled_for = weakref.ref(trainer)
         self._logged_step = None
         self._letter.send_at_end(trainer, self._standardizer.state_dict)
-        name, online = type(self).__name__, self._standardizer
+        name = type(self).__name__
         if _STATE not in self.state_dict():
             raise MisconfigurationException(f"{name}.state_dict must keep what super().state_dict() returns")
-        origin = "InputNorm(scale=...)"
-        if online.settings.scale == "auto":
-            callback = next((found for found in _callbacks(trainer) if found.enabled), None)
-            scale = None if callback is None else _first_scale(callback)
-            online.set_scale(RELU_STD if scale is None else RELU_STD * scale)
-            origin = f"{RELU_STD}, as there is no RevisitedBatchNorm in the Trainer"
-            if scale is not None:
-                origin = f"{RELU_STD} times the scale {scale:g} of RevisitedBatchNorm"
-        rank_zero_info(f"{name}: the standardised input is multiplied by {online.scale:g} ({origin})")
-        if self._loaded_scale not in (None, online.scale):
+        origin = self._settle_scale(trainer)
+        scale = self._standardizer.scale
+        rank_zero_info(f"{name}: the standardised input is multiplied by {scale:g} ({origin})")
+        if self._loaded_scale not in (None, scale):
             rank_zero_warn(
                 f"{name}: the checkpoint was made with an input scale of {self._loaded_scale:g}, this run has "
-                f"{online.scale:g}. From here on this run's applies."
+                f"{scale:g}. From here on this run's applies."
             )
         self._loaded_scale = None
+
+    def _settle_scale(self, trainer: Trainer) -> str:
+        """Take the scale that the settings ask for, and return in words where it is from."""
+        self._knows_scale = True
+        if self._standardizer.settings.scale != "auto":
+            return "InputNorm(scale=...)"
+        callback = next((found for found in _callbacks(trainer) if found.enabled), None)
+        scale = None if callback is None else _first_scale(callback)
+        self._standardizer.set_scale(RELU_STD if scale is None else RELU_STD * scale)
+        if scale is None:
+            return f"{RELU_STD}, as there is no RevisitedBatchNorm in the Trainer"
+        return f"{RELU_STD} times the scale {scale:g} of RevisitedBatchNorm"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what belongs to this process."""
+        return {**vars(self), "_scaled_for": None}
 
     def _report(self, trainer: Trainer, values: Tensor) -> None:
         """Log the statistics at logging steps, and warn of data that ought to be given in another way."""

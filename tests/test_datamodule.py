@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import warnings
 from collections import UserDict, namedtuple
@@ -187,6 +189,27 @@ def test_the_scale_and_where_it_is_from(
     lines = [record.message for record in caplog.records if "standardised input is multiplied" in record.message]
     assert len(lines) == 1
     assert told in lines[0]
+
+
+def test_the_scale_is_that_of_training_before_training_too(tmp_path: Path) -> None:
+    network = SeeingNet()
+    fixed = RawData(InputNorm(3, mode="fixed", mean=[0.4] * 3, std=[0.2] * 3))
+    trainer(tmp_path, revisited()).validate(network, fixed, verbose=False)
+    expected = (IMAGES / 255 - 0.4) / (0.2**2 + 1e-5) ** 0.5 * 0.058
+    torch.testing.assert_close(torch.cat(network.seen["eval"]), expected, rtol=1e-5, atol=1e-6)
+    network = SeeingNet()
+    trainer(tmp_path, revisited(), num_sanity_val_steps=1, limit_val_batches=1, max_epochs=1).fit(network, RawData())
+    torch.testing.assert_close(network.seen["eval"][0].std((0, 2, 3)), torch.full((3,), 0.058), rtol=0.02, atol=0)
+
+
+def test_it_can_be_copied_after_a_fit(tmp_path: Path) -> None:
+    data = RawData()
+    trainer(tmp_path).fit(SeeingNet(), data)
+    data.trainer = None
+    for other in (copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
+        assert torch.equal(other.input_statistics().mean, data.input_statistics().mean)
+        trainer(tmp_path).fit(SeeingNet(), other)
+        assert other.input_statistics().count[0] == 2 * data.input_statistics().count[0]
 
 
 def test_another_scale_than_the_checkpoints_is_warned_of(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ Mode: TypeAlias = Literal["batch", "running", "ema", "fixed"]
 NanPolicy: TypeAlias = Literal["error", "ignore"]
 
 _LOOKS_NORMALIZED_AFTER = 256  # samples
+_SQUARE_ROOT = torch.finfo(torch.float64).max ** 0.5
 
 
 @dataclass(frozen=True)
@@ -554,7 +555,8 @@ class OnlineStandardizer:
         if self.settings.nan_policy == "ignore":
             wrong &= ~values.isnan()
         if not wrong.any():
-            return " of another rank"
+            too_large = values.dtype == torch.float64 and values.numel() and values.abs().max() > _SQUARE_ROOT
+            return ", with values too large to be squared" if too_large else " of another rank"
         index = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
         return f", first at index {tuple(index)} of an input of shape {tuple(values.shape)}"
 

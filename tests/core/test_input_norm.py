@@ -186,6 +186,11 @@ def test_one_bad_sample_stops_training_and_leaves_the_statistics(bad: float, see
     assert standardizer.samples == 8 * seen + 8
 
 
+def test_values_whose_squares_overflow_are_an_error() -> None:
+    with pytest.raises(InputError, match="with values too large to be squared"):
+        OnlineStandardizer(InputNorm(1)).train(torch.tensor([[1e200], [-1e200]], dtype=torch.float64))
+
+
 def test_nan_can_be_ignored_as_scikit_learn_does() -> None:
     table = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * 3 + 7
     table[torch.rand(table.shape, generator=torch.Generator().manual_seed(1)) < 0.1] = torch.nan

@@ -1,4 +1,4 @@
-"""Run by test_input_norm.py: one rank has values that cannot be measured."""
+"""Run by test_input_norm_processes.py: one rank has values that cannot be measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_input_norm_processes.py: InputBatchNorm on several ranks, BatchNorm2d with the joined batch, and a Trainer."""
+"""Run by test_input_norm_processes.py: InputBatchNorm on several ranks, against BatchNorm2d with the joined batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_input_norm_processes.py: raw data in uneven and empty parts on several gloo ranks, through every stage."""
+"""Run by test_input_norm_processes.py: raw data in uneven and empty parts on several ranks, through every stage."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lit import Batches, LitNet, loader, rows, trainer
 from models import assert_same_parameters, images, residual_net
 from raw import RawData, SeeingNet, raw_images
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_revbn import InputNorm, OnlineInputNormMixin, RevisitedBatchNorm
 from lightning_revbn.core.input_norm import MissingStatisticsError
@@ -425,6 +425,33 @@ def test_state_of_the_users_own_is_kept(tmp_path: Path) -> None:
     first, second = Own(), Own()
     first.seed = 7
     trainer(tmp_path).fit(SeeingNet(), first)
+    second.load_state_dict(first.state_dict())
+    assert second.seed == 7
+    assert torch.equal(second.input_statistics().mean, first.input_statistics().mean)
+
+
+def test_the_mixin_works_with_a_base_that_has_state_and_arguments_of_its_own(tmp_path: Path) -> None:
+    class Base(L.LightningDataModule):
+        def __init__(self, batch_size: int) -> None:
+            super().__init__()
+            self.batch_size, self.seed = batch_size, 0
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(*raw_images(48)), self.batch_size)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seed": self.seed}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            assert state_dict.keys() == {"seed"}  # a strict one
+            self.seed = state_dict["seed"]
+
+    class Mixed(OnlineInputNormMixin, Base):
+        pass
+
+    first, second = (Mixed(8, input_norm=InputNorm(3)) for _ in range(2))
+    first.seed = 7
+    trainer(tmp_path, limit_val_batches=0).fit(LitNet(), first)
     second.load_state_dict(first.state_dict())
     assert second.seed == 7
     assert torch.equal(second.input_statistics().mean, first.input_statistics().mean)

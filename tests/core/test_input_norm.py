@@ -129,6 +129,15 @@ def test_frozen_statistics_stay_and_batches_are_normalised_by_them() -> None:
     assert not longer.is_frozen
 
 
+def test_evaluation_follows_training() -> None:
+    standardizer = OnlineStandardizer(InputNorm(3))
+    for batch in IMAGES.split(8):
+        standardizer.train(batch)
+        fresh = OnlineStandardizer(InputNorm(3))
+        fresh.load_state_dict(standardizer.state_dict())
+        assert torch.equal(standardizer.evaluate(IMAGES), fresh.evaluate(IMAGES))
+
+
 def test_what_was_learned_from_bytes_fits_floats_from_0_to_1() -> None:
     standardizer = OnlineStandardizer(InputNorm(3))
     standardizer.train(IMAGES)

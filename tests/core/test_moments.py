@@ -96,6 +96,12 @@ def test_the_largest_integers_are_exact(values: Tensor, expected: Fraction) -> N
     assert moments(values).m2.item() == float(expected)
 
 
+def test_a_rare_value_does_not_cancel() -> None:
+    values = torch.ones(1_000_000, 1, dtype=torch.uint8)
+    values[123] = 0
+    assert moments(values).m2.item() == pytest.approx(float(Fraction(999_999, 1_000_000)), rel=1e-15)
+
+
 def test_integers_beyond_32_bits_are_refused() -> None:
     with pytest.raises(ValueError, match="beyond 32 bits cannot be summed exactly: convert them to float64"):
         moments(torch.tensor([[2**31 + 1]]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import re
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,16 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def lightning_log_level() -> Iterator[None]:
+    """Undo what the example does to Lightning's log messages."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
+@pytest.mark.usefixtures("lightning_log_level")
 def test_it_trains_both_arms_and_tells_the_statistics(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,9 +76,10 @@ def normalize(
         A tensor of the same shape.
     """
     values = dense(values)
-    result = torch.empty_like(values, dtype=dtype)
+    # With the strides of `values` its parts are views, as theirs are, and what is written there arrives.
+    result = torch.empty_strided(values.shape, values.stride(), dtype=dtype, device=values.device)
     source = channel_view(values, channel_dim)
-    target = channel_view(result, channel_dim, like=values)
+    target = channel_view(result, channel_dim)
     exact = constants.mean.dtype == dtype
     for from_part, to_part in zip(source.parts, target.parts, strict=True):
         mean, gain = (source.spread(column, from_part) for column in (constants.mean, constants.gain))

@@ -29,7 +29,7 @@ from models import BATCH_NORMS, ResidualNet, assert_same_parameters, images, res
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm, ScaleUpdateRule, init_batch_norms
+from lightning_revbn import BatchNormMonitor, InputBatchNorm, RevisitedBatchNorm, ScaleUpdateRule, init_batch_norms
 from lightning_revbn.core.update_rule import active_rule
 
 C = 100.0
@@ -284,6 +284,28 @@ def test_a_callback_used_for_another_model_treats_it_afresh(tmp_path: Path) -> N
     nn.init.constant_(other.model.bn1.weight, 0.7)
     trainer(tmp_path, callback).fit(other, loader())
     assert other.first_scales == [0.1] * 3
+
+
+@pytest.mark.parametrize("trained", ["keep", "overwrite", "error"])
+def test_the_front_layer_keeps_its_own_scale_and_learns_with_the_rule(tmp_path: Path, trained: Any) -> None:
+    lr, c, weight_decay = 0.05, 100.0, 0.01
+    by_hand = LitNet(model=nn.Sequential(nn.BatchNorm2d(3), residual_net()))
+    nn.init.constant_(by_hand.model[0].weight, 0.25 * 0.58)
+    by_hand.model[0].bias.requires_grad_(False)
+    for scale in scales(by_hand.model[1]):
+        nn.init.constant_(scale, 0.25)
+    own = {id(scale) for scale in scales(by_hand)}
+    rest = [value for value in by_hand.parameters() if id(value) not in own]
+    groups = [{"params": rest, "weight_decay": weight_decay}, {"params": scales(by_hand), "lr": lr / c}]
+    by_hand.configure = lambda module: torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    trainer(tmp_path).fit(by_hand, loader())
+
+    module = LitNet(model=nn.Sequential(InputBatchNorm(3, scale=0.25 * 0.58), residual_net()))
+    callback = RevisitedBatchNorm(scale=0.25, trained=trained, monitor=False)
+    trainer(tmp_path, callback).fit(module, loader())
+    assert_same_parameters(by_hand, module)
+    assert not torch.equal(module.model[0].weight, torch.full((3,), 0.25 * 0.58))
+    assert str(callback.report).count("the input layer starts at a scale of its own") == 1
 
 
 def test_the_switch_turns_everything_off(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_revbn import InputNorm
 from lightning_revbn.core.input_norm import OnlineStandardizer
+from lightning_revbn.core.moments import moments
 from lightning_revbn.core.normalizer import Constants, FixedNormalizer, arithmetic_dtype, normalize
 
 MEAN, GAIN = torch.tensor([100.3, 120.7, 90.1]).double(), torch.tensor([0.01, 0.02, 0.03]).double()
@@ -41,6 +45,28 @@ def test_the_memory_format_is_kept() -> None:
     cropped = values[:, :, 2:-2, 3:]  # has gaps in its memory
     result = normalize(cropped, constants(torch.float32), 1, torch.float32)
     torch.testing.assert_close(result.double(), expected(cropped, 1), rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_layout_of_memory_gives_the_same(data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, 5))
+    shape = data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 65]), min_size=rank, max_size=rank))
+    channel_dim = data.draw(st.integers(0, rank - 1))
+    order = data.draw(st.permutations(range(rank)))
+    values = torch.arange(float(math.prod(shape))).view(shape).permute(order)[..., :: data.draw(st.integers(1, 2))]
+    values = data.draw(st.sampled_from([values, values.clone(), values[:1].expand(values.shape), values.contiguous()]))
+    mean = torch.arange(float(values.shape[channel_dim]), dtype=torch.float64)
+    chosen = Constants.of(torch.zeros_like(mean), mean, 1 / (1 + mean), torch.float32)
+    along = [1] * rank
+    along[channel_dim] = -1
+    result = normalize(values, chosen, channel_dim, torch.float32)
+    wanted = (values.double() - mean.view(along)) / (1 + mean.view(along))
+    torch.testing.assert_close(result.double(), wanted, rtol=1e-6, atol=1e-6)
+    measured = moments(values, channel_dim)
+    by_channel = values.double().movedim(channel_dim, 0).reshape(len(mean), -1)
+    torch.testing.assert_close(measured.mean, by_channel.mean(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(measured.variance, by_channel.var(1, correction=0), rtol=1e-11, atol=1e-9)
 
 
 def test_a_large_mean_keeps_the_precision_of_the_values() -> None:

@@ -410,11 +410,12 @@ def _callbacks(trainer: Trainer) -> list[RevisitedBatchNorm]:
 
 
 def _first_scale(callback: RevisitedBatchNorm) -> float | None:
-    """Return g: of a mapping by name, that of the first layer which has one."""
+    """Return g: of a mapping by name, that of the first layer which has one and is not an input layer itself."""
     if not isinstance(callback.scale, Mapping):
         return callback.scale
-    targets = [record.target for record in callback.report.records if record.target is not None]
-    return targets[0] if targets else None
+    return next(
+        (record.target for record in callback.report.records if record.target and record.state != "input"), None
+    )
 
 
 def _data_parallel_group(trainer: Trainer) -> tuple[Any, int]:

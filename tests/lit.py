@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed
 from models import images, residual_net
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -74,6 +75,13 @@ def trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
         "log_every_n_steps": 1,
     }
     return L.Trainer(default_root_dir=path, callbacks=list(callbacks), **{**defaults, **options})
+
+
+def leave_process_group() -> None:
+    """End the communication of this process: threads of gloo that outlive the interpreter abort it now and then."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed.nn
 from lightning.pytorch.loggers import CSVLogger
-from lit import LitNet, trainer
+from lit import LitNet, leave_process_group, trainer
 from models import images, residual_net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -88,3 +88,4 @@ def seen(model: nn.Module, batches: list[Tensor]) -> Tensor:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]))
+    leave_process_group()

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lit import trainer
+from lit import leave_process_group, trainer
 from raw import UnevenData, UnevenNet, raw_images
 
 from lightning_revbn import InputNorm
@@ -84,3 +84,4 @@ def main(strategy: str, ranks: int, mode: str, kind: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], Path(sys.argv[5]))
+    leave_process_group()

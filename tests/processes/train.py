@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lit import LitNet, trainer
+from lit import LitNet, leave_process_group, trainer
 from models import images, scales
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -83,3 +83,4 @@ def main(name: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    leave_process_group()

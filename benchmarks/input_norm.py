@@ -67,25 +67,36 @@ def speed(threads: int, rounds: int) -> None:
     torch.set_num_threads(threads)
     images = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
     layer, standardizer, after = nn.BatchNorm2d(3), OnlineStandardizer(InputNorm(3)), frozen()
+    compiled = OnlineStandardizer(InputNorm(3, compile=True))
     offline = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    torch.compiler.reset()  # kernels are made for a number of threads
+    compiled_layer = torch.compile(lambda values: layer(values.float()))
+    compiled_offline = torch.compile(offline)
     with torch.no_grad():
         times = in_turns(
             {
                 "mode batch": lambda: standardizer.train(images),
+                "mode batch, compiled": lambda: compiled.train(images),
                 "x.float() + BatchNorm2d": lambda: layer(images.float()),
                 "v2 ToDtype + Normalize": lambda: offline(images),
+                "x.float() + BatchNorm2d, compiled": lambda: compiled_layer(images),
+                "v2 ToDtype + Normalize, compiled": lambda: compiled_offline(images),
                 "freeze_after passed": lambda: after.train(images),
                 "bare arithmetic": lambda: bare(images),
             },
             rounds,
         )
-    print(f"uint8 {'x'.join(map(str, SHAPE))}, {threads} thread(s), {rounds} rounds, eager, ratio in one round")
+    print(f"uint8 {'x'.join(map(str, SHAPE))}, {threads} thread(s), {rounds} rounds, ratio in one round")
     for name, other in (
         ("mode batch", "x.float() + BatchNorm2d"),
         ("mode batch", "v2 ToDtype + Normalize"),
+        ("mode batch, compiled", "x.float() + BatchNorm2d"),
+        ("mode batch, compiled", "v2 ToDtype + Normalize"),
+        ("mode batch, compiled", "x.float() + BatchNorm2d, compiled"),
+        ("mode batch, compiled", "v2 ToDtype + Normalize, compiled"),
         ("freeze_after passed", "bare arithmetic"),
     ):
-        print(f"{name:<20} / {other:<24} {ratio(times, name, other)}")
+        print(f"{name:<20} / {other:<33} {ratio(times, name, other)}")
     print("medians: " + ", ".join(f"{name} {1e3 * statistics.median(own):.0f} ms" for name, own in times.items()))
 
 

@@ -101,7 +101,7 @@ def channel_view(values: Tensor, channel_dim: int | None, like: Tensor | None = 
     joined = max(1, min(outer, _NARROW * 16 // period))
     rows = permuted.reshape(outer, period)
     whole = outer - outer % joined
-    parts = [rows[:whole].view(-1, period * joined, 1)]
+    parts = [rows[:whole].reshape(-1, period * joined, 1)]  # a view, unless it is a mask that was expanded
     if whole < outer:
         parts.append(rows[whole:].unsqueeze(2))
     return ChannelView(tuple(parts), channels, inner)

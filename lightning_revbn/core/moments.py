@@ -16,6 +16,7 @@ import torch.distributed
 from torch import Tensor
 
 from lightning_revbn.core.channels import ChannelView, channel_view, dense, pieces
+from lightning_revbn.core.compiled import compile_once
 
 OUT_OF_RANGE = "integers beyond 32 bits cannot be summed exactly: convert them to float64"
 
@@ -157,6 +158,7 @@ def global_moments(
     ignore_nan: bool = False,
     group: Any = None,
     ranks: int = 1,
+    compile: bool = False,
 ) -> GlobalBatch:
     """Measure a batch over all ranks with at most one collective.
 
@@ -173,6 +175,7 @@ def global_moments(
         ignore_nan: Whether NaN is left out.
         group: The process group; None is the default group.
         ranks: How many ranks it has; with 1 there is no collective.
+        compile: Whether 8-bit integers are added by a compiled kernel.
 
     Returns:
         What is known then, the same on all ranks.
@@ -182,7 +185,7 @@ def global_moments(
     own = Kind.of(values)
     expected = own if kind is Kind.UNKNOWN else kind
     fits = own in (Kind.UNKNOWN, expected)
-    row = _own_row(values, channel_dim, expected if fits else Kind.UNKNOWN, shift, mask, ignore_nan)
+    row = _own_row(values, channel_dim, expected if fits else Kind.UNKNOWN, shift, mask, ignore_nan, compile)
     row[3:_HEADER] = torch.tensor([not fits, own])
     if ranks > 1:
         if kind is Kind.UNKNOWN or (kind is Kind.FLOAT and shift is None):
@@ -196,7 +199,13 @@ def global_moments(
 
 
 def _own_row(
-    values: Tensor, channel_dim: int | None, kind: Kind, shift: Tensor | None, mask: Tensor | None, ignore_nan: bool
+    values: Tensor,
+    channel_dim: int | None,
+    kind: Kind,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    ignore_nan: bool,
+    compile: bool,
 ) -> Tensor:
     """Return what this rank knows as int64, shape `(5 + 4 C,)`.
 
@@ -220,7 +229,7 @@ def _own_row(
         row[1] = ~body.isfinite().all()
         row[_HEADER:] = body.flatten().view(torch.int64)
     else:
-        row[_HEADER:], row[2] = _integer_sums(view, valid)
+        row[_HEADER:], row[2] = _integer_sums(view, valid, compile)
     return row
 
 
@@ -301,13 +310,14 @@ def _from_integers(count: Tensor, total: Tensor, squares: Tensor, upper: Tensor)
     return Moments(count.double(), q + rest.double() / n, deviations - rest.double().square() / n)
 
 
-def _integer_sums(view: ChannelView, valid: ChannelView | None) -> tuple[Tensor, Tensor]:
+def _integer_sums(view: ChannelView, valid: ChannelView | None, compile: bool) -> tuple[Tensor, Tensor]:
     """Return count, sum, sum of squares modulo 2^64 and its upper half, flattened; and whether a value is too large."""
     sums: list[Tensor] = []
     beyond = torch.zeros((), dtype=torch.bool, device=view.parts[0].device)
     for index, part in enumerate(view.parts):
-        add_bytes = _ByteSums()
-        for at in pieces(part):
+        compiled = compile and valid is None and part.dtype in (torch.uint8, torch.int8)
+        add_bytes = compile_once(_byte_sums) if compiled else _ByteSums()
+        for at in pieces(part, part.numel() if compiled else None):
             piece = part[at]
             count = torch.full((part.shape[1],), piece.shape[0] * piece.shape[2], device=part.device)
             if valid is not None:
@@ -335,6 +345,12 @@ def _integer_sums(view: ChannelView, valid: ChannelView | None) -> tuple[Tensor,
                 continue
             sums.append(torch.stack([view.fold(column).sum(0) for column in (count, total, squares, squares >> 32)]))
     return torch.stack(sums).sum(0).flatten(), beyond
+
+
+def _byte_sums(part: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `_ByteSums` returns, by a kernel that reads every byte once."""
+    values = part.int()
+    return values.sum(2, dtype=torch.int64).sum(0), (values * values).sum(2, dtype=torch.int64).sum(0)
 
 
 class _ByteSums:

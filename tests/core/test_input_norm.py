@@ -337,3 +337,18 @@ def test_it_tells_channels_whose_spread_is_lost_in_half_precision() -> None:
     standardizer.train(values.bfloat16())
     assert standardizer.lost_channels(torch.bfloat16) == [1]
     assert standardizer.lost_channels(torch.float32) == []
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.float32, torch.float64], ids=str)
+def test_compiled_kernels_learn_and_give_the_same_to_the_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    torch.compiler.reset()  # torch makes a limited number of kernels of one function
+    eager, compiled = (OnlineStandardizer(InputNorm(3, scale=0.058, compile=compile)) for compile in (False, True))
+    for size, mean in ((8, 100), (5, 60)):
+        values = (torch.randn(size, 3, 9, 11) * 9 + mean).to(dtype).to(memory_format=layout)
+        mask = torch.rand(size, 1, 9, 11) < 0.7 if size == 5 else None
+        expected, result = (one.train(values, mask) for one in (eager, compiled))
+        assert torch.equal(result, expected)
+        assert result.stride() == expected.stride()
+    learned, state = compiled.state_dict(), eager.state_dict()
+    assert all(torch.equal(learned[key], state[key]) for key in ("count", "mean", "m2", "samples", "shift"))

@@ -122,6 +122,17 @@ def test_a_mask_leaves_values_out(dtype: torch.dtype, channel_dim: int) -> None:
             assert measured.std[channel].item() == pytest.approx(row[keep].std(), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_a_mask_for_all_channels_works_where_channels_are_last_in_memory(dtype: torch.dtype) -> None:
+    values = (torch.randn(5, 3, 9, 11) * 9 + 99).to(dtype)
+    mask = torch.rand(5, 1, 9, 11) < 0.7
+    measured = moments(values.to(memory_format=torch.channels_last), mask=mask)
+    chosen = values.double().permute(1, 0, 2, 3)[:, mask[:, 0]].numpy()
+    np.testing.assert_array_equal(measured.count, chosen.shape[1])
+    np.testing.assert_allclose(measured.mean, chosen.mean(1), rtol=1e-12)
+    np.testing.assert_allclose(measured.std, chosen.std(1), rtol=1e-12)
+
+
 def test_nan_is_left_out_where_asked_for_and_else_reported() -> None:
     values = sample((50, 3), torch.float32)
     values[::7, 1] = torch.nan

@@ -1,0 +1,27 @@
+"""Compiles a function the first time that it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def compile_once(function: Function) -> Function:
+    """Return `torch.compile(function)`, one for the whole process, so that nothing is compiled twice.
+
+    Args:
+        function: A function of a module.
+
+    Returns:
+        The same, compiled in its first call; on CPUs that takes a C++ compiler.
+    """
+    if function not in _COMPILED:
+        _COMPILED[function] = torch.compile(function)
+    return _COMPILED[function]
+
+
+_COMPILED: dict[Callable[..., object], Any] = {}

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_revbn import paired_t_test
+from lightning_revbn.cli.paired_figure import draw_pairs
 from lightning_revbn.compare import PairedTTest
 
 SIGNIFICANT = 0.05
 LEGEND_LINES = 16  # of a deeper network some layers are named, evenly spaced
-GAIN, LOSS, TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: told apart by colour-blind readers too
 
 
 def print_table(baseline: Sequence[float], revisited: Sequence[float], console: Console) -> None:
@@ -150,7 +150,9 @@ def draw_picture(
     grid = figure.add_gridspec(1, 3, width_ratios=(1, 1.15, 1.15))
     pairs, left = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     right = figure.add_subplot(grid[2], sharex=left, sharey=left)
-    _draw_pairs(pairs, baseline, revisited)
+    draw_pairs(pairs, baseline, revisited, "Revisited")
+    pairs.set_ylabel("Test accuracy (%)")
+    pairs.set_title("A line per seed, black: mean")
     for axes, arm, log in zip((left, right), ("baseline", "revisited"), scale_logs, strict=True):
         _draw_scales(axes, read_scale_means(log, layers))
         axes.set_title(f"Scales, seed 1: {arm}")
@@ -182,21 +184,6 @@ def read_scale_means(log: Path, layers: Sequence[str]) -> dict[str, tuple[list[i
             [float(row[f"revbn/{layer}/scale_mean"]) for row in logged],
         )
     return curves
-
-
-def _draw_pairs(axes: Axes, baseline: Sequence[float], revisited: Sequence[float]) -> None:
-    for before, after in zip(baseline, revisited, strict=True):
-        colour = TIE if before == after else GAIN if after > before else LOSS
-        axes.plot((0, 1), (before, after), color=colour, alpha=0.6, linewidth=1.2, marker="o", markersize=4)
-    means = statistics.fmean(baseline), statistics.fmean(revisited)
-    axes.plot((0, 1), means, color="black", linewidth=2.5, marker="D", markersize=7)
-    for x, mean, side, offset in ((0, means[0], "right", -10), (1, means[1], "left", 10)):
-        axes.annotate(f"{mean:.2f}", (x, mean), (offset, 0), textcoords="offset points", ha=side, va="center")
-    axes.set_xticks((0, 1), ("Baseline", "Revisited"))
-    axes.set_xlim(-0.45, 1.45)
-    axes.set_ylabel("Test accuracy (%)")
-    axes.set_title("A line per seed, black: mean")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_scales(axes: Axes, curves: dict[str, tuple[list[int], list[float]]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -84,12 +84,7 @@ def paired_t_test(
         raise ValueError(f"alternative={alternative!r} is unknown: use 'greater', 'less' or 'two-sided'")
     if not 0 < confidence_level < 1:
         raise ValueError(f"confidence_level={confidence_level!r} must be between 0 and 1")
-    try:
-        from scipy import stats as scipy_stats
-    except ImportError as error:
-        raise ImportError("paired_t_test needs scipy: pip install 'lightning-revbn[compare]'") from error
-
-    stats: Any = scipy_stats
+    stats = _scipy_stats("paired_t_test")
     differences = [a - b for a, b in zip(first, second, strict=True)]
     mean = math.fsum(differences) / n
     spread = math.hypot(*(difference - mean for difference in differences)) / math.sqrt(n - 1)
@@ -118,6 +113,120 @@ def paired_t_test(
         effect_size=mean / spread,
         alternative=alternative,
     )
+
+
+def wilcoxon_p_value(
+    proposed: Iterable[float], baseline: Iterable[float], *, alternative: Alternative = "greater"
+) -> float:
+    """Return the p-value of Wilcoxon's signed-rank test, which takes no normal distribution for granted.
+
+    It looks at the order of the differences only, so it answers with the t-test's question beside it: could one
+    extreme pair be the reason? With n pairs it cannot fall below `2**-n` (one-sided), so fewer than five say nothing.
+
+    Args:
+        proposed: One score a seed, shape `(n,)`.
+        baseline: The scores of the same seeds in the same order, shape `(n,)`.
+        alternative: The direction, as in `paired_t_test`.
+
+    Returns:
+        The p-value; NaN where all pairs are equal.
+
+    Raises:
+        ValueError: If a score is not finite, the lengths differ, or there are no pairs.
+        TypeError: If a score is no number.
+
+    Example:
+        >>> wilcoxon_p_value([2.0, 4.0, 6.0, 9.0, 11.0], [1.0, 2.0, 3.0, 5.0, 6.0])
+        0.03125
+    """
+    first, second = _scores("proposed", proposed), _scores("baseline", baseline)
+    stats = _scipy_stats("wilcoxon_p_value")
+    # As for the t-test: what differs by the rounding of float32 alone is equal.
+    close = 2**-22 * max(map(abs, [*first, *second]), default=0.0)
+    differences = [a - b if abs(a - b) > close else 0.0 for a, b in zip(first, second, strict=True)]
+    if not any(differences):
+        return math.nan
+    return float(stats.wilcoxon(differences, alternative=alternative).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for the number of questions that were asked of the same baseline.
+
+    Holm, "A simple sequentially rejective multiple test procedure" (1979): at level alpha, one false answer among all
+    of them is at most alpha likely.
+
+    Args:
+        p_values: Of m tests, shape `(m,)`. NaN, the answer of a test that can say nothing, counts as a question.
+
+    Returns:
+        The corrected p-values in the same order, shape `(m,)`; NaN stays.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    ascending = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    corrected = [math.nan] * len(p_values)
+    least = 0.0
+    for rank, (p, index) in enumerate(ascending):
+        least = max(least, min(1.0, (len(p_values) - rank) * p))
+        corrected[index] = least
+    return corrected
+
+
+def least_detectable_effect(
+    n: int, *, level: float = 0.05, power: float = 0.8, alternative: Alternative = "greater"
+) -> float:
+    """Return the least effect that a paired t-test of n pairs finds with a given probability.
+
+    Of smaller effects the test misses more than a share of `1 - power`: no significance does not mean no effect.
+
+    Args:
+        n: Number of pairs, 2 or more.
+        level: What p-values are compared with, between 0 and 1.
+        power: The probability, above `level` and below 1.
+        alternative: The direction, as in `paired_t_test`.
+
+    Returns:
+        Cohen's d_z: the effect in standard deviations of the differences, above 0 in every direction.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> round(least_detectable_effect(8), 2), round(least_detectable_effect(15), 2)
+        (0.98, 0.68)
+    """
+    if n < 2:
+        raise ValueError(f"n={n} must be the number of pairs, 2 or more")
+    if not 0 < level < power < 1:
+        raise ValueError(f"level={level!r} and power={power!r} must be 0 < level < power < 1")
+    stats = _scipy_stats("least_detectable_effect")
+    from scipy import optimize
+
+    optimizer: Any = optimize
+    tail = level / 2 if alternative == "two-sided" else level
+    critical = float(stats.t(df=n - 1).isf(tail))
+
+    def lacking(effect: float) -> float:
+        far = effect * math.sqrt(n)
+        found = float(stats.nct.sf(critical, n - 1, far))
+        if alternative == "two-sided":
+            found += float(stats.nct.cdf(-critical, n - 1, far))
+        return power - found
+
+    highest = 1.0
+    while lacking(highest) > 0:
+        highest *= 2
+    return float(optimizer.brentq(lacking, 0.0, highest))
+
+
+def _scipy_stats(caller: str) -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError(f"{caller} needs scipy: pip install 'lightning-revbn[compare]'") from error
+    return stats
 
 
 def _scores(side: str, scores: Iterable[float]) -> list[float]:

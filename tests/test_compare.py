@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from lightning_revbn import paired_t_test
-from lightning_revbn.compare import Alternative
+from lightning_revbn.compare import Alternative, holm, least_detectable_effect, wilcoxon_p_value
 
 # Of eight seeds, with gains and losses.
 BASELINE = [97.22, 97.33, 97.11, 97.44, 97.00, 97.55, 97.22, 97.33]
@@ -194,3 +194,57 @@ def test_a_score_that_is_no_number_is_named() -> None:
 def test_very_large_scores_do_not_overflow() -> None:
     result = paired_t_test([2e200, 3e200, 5e200], [1e200, 1e200, 1e200])
     assert result.p_value == pytest.approx(paired_t_test([2, 3, 5], [1, 1, 1]).p_value)
+
+
+@pytest.mark.parametrize("alternative", ALTERNATIVES)
+def test_the_signed_rank_test_is_scipys_on_scores_without_ties(alternative: Alternative) -> None:
+    proposed, baseline = [3.1, 4.7, 5.2, 8.8, 9.9, 4.0], [3.0, 4.5, 5.5, 8.0, 8.5, 4.6]
+    reference: Any = stats.wilcoxon(proposed, baseline, alternative=alternative)
+    assert wilcoxon_p_value(proposed, baseline, alternative=alternative) == pytest.approx(reference.pvalue, rel=1e-12)
+
+
+def test_the_signed_rank_test_takes_rounding_of_float32_for_equal() -> None:
+    rounded = [float(np.float32(score)) for score in BASELINE]
+    assert rounded != BASELINE
+    assert math.isnan(wilcoxon_p_value(rounded, BASELINE))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holms_correction_rejects_what_his_procedure_rejects(p_values: list[float]) -> None:
+    corrected = holm(p_values)
+    for alpha in (0.01, 0.05, 0.3):
+        rejected: set[int] = set()
+        for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+            if p_values[index] * (len(p_values) - rank) > alpha:
+                break
+            rejected.add(index)
+        ties = {index for index, p in enumerate(p_values) if any(p == p_values[other] for other in rejected)}
+        assert rejected <= {index for index, p in enumerate(corrected) if p <= alpha} <= ties
+
+
+def test_a_test_that_says_nothing_counts_as_a_question() -> None:
+    corrected = holm([0.01, math.nan, 0.02])
+    assert corrected[::2] == pytest.approx([0.03, 0.04])
+    assert math.isnan(corrected[1])
+
+
+def test_without_an_effect_one_in_twenty_experiments_is_significant() -> None:
+    generator = np.random.default_rng(0)
+    pairs = generator.normal(97.5, 0.2, (10_000, 2, 8))
+    found = sum(paired_t_test(proposed, baseline).p_value <= 0.05 for proposed, baseline in pairs)
+    assert found / 10_000 == pytest.approx(0.05, abs=0.005)
+
+
+@pytest.mark.parametrize(("alternative", "power"), [("greater", 0.8), ("less", 0.9), ("two-sided", 0.8)])
+def test_the_least_detectable_effect_is_found_as_often_as_it_says(alternative: Alternative, power: float) -> None:
+    effect = least_detectable_effect(8, power=power, alternative=alternative)
+    sign = -1 if alternative == "less" else 1
+    differences = np.random.default_rng(1).normal(sign * effect, 1.0, (40_000, 8))
+    reference: Any = stats.ttest_1samp(differences, 0.0, axis=1, alternative=alternative)
+    assert (reference.pvalue <= 0.05).mean() == pytest.approx(power, abs=0.01)
+
+
+@pytest.mark.parametrize(("n", "options"), [(1, {}), (8, {"level": 0.9}), (8, {"power": 1.0})])
+def test_impossible_questions_of_power_are_refused(n: int, options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        least_detectable_effect(n, **options)

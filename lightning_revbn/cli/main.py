@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lightning_revbn.cli import inspect, plot
+from lightning_revbn.cli import compare, inspect, plot
+from lightning_revbn.cli.compare import CompareError
 from lightning_revbn.cli.logs import LogError
 from lightning_revbn.cli.plot import PlotError
 from lightning_revbn.cli.targets import TargetError
@@ -19,17 +20,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line; None takes the process's own.
 
     Returns:
-        The exit code: 0 if it did what was asked, 1 if the target or the logs could not be read, or the
-        figure not be drawn. Wrong usage exits with 2.
+        The exit code: 0 if it did what was asked, 1 if the target or the logs could not be read, the
+        runs not be compared or the figure not be drawn. Wrong usage exits with 2.
     """
     parser = argparse.ArgumentParser(prog="lightning-revbn", description="Revisited batch norm initialisation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect.add_parser(commands)
     plot.add_parser(commands)
+    compare.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except (TargetError, LogError, PlotError) as error:
+    except (TargetError, LogError, PlotError, CompareError) as error:
         print(f"lightning-revbn: {error}", file=sys.stderr)  # noqa: T201
         return 1
 

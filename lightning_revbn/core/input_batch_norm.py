@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from typing_extensions import Self, override
 
 from lightning_revbn.core.moments import Kind, global_moments
+from lightning_revbn.core.synchronized import normalize, ranks_in, update_running
 
 
 class InputBatchNorm(nn.Module):
@@ -97,8 +97,9 @@ class InputBatchNorm(nn.Module):
         values = inputs.to(self.running_mean.dtype).div_(255) if inputs.dtype == torch.uint8 else inputs
         if self.training:
             self.num_batches_tracked.add_(1)
-            if self._ranks() > 1:
-                return self._synchronized(inputs, values)
+            ranks = ranks_in(self.process_group)
+            if ranks > 1:
+                return self._synchronized(inputs, values, ranks)
         weight, bias = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
         return batch_norm(
             values, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
@@ -108,25 +109,14 @@ class InputBatchNorm(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_features}, scale={self.scale:g}, eps={self.eps}, momentum={self.momentum}"
 
-    def _synchronized(self, inputs: Tensor, values: Tensor) -> Tensor:
+    def _synchronized(self, inputs: Tensor, values: Tensor, ranks: int) -> Tensor:
         """Normalise by the batch of all ranks, and add it to the running statistics."""
         unit, kind = (255.0, Kind.UINT8) if inputs.dtype == torch.uint8 else (1.0, Kind.FLOAT)
-        batch = global_moments(inputs.detach(), kind=kind, group=self.process_group, ranks=self._ranks())
+        batch = global_moments(inputs.detach(), kind=kind, group=self.process_group, ranks=ranks)
         moments = batch.moments.moved(batch.shift).scaled(unit)
-        with torch.no_grad():
-            unbiased = moments.m2 / (moments.count - 1).clamp(min=1)
-            has_values = moments.count > 0
-            for running, newest in ((self.running_mean, moments.mean), (self.running_var, unbiased)):
-                running.copy_(torch.where(has_values, torch.lerp(running.double(), newest, self.momentum), running))
-        constants = (moments.mean, (moments.variance + self.eps).rsqrt(), moments.count)
+        update_running(self.running_mean, self.running_var, moments, self.momentum)
         weight, bias = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
-        output: Tensor = _Normalize.apply(values, weight, bias, *constants, self.process_group)  # pyright: ignore[reportUnknownMemberType, reportAssignmentType] # torch does not type it
-        return output
-
-    def _ranks(self) -> int:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return 1
-        return torch.distributed.get_world_size(self.process_group)
+        return normalize(values, moments, weight, bias, self.eps, self.process_group)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -138,35 +128,3 @@ class InputBatchNorm(nn.Module):
             if moved.dtype.itemsize < 4 <= before.dtype.itemsize:
                 setattr(self, name, before.to(moved.device))
         return self
-
-
-class _Normalize(torch.autograd.Function):
-    """Batch norm with mean and variance of several ranks, the gradient of which has parts from all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        values, weight, bias, mean, invstd, count, group = args
-        shape = [1, -1] + [1] * (values.dim() - 2)
-        work = torch.promote_types(values.dtype, weight.dtype)
-        mean_shaped, invstd_shaped = mean.to(work).view(shape), invstd.to(work).view(shape)
-        rest = (mean - mean.to(work)).to(work).view(shape)
-        normalized = (values.to(work) - mean_shaped - rest) * invstd_shaped
-        ctx.save_for_backward(normalized, weight, invstd, count)
-        ctx.group, ctx.dtype = group, values.dtype
-        return (normalized * weight.view(shape) + bias.view(shape)).to(values.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        normalized, weight, invstd, count = ctx.saved_tensors
-        grad: Tensor = grads[0].to(normalized.dtype)
-        dims = [dim for dim in range(grad.dim()) if dim != 1]
-        shape = [1, -1] + [1] * (grad.dim() - 2)
-        sums = torch.stack([grad.double().sum(dims), (grad * normalized).double().sum(dims)])
-        grad_weight, grad_bias = sums[1].to(weight.dtype), sums[0].to(weight.dtype)
-        grad_values = None
-        if ctx.needs_input_grad[0]:
-            torch.distributed.all_reduce(sums, group=ctx.group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-            means = (sums / count.clamp(min=1)).to(grad.dtype)
-            centred = grad - means[0].view(shape) - normalized * means[1].view(shape)
-            grad_values = (centred * (weight * invstd.to(weight.dtype)).view(shape)).to(ctx.dtype)
-        return grad_values, grad_weight, grad_bias, None, None, None, None

@@ -1,0 +1,261 @@
+"""Batch norm layers that normalise by the batch of all ranks, each with its own class and whatever that does.
+
+torch's converter puts a `SyncBatchNorm` in place of every layer, and so drops what a subclass adds: an activation,
+dropout, auxiliary layers, hooks. Here no layer is replaced. Only its call of `torch.nn.functional.batch_norm` is
+answered otherwise while it trains on several ranks, and on CPUs too.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import batchnorm
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the one base of all BN classes
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+from lightning_revbn.core.layers import check_patterns, unmatched_patterns
+from lightning_revbn.core.moments import Kind, global_moments
+from lightning_revbn.core.synchronized import normalize, ranks_in, update_running
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_HARMLESS = {"__init__", "__repr__", "_check_input_dim", "extra_repr", "reset_parameters"}
+"""What a subclass may define without losing anything when it is converted."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def synchronize_batch_norms(model: Model, process_group: Any = None, exclude: Sequence[str] = ()) -> Model:
+    """Let batch norm layers normalise by the batch of all ranks while they train, without replacing any of them.
+
+    Classes, parameters, hooks, training flags and the keys of `state_dict` stay. In training mode, with a process group
+    of two ranks or more, every call of `torch.nn.functional.batch_norm` in the layer's forward pass uses mean and
+    variance of all ranks, and updates the running statistics with them: one collective forwards, and one backwards if
+    the input needs a gradient. Ranks may have different numbers of samples, and none. In any other case the layer does
+    what it did. Layers are left alone that synchronise by themselves (`SyncBatchNorm`, `InputBatchNorm`) or that are
+    synchronised already. A deep copy is synchronised too; a pickle holds the layer as it was before.
+
+    Args:
+        model: A model on every rank, changed in place.
+        process_group: The ranks that share a batch; None is the default group.
+        exclude: `fnmatch` patterns on dotted names of layers to leave alone.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If a pattern matches no layer.
+
+    Example:
+        >>> model = synchronize_batch_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        >>> type(model[1]).__name__, list(restore_batch_norms(model).state_dict())[2:4]
+        ('BatchNorm2d', ['1.weight', '1.bias'])
+    """
+    layers = dict(_batch_norms(model))
+    exclude = check_patterns("exclude", exclude)
+    for pattern, nearest in unmatched_patterns(exclude, list(layers)) if layers else []:
+        raise ValueError(
+            f"exclude: the pattern {pattern!r} matches none of the model's {len(layers)} batch norm layers; "
+            f"the nearest names are {nearest}"
+        )
+    for name, layer in layers.items():
+        synchronizes_itself = isinstance(layer, nn.SyncBatchNorm) or _Synchronized.of(layer) is not None
+        if not synchronizes_itself and not any(fnmatchcase(name, pattern) for pattern in exclude):
+            vars(layer)["forward"] = _Synchronized(name, layer, layer.forward, process_group)
+    return model
+
+
+def restore_batch_norms(model: Model) -> Model:
+    """Undo `synchronize_batch_norms`.
+
+    Args:
+        model: The model, changed in place.
+
+    Returns:
+        The same model.
+    """
+    for _, layer in _batch_norms(model):
+        synchronized = _Synchronized.of(layer)
+        if synchronized is not None:
+            synchronized.remove()
+    return model
+
+
+def shared_batch(layer: nn.Module) -> tuple[int, Any]:
+    """Tell how many ranks share a layer's batch while it trains, and in which process group.
+
+    Args:
+        layer: A batch norm layer.
+
+    Returns:
+        The number, 1 for a layer that is not synchronised, and the group.
+    """
+    synchronized = _Synchronized.of(layer)
+    if synchronized is None and not isinstance(layer, nn.SyncBatchNorm):
+        return 1, None
+    group: Any = layer.process_group if synchronized is None else synchronized.group
+    return ranks_in(group), group
+
+
+def damaged_by_conversion(model: nn.Module) -> dict[str, str]:
+    """Find the layers that would lose something if `SyncBatchNorm.convert_sync_batchnorm` replaced them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        What would be lost, in words, by the layer's dotted name.
+
+    Example:
+        >>> class WithReLU(nn.BatchNorm2d):
+        ...     def forward(self, input):
+        ...         return super().forward(input).relu()
+        >>> damaged_by_conversion(nn.Sequential(nn.BatchNorm2d(8), WithReLU(8)))
+        {'1': 'forward of WithReLU'}
+    """
+    found = {name: ", ".join(_losses(layer)) for name, layer in _batch_norms(model)}
+    return {name: losses for name, losses in found.items() if losses}
+
+
+def _losses(layer: nn.Module) -> list[str]:
+    """List what the converter would drop: methods, parametrisations, children, hooks."""
+    if isinstance(layer, nn.SyncBatchNorm):  # converted before, or made by someone who knows
+        return []
+    losses: list[str] = []
+    for cls in type(layer).__mro__:
+        if cls.__module__ == batchnorm.__name__:
+            break
+        methods = [
+            name for name, value in vars(cls).items() if inspect.isfunction(value) or isinstance(value, property)
+        ]
+        own = [name for name in methods if name not in _HARMLESS]
+        if own and not is_parametrized(layer):
+            losses.append(f"{' and '.join(own)} of {cls.__name__}")
+    if "forward" in vars(layer) and _Synchronized.of(layer) is None:
+        losses.append("a forward of its own")
+    if is_parametrized(layer):
+        losses.append("its parametrisation")
+    else:
+        losses += [f"its child {name!r}" for name, _ in layer.named_children()]
+    if any(vars(layer)[name] for name in _HOOKS) and not isinstance(layer, LazyModuleMixin):  # which is made by hooks
+        losses.append("its hooks")
+    return losses
+
+
+def _batch_norms(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+    return [(name, layer) for name, layer in modules if isinstance(layer, _BatchNorm)]
+
+
+class _Synchronized:
+    """Stands as the attribute `forward` of one layer, and calls its forward pass with synchronised statistics."""
+
+    def __init__(self, name: str, layer: nn.Module, forward: Callable[..., Any], group: Any) -> None:
+        self.group = group
+        self.__wrapped__ = forward
+        self._name = name
+        self._layer = layer
+        self._had_own = "forward" in vars(layer)
+        # Collectives and the mode are no code for torch.compile, which goes on before and after the layer.
+        self._run = cast("Callable[..., Any]", torch.compiler.disable(self._run_synchronized))  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _Synchronized | None:
+        """Return what synchronises a layer; None if nothing does."""
+        forward = vars(layer).get("forward")
+        return forward if isinstance(forward, cls) else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._layer.training or ranks_in(self.group) == 1:
+            return self.__wrapped__(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run_synchronized(self, *args: Any, **kwargs: Any) -> Any:
+        with _GlobalBatch(self.group) as mode:
+            output = self.__wrapped__(*args, **kwargs)
+        if not mode.was_used:
+            raise RuntimeError(
+                f"batch norm layer {self._name!r} cannot be synchronised: the forward of {type(self._layer).__name__} "
+                f"does not call torch.nn.functional.batch_norm. If it synchronises by itself, or need not, exclude it: "
+                f"exclude=[{self._name!r}]"
+            )
+        return output
+
+    def remove(self) -> None:
+        if self._had_own:
+            vars(self._layer)["forward"] = self.__wrapped__
+        else:
+            del vars(self._layer)["forward"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Synchronized:
+        layer, forward = copy.deepcopy((self._layer, self.__wrapped__), memo)
+        duplicate = type(self)(self._name, layer, forward, self.group)  # a process group cannot be copied
+        duplicate._had_own = self._had_own
+        return duplicate
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., Any]]]:
+        return functools.partial, (self.__wrapped__,)
+
+
+class _GlobalBatch(TorchFunctionMode):
+    """Answers calls of batch norm with batch statistics by those of the batch of all ranks."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        self.was_used = False
+        self._group = group
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.batch_norm:
+            self.was_used = True
+            return self._batch_norm_of_torch(*args, **kwargs)
+        if func is nn.functional.batch_norm:
+            self.was_used = True
+            return self._batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _batch_norm_of_torch(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        """Take the arguments in the order in which torch's operator has them."""
+        return self._batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return nn.functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        values, ranks = input.detach(), ranks_in(self._group)
+        batch = global_moments(values, kind=Kind.FLOAT, group=self._group, ranks=ranks)
+        moments = batch.moments.moved(batch.shift)
+        if running_mean is not None and running_var is not None:
+            update_running(running_mean, running_var, moments, momentum)
+        return normalize(input, moments, weight, bias, eps, self._group)

@@ -1,0 +1,111 @@
+"""The arithmetic of batch norm over the batch of several ranks: running statistics, output and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_revbn.core.moments import Moments
+
+
+def ranks_in(group: Any) -> int:
+    """Return how many ranks share a batch: 1 without a process group, and for a process that is not in it.
+
+    Args:
+        group: The process group; None is the default group.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return max(1, torch.distributed.get_world_size(group))
+
+
+@torch.no_grad()
+def update_running(running_mean: Tensor, running_var: Tensor, batch: Moments, momentum: float) -> None:
+    """Add a batch to running statistics as torch does, its variance unbiased; without values nothing changes.
+
+    Args:
+        running_mean: Shape `(C,)`, changed in place.
+        running_var: Shape `(C,)`, changed in place.
+        batch: The moments of the batch of all ranks.
+        momentum: Weight of the batch.
+    """
+    unbiased = batch.m2 / (batch.count - 1).clamp(min=1)
+    for running, newest in ((running_mean, batch.mean), (running_var, unbiased)):
+        running.copy_(torch.where(batch.count > 0, torch.lerp(running.double(), newest, momentum), running))
+
+
+def normalize(
+    values: Tensor, batch: Moments, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+) -> Tensor:
+    """Normalise a rank's part of a batch by the moments of the whole.
+
+    The gradient of the values has parts from all ranks: one collective backwards, if they need it. Those of scale and
+    shift are this rank's part of the sum, as data parallel training expects.
+
+    Args:
+        values: This rank's values, shape `(N, C, *)`; N may be 0.
+        batch: The moments of the values of all ranks.
+        weight: The scale, shape `(C,)`, or None.
+        bias: The shift, shape `(C,)`, or None.
+        eps: Added to the variance.
+        group: The process group; None is the default group.
+
+    Returns:
+        The same shape and dtype; computed in float32 or better.
+    """
+    constants = (batch.mean, (batch.variance + eps).rsqrt(), batch.count)
+    output: Tensor = _Normalize.apply(values, weight, bias, *constants, group)  # pyright: ignore[reportUnknownMemberType, reportAssignmentType] # torch does not type it
+    return output
+
+
+class _Normalize(torch.autograd.Function):
+    """Batch norm with mean and variance of several ranks, the gradient of which has parts from all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        values, weight, bias, mean, invstd, count, group = args
+        ctx.save_for_backward(values, weight, mean, invstd, count)
+        ctx.group = group
+        output = _x_hat(values, weight, mean, invstd)
+        for parameter, combine in ((weight, output.mul_), (bias, output.add_)):
+            if parameter is not None:
+                combine(_by_channel(parameter, output))
+        return output.to(values.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] # by the decorator's types
+        values, weight, mean, invstd, count = ctx.saved_tensors
+        x_hat = _x_hat(values, weight, mean, invstd)
+        grad: Tensor = grads[0].to(x_hat.dtype)
+        dims = [dim for dim in range(grad.dim()) if dim != 1]
+        sums = torch.stack([part.sum(dims, dtype=torch.float64) for part in (grad, grad * x_hat)])
+        parameter = grad.dtype if weight is None else weight.dtype
+        grad_weight, grad_bias = sums[1].to(parameter), sums[0].to(parameter)
+        grad_values = None
+        if ctx.needs_input_grad[0]:
+            torch.distributed.all_reduce(sums, group=ctx.group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+            means = sums / count.clamp(min=1)
+            centred = grad - _by_channel(means[0], grad) - x_hat.mul_(_by_channel(means[1], grad))
+            slope = invstd if weight is None else weight * invstd
+            grad_values = centred.mul_(_by_channel(slope, grad)).to(values.dtype)
+        needed = ctx.needs_input_grad
+        return grad_values, grad_weight if needed[1] else None, grad_bias if needed[2] else None, None, None, None, None
+
+
+def _x_hat(values: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+    """Return the normalised values, a new tensor in the best precision of values, scale and float32."""
+    work = torch.promote_types(values.dtype, torch.float32 if weight is None else weight.dtype)
+    work = torch.promote_types(work, torch.float32)
+    x_hat = values.to(work) - _by_channel(mean, values, work)
+    x_hat.sub_(_by_channel(mean - mean.to(work), values, work))  # what the mean lost by rounding
+    return x_hat.mul_(_by_channel(invstd, values, work))
+
+
+def _by_channel(vector: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a vector, shape `(C,)`, such that it broadcasts over `(N, C, *)`."""
+    return vector.to(dtype or like.dtype).view([1, -1] + [1] * (like.dim() - 2))

@@ -37,6 +37,7 @@ from lightning_revbn.core.update_rule import (
     check_divisor,
     exempt_parameters,
 )
+from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignored
 
 
 class RevisitedBatchNorm(Callback):
@@ -144,7 +145,8 @@ class RevisitedBatchNorm(Callback):
         self._monitor = None if others else self._own_monitor
         if self._monitor is not None:
             self._monitor.setup(trainer, pl_module, stage)
-        rewrite = functools.partial(self._rewrite, pl_module, done=frozenset(self._rewritten))
+        warn_if_ignored(trainer.strategy)
+        rewrite = functools.partial(self._rewrite, trainer, pl_module, done=frozenset(self._rewritten))
         rewrite()
         # Layers may be made, and weights loaded, in the module's own hooks, which come next. Only after the strategy
         # has made the optimizers do these exist, and the learning rate finder trains before our on_fit_start.
@@ -244,8 +246,9 @@ class RevisitedBatchNorm(Callback):
         """Leave behind what belongs to this process: the module that was seen, hooks, wraps."""
         return {**self.__dict__, "_module": None, "_rules": [], "_wraps": []}
 
-    def _rewrite(self, pl_module: LightningModule, done: frozenset[str]) -> None:
+    def _rewrite(self, trainer: Trainer, pl_module: LightningModule, done: frozenset[str]) -> None:
         """Write the scales of the layers that exist now; of trained ones those in `done` are our own from before."""
+        refuse_damage(trainer.strategy, pl_module)
         records = [
             replace(record, verdict="skip", reason="trained in an earlier fit")
             if record.state == "trained" and record.name in done

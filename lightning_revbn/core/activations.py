@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_revbn.core.batch_norm_sync import shared_batch
 from lightning_revbn.core.layers import BatchNormRecord
 
 THRESHOLD = 3.0
@@ -90,8 +91,8 @@ class ActivationHooks:
     """Forward hooks that give a metric the normalised values of batch norm layers, until they are removed.
 
     x_hat is computed from the layer's input as torch's batch norm does: with the statistics of the batch in training
-    mode (of the batches of all ranks in `SyncBatchNorm`), else with the running statistics. So it does not depend on
-    scale and shift, which may be 0 or missing, nor on what a subclass does to the output. Only where a subclass has a
+    mode (of the batches of all ranks where the layer synchronises), else with the running statistics. So it does not
+    depend on scale and shift, which may be 0 or missing, nor on what a subclass does to it. Only where a subclass has a
     `forward` of its own that gives an affine function of the input with other statistics (synchronised by hand, say),
     x_hat is read off its output, in channels whose scale is not 0.
 
@@ -196,12 +197,13 @@ def _batch_moments(layer: nn.Module, values: Tensor) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(values, others, correction=0)
     else:
         mean = variance = values.new_zeros(channels)
-    if not (isinstance(layer, nn.SyncBatchNorm) and layer.training and _ranks(layer) > 1):
+    ranks, group = shared_batch(layer)
+    if ranks == 1 or not layer.training:
         return mean, variance
     count = values.new_full((channels,), values.numel() // max(1, channels))
     own = torch.stack([count, mean, variance]).double()
-    gathered = [torch.empty_like(own) for _ in range(_ranks(layer))]
-    torch.distributed.all_gather(gathered, own, group=layer.process_group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+    gathered = [torch.empty_like(own) for _ in range(ranks)]
+    torch.distributed.all_gather(gathered, own, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
     counts, means, variances = torch.stack(gathered).unbind(1)
     shares = counts / counts.sum(0)
     mean = (means * shares).sum(0)
@@ -238,9 +240,3 @@ def _stands_for_others(tensor: Tensor) -> bool:
     """Tell whether a tensor stands for other values than it holds: in a transform of torch.func, or as a DTensor."""
     functorch = cast("Any", torch._C)._functorch  # pyright: ignore[reportPrivateUsage] # no public name
     return hasattr(tensor, "full_tensor") or bool(functorch.is_functorch_wrapped_tensor(tensor))
-
-
-def _ranks(layer: nn.SyncBatchNorm) -> int:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1
-    return torch.distributed.get_world_size(layer.process_group)

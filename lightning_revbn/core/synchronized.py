@@ -88,8 +88,9 @@ class _Normalize(torch.autograd.Function):
         grad_weight, grad_bias = sums[1].to(parameter), sums[0].to(parameter)
         grad_values = None
         if ctx.needs_input_grad[0]:
-            torch.distributed.all_reduce(sums, group=ctx.group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-            means = sums / count.clamp(min=1)
+            total = sums.clone()  # float64 gradients are views of this rank's own
+            torch.distributed.all_reduce(total, group=ctx.group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+            means = total / count.clamp(min=1)
             centred = grad - _by_channel(means[0], grad) - x_hat.mul_(_by_channel(means[1], grad))
             slope = invstd if weight is None else weight * invstd
             grad_values = centred.mul_(_by_channel(slope, grad)).to(values.dtype)

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]
     "BatchNormAct2d": (lambda: BatchNormAct2d(3), IMAGES, (4, 4)),
     "SplitBatchNorm2d": (lambda: SplitBatchNorm2d(3), IMAGES, (4, 4)),
     "operator": (lambda: Operator(3), IMAGES, (4, 4)),
-    "lazy": (nn.LazyBatchNorm2d, IMAGES, (4, 4)),
+    "lazy": (lambda: synchronize_batch_norms(nn.LazyBatchNorm2d()), IMAGES, (4, 4)),
     "uneven": (lambda: nn.BatchNorm2d(3), IMAGES, (5, 3)),
     "one sample": (lambda: nn.BatchNorm1d(3), (8, 3), (1, 7)),
     "no samples": (lambda: nn.BatchNorm2d(3), IMAGES, (8, 0)),
@@ -93,7 +93,7 @@ def compare(name: str, rank: int) -> dict[str, Any]:
     layer = layer.double()
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
-    reference = copy.deepcopy(layer)
+    reference = restore_batch_norms(copy.deepcopy(layer))
     inputs = torch.randn(shape, dtype=torch.float64) * 3 + 100  # of ranks that differ
     inputs[: sizes[0]] -= 50
     if name == "channels last":
@@ -104,7 +104,7 @@ def compare(name: str, rank: int) -> dict[str, Any]:
         order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
         inputs, place = inputs[order], order[place]  # the order is its own inverse
     upstream = torch.randn(reference(inputs).shape, dtype=torch.float64)
-    reference = copy.deepcopy(layer)
+    reference = restore_batch_norms(copy.deepcopy(layer))
     joined = step(reference, inputs, upstream)
     synchronize_batch_norms(layer)
     run = torch.compile(layer, backend="aot_eager") if name == "compiled" else layer

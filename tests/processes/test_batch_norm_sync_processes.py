@@ -1,0 +1,111 @@
+"""Synchronised batch norm on two gloo ranks against plain batch norm on one process with the joined batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from batch_norm_sync import CASES
+from test_processes import STRATEGIES, run
+
+Results = tuple[dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("ranks")
+    run("batch_norm_sync.py", 2, folder)
+    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    return first, second
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_gradients_and_statistics_are_those_of_the_joined_batch(name: str, ranks: Results) -> None:
+    for of_rank in ranks:
+        ours, joined = of_rank[name]["ours"], of_rank[name]["joined"]
+        assert ours.keys() == joined.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(value, joined[key], rtol=1e-9, atol=1e-10, msg=f"{name}: {key}")
+        assert of_rank[name]["is channels last"] in (None, True)
+
+
+def test_half_precision_is_normalised_by_statistics_of_full_precision(ranks: Results) -> None:
+    for of_rank in ranks:
+        for name, result in of_rank["halves"].items():
+            rounding = torch.finfo(getattr(torch, name.removeprefix("torch."))).eps
+            for key in ("output", "grad"):  # of at most 4: the last rounding alone
+                value, expected = result[key].double(), result[f"expected {key}"]
+                torch.testing.assert_close(value, expected, rtol=rounding, atol=rounding / 16, msg=f"{name} {key}")
+            statistics = result["running_mean"].double(), result["expected running_mean"]
+            torch.testing.assert_close(*statistics, rtol=1e-6, atol=0)
+
+
+def test_there_is_one_collective_each_way_and_none_where_nothing_is_synchronised(ranks: Results) -> None:
+    for of_rank in ranks:
+        assert of_rank["aside"]["collectives"] == {
+            "forward": 1,
+            "forward and backward": 2,
+            "input without gradient": 1,
+            "no grad": 1,
+            "copy": 1,
+            "other group": 0,
+            "evaluation": 0,
+            "restored": 0,
+        }
+
+
+def test_the_process_group_says_who_shares_a_batch(ranks: Results) -> None:
+    for of_rank in ranks:
+        alone, plain = of_rank["aside"]["alone"]
+        assert torch.equal(alone, plain)
+
+
+def test_a_forward_that_cannot_be_synchronised_is_an_error_that_names_the_layer(ranks: Results) -> None:
+    for of_rank in ranks:
+        assert "layer '0' cannot be synchronised: the forward of HandMade" in of_rank["aside"]["refusal"]
+        assert "exclude=['0']" in of_rank["aside"]["refusal"]
+
+
+def test_normalised_values_are_measured_by_the_statistics_of_all_ranks(ranks: Results) -> None:
+    for of_rank in ranks:
+        torch.testing.assert_close(*of_rank["aside"]["x_hat"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return fit("auto", 1, tmp_path_factory.mktemp("one"))
+
+
+def fit(strategy: str, devices: int, folder: Path) -> dict[str, Any]:
+    run("fit_synchronized.py", strategy, devices, folder)
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+def test_two_ranks_with_the_plugin_train_as_one_rank_with_the_joined_batch(
+    one_rank: dict[str, Any], tmp_path: Path
+) -> None:
+    two = fit("ddp", 2, tmp_path)
+    for key, value in one_rank["synchronised"].items():
+        torch.testing.assert_close(two["synchronised"][key], value, rtol=1e-9, atol=1e-12, msg=key)
+        assert torch.equal(one_rank["rank by rank"][key], value)
+    weight = "model.6.weight"
+    assert not torch.allclose(two["rank by rank"][weight], one_rank["synchronised"][weight], rtol=1e-3)
+
+    while_training, without = two["synchronised, while training"], two["rank by rank, while training"]
+    assert (while_training["classes"], while_training["keys"]) == (without["classes"], without["keys"])
+    assert while_training["own forward"] == [False, True, False, True, False, False, False]
+    assert two["synchronised, afterwards"] == {"same classes": True, "own forward": [False] * 7}
+
+    assert "in place of 1 batch norm layers" in two["refusal"]
+    assert "'model.1' (forward of BatchNormAct2d" in two["refusal"]
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name == "fsdp2"])
+def test_sharded_models_are_synchronised_in_configure_model(
+    strategy: str, one_rank: dict[str, Any], tmp_path: Path
+) -> None:
+    sharded = fit(strategy, 2, tmp_path)
+    for key, value in one_rank["synchronised"].items():
+        torch.testing.assert_close(sharded["synchronised"][key], value, rtol=1e-9, atol=1e-12, msg=key)

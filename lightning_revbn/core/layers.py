@@ -48,7 +48,8 @@ class BatchNormRecord:
     """One batch norm layer of a model, what state it was found in, and what is to be done with its scale.
 
     Attributes:
-        name: Dotted name of the layer in the model, `""` for the model itself.
+        name: Dotted name of the layer in the model, `""` for the model itself; the same whether or not parts of the
+            model are wrapped by `torch.compile`.
         module: The layer.
         verdict: `"rewrite"`, `"skip"` (left as it is) or `"refuse"` (training must not start like this).
         reason: Why, in words for a reader.
@@ -259,7 +260,8 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
     names: set[str] = set()
     seen: set[int] = set()
     modules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
-    for name, layer in modules:
+    for path, layer in modules:
+        name = _name(path)
         if isinstance(layer, (_BatchNorm, InputBatchNorm)) or _is_frozen_batch_norm(layer):
             names.add(name)
             parameter = _parameter(layer, "weight")
@@ -271,6 +273,11 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
             for attribute, parameter in layer.named_parameters(recurse=False):
                 other_owners.setdefault(id(parameter), f"{name}.{attribute}" if name else attribute)
     return layers, other_owners
+
+
+def _name(path: str) -> str:
+    """Return the name that a module has where nothing is compiled; `torch.compile` puts one more level into paths."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod") if "_orig_mod" in path else path
 
 
 def _belongs_to(name: str, batch_norms: set[str]) -> bool:

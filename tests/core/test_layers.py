@@ -294,3 +294,16 @@ def test_policies_and_patterns_combine() -> None:
         "b.bn1": 0.3,
         "b.bn2": 0.3,
     }
+
+
+def test_compiled_parts_have_the_names_that_they_have_where_nothing_is_compiled() -> None:
+    eager = residual_net()
+    names = list(verdicts(eager))
+    part = residual_net()
+    part.stem = torch.compile(part.stem)
+    layer = residual_net()
+    layer.bn1 = torch.compile(layer.bn1)
+    for model in (torch.compile(eager), part, layer):
+        assert list(verdicts(model)) == names
+        assert all(model.get_submodule(record.name).weight is record.scale for record in find_batch_norms(model))
+    assert list(verdicts(torch.compile(nn.BatchNorm2d(4)))) == [""]

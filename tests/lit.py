@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed
-from models import images, residual_net
+from models import images, residual_net, scales
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+from lightning_revbn import RevisitedBatchNorm, find_batch_norms
+from lightning_revbn.core.update_rule import active_rule
+
+C = 100.0
 Configure = Callable[[nn.Module], Any]
 
 
@@ -75,6 +80,88 @@ def trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
         "log_every_n_steps": 1,
     }
     return L.Trainer(default_root_dir=path, callbacks=list(callbacks), **{**defaults, **options})
+
+
+def quiet(**options: Any) -> RevisitedBatchNorm:
+    """The callback without its monitor, which has tests of its own."""
+    return RevisitedBatchNorm(**{"monitor": False, **options})
+
+
+def assert_nothing_left_behind(module: LitNet, run: L.Trainer) -> None:
+    for optimizer in run.optimizers:
+        assert active_rule(optimizer) is None
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+    assert not {"setup", "configure_model"} & vars(module).keys()
+    assert "setup_optimizers" not in vars(run.strategy)
+
+
+Rates = list[list[tuple[float, float]]]
+"""For every update, the learning rates of shift and scale of every layer that the optimizer holds."""
+
+
+def probing_sgd(seen: Rates, lr: float = 0.05) -> Any:
+    """Configure an SGD that notes the learning rates of its batch norm layers at every update."""
+
+    def configure(module: nn.Module) -> Any:
+        layers = [(id(record.shift), id(record.scale)) for record in find_batch_norms(module)]
+
+        class Probing(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                result = super().step(closure)
+                rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+                seen.append([(rates[shift], rates[scale]) for shift, scale in layers if {shift, scale} <= rates.keys()])
+                return result
+
+        return Probing(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=getattr(module, "lr", lr),
+            momentum=0.9,
+            weight_decay=0.01,
+        )
+
+    return configure
+
+
+def assert_ratio_everywhere(seen: Rates, steps: int, moves: bool = True) -> None:
+    assert len(seen) >= steps
+    assert all(seen)
+    assert all(math.isclose(scale, base / C, rel_tol=1e-12) for rates in seen for base, scale in rates)
+    if moves:
+        assert len({base for rates in seen for base, _ in rates}) > 2, "the learning rate was expected to move"
+
+
+class ByHand(Optimizer):
+    """SGD with momentum as its textbook has it, but that scales take lr / c and no decay: one line for each parameter.
+
+    It has one group, whatever callbacks do to groups: the reference for all of them.
+    """
+
+    def __init__(self, params: Any, own: list[nn.Parameter], lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+        self.own = {id(scale) for scale in own}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                is_scale = id(p) in self.own
+                gradient = p.grad if is_scale else p.grad.add(p, alpha=0.01)
+                state = self.state[p]
+                first = "momentum_buffer" not in state
+                state["momentum_buffer"] = (
+                    gradient.clone() if first else state["momentum_buffer"].mul_(0.9).add_(gradient)
+                )
+                p.add_(state["momentum_buffer"], alpha=-(group["lr"] / C if is_scale else group["lr"]))
+        return loss
+
+
+def by_hand(module: LitNet) -> Optimizer:
+    return ByHand([p for p in module.parameters() if p.requires_grad], scales(module), module.lr)
 
 
 def leave_process_group() -> None:

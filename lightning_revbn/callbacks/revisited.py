@@ -12,30 +12,42 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.core.initialization import (
     InitReport,
+    fill_scale,
     forget_lazy,
     refuse,
     rule_scales,
     write_scales,
     zero_kept_names,
 )
-from lightning_revbn.core.layers import BatchNormRecord, Selection, TrainedPolicy, ZeroScalePolicy, check_choice
+from lightning_revbn.core.layers import (
+    BatchNormRecord,
+    Selection,
+    TrainedPolicy,
+    ZeroScalePolicy,
+    check_choice,
+)
 from lightning_revbn.core.update_rule import (
     GROUP_MARK,
     ScaleUpdateRule,
     WeightDecayExempt,
     check_divisor,
     exempt_parameters,
+    is_divided,
 )
 from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignored
 
@@ -94,6 +106,7 @@ class RevisitedBatchNorm(Callback):
         self._records: list[BatchNormRecord] = []
         self._rewritten: set[str] = set()
         self._zero_kept: set[str] = set()
+        self._before: dict[str, _Before] = {}
         self._module: weakref.ref[LightningModule] | None = None
         self._rules: list[ScaleUpdateRule] = []
         self._wraps: list[_AfterNextCall] = []
@@ -146,6 +159,7 @@ class RevisitedBatchNorm(Callback):
         if self._monitor is not None:
             self._monitor.setup(trainer, pl_module, stage)
         warn_if_ignored(trainer.strategy)
+        self._before = {}
         rewrite = functools.partial(self._rewrite, trainer, pl_module, done=frozenset(self._rewritten))
         rewrite()
         # Layers may be made, and weights loaded, in the module's own hooks, which come next. Only after the strategy
@@ -161,7 +175,7 @@ class RevisitedBatchNorm(Callback):
         if not self.enabled:
             return
         self._unwrap()
-        self._settle(pl_module)
+        self._settle(trainer, pl_module)
         self._register_rules(trainer, pl_module)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._tell(trainer)
@@ -172,7 +186,7 @@ class RevisitedBatchNorm(Callback):
             return
         if trainer.strategy.restore_checkpoint_after_setup:
             # Weights, and the names of the scales kept at zero, may have come from a checkpoint only now.
-            self._settle(pl_module)
+            self._settle(trainer, pl_module)
             self._remove_rules()
             self._register_rules(trainer, pl_module)
             self._tell(trainer)
@@ -205,6 +219,7 @@ class RevisitedBatchNorm(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap()
         self._remove_rules()
+        self._before = {}
         for record in self._records:
             forget_lazy(record)
         if self._monitor is not None:
@@ -244,28 +259,40 @@ class RevisitedBatchNorm(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process: the module that was seen, hooks, wraps."""
-        return {**self.__dict__, "_module": None, "_rules": [], "_wraps": []}
+        return {**self.__dict__, "_module": None, "_before": {}, "_rules": [], "_wraps": []}
 
     def _rewrite(self, trainer: Trainer, pl_module: LightningModule, done: frozenset[str]) -> None:
         """Write the scales of the layers that exist now; of trained ones those in `done` are our own from before."""
         refuse_damage(trainer.strategy, pl_module)
-        records = [
+        records = self._judge(pl_module, done)
+        refuse([record for record in records if record.state != "unmaterialized"])
+        rewritten = [record for record in records if record.verdict == "rewrite"]
+        for record in rewritten:
+            if record.values is not None and not _has_target(record):
+                self._before[record.name] = _Before(record)
+        write_scales(records)
+        self._records = records
+        names = {record.name for record in rewritten}
+        self._rewritten |= names
+        self._zero_kept |= set(zero_kept_names(records))
+        for copy in _averages(trainer, pl_module):
+            write_scales([r for r in self._judge(copy, done) if r.name in names and r.state != "lazy"])
+
+    def _judge(self, module: nn.Module, done: frozenset[str]) -> list[BatchNormRecord]:
+        return [
             replace(record, verdict="skip", reason="trained in an earlier fit")
             if record.state == "trained" and record.name in done
             else record
-            for record in self._selection.look(pl_module)
+            for record in self._selection.look(module)
         ]
-        refuse([record for record in records if record.state != "unmaterialized"])
-        write_scales(records)
-        self._records = records
-        self._rewritten |= {record.name for record in records if record.verdict == "rewrite"}
-        self._zero_kept |= set(zero_kept_names(records))
 
-    def _settle(self, pl_module: LightningModule) -> None:
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the records up to what the layers are now that everything was made, moved and perhaps restored."""
+        found = self._selection.look(pl_module)
+        self._give_back(trainer, pl_module, [record for record in found if record.state == "frozen"])
         before = {record.name: record for record in self._records}
         records: list[BatchNormRecord] = []
-        for record in self._selection.look(pl_module):
+        for record in found:
             earlier = before.get(record.name)
             if earlier is not None and earlier.target is not None:
                 if earlier.verdict == "rewrite" and record.has_scale(earlier.target):
@@ -280,6 +307,18 @@ class RevisitedBatchNorm(Callback):
         write_scales(records)
         self._records = records
 
+    def _give_back(self, trainer: Trainer, pl_module: LightningModule, frozen: Sequence[BatchNormRecord]) -> None:
+        """Undo the rewrite of layers that were frozen since, by a hook or by a callback that comes after ours."""
+        written = {
+            record.name: self._before[record.name].scale
+            for record in frozen
+            if _has_target(record) and record.name in self._before and self._before[record.name].is_same_layer(record)
+        }
+        for module in (pl_module, *_averages(trainer, pl_module)) if written else ():
+            for record in self._selection.look(module):
+                if record.name in written and _has_target(record):
+                    fill_scale(record.module, written[record.name])
+
     def _register_rules(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the update rule on every optimizer that does not have it yet.
 
@@ -291,25 +330,38 @@ class RevisitedBatchNorm(Callback):
         records = self._selection.look(pl_module) if optimizers else []
         divided = rule_scales(records, sorted(self._zero_kept))
         exempt = exempt_parameters(pl_module, records, self.weight_decay_exempt) if records else []
-        if (self.scale_lr_divisor <= 1 or not divided) and not exempt:
+        if self.scale_lr_divisor <= 1:
+            divided = []
+        if not divided and not exempt:
             return
         for optimizer in optimizers:
             try:
                 rule = ScaleUpdateRule(optimizer, divided, self.scale_lr_divisor, exempt, warn_if_unused=False)
             except (TypeError, ValueError) as error:
-                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+                if is_divided(optimizer, divided, exempt):
+                    continue
+                raise MisconfigurationException(f"{type(self).__name__}: {error}{self._missing(optimizer)}") from error
             self._rules.append(rule)
+
+    def _missing(self, optimizer: Any) -> str:
+        """Say what groups made by `scale_param_groups` leave to be done; nothing where there are none."""
+        if not _in_marked_groups([optimizer]):
+            return ""
+        return (
+            "; it has such groups, but not every scale is in one, or some decay: call scale_param_groups on the whole "
+            f"module, with weight_decay_exempt={self.weight_decay_exempt!r}"
+        )
 
     def _tell(self, trainer: Trainer) -> None:
         name = type(self).__name__
         if not self._records:
             rank_zero_warn(f"{name} has no effect: the model has no batch norm layers")
             return
-        marked = any(
-            GROUP_MARK in group for optimizer in trainer.strategy.optimizers for group in optimizer.param_groups
-        )
+        marked = _in_marked_groups(trainer.strategy.optimizers)
         covered = sum(rule.covered for rule in self._rules)
         rate = f"{covered} scales learn with lr / {self.scale_lr_divisor:g}" if self.scale_lr_divisor > 1 else ""
+        if marked and not covered:
+            rate = f"{marked} scales learn with the learning rate of their groups, made by scale_param_groups"
         _print_report(name, self.report, rate)
         if not self.report.rewritten and not covered and not marked:
             rank_zero_warn(
@@ -337,6 +389,48 @@ def _print_report(name: str, report: InitReport, rate: str) -> None:
         Console(stderr=True, highlight=False).print(f"{name}:", report, rate)
     else:
         rank_zero_info("\n".join([f"{name}:", str(report), *[rate] * bool(rate)]))
+
+
+class _Before:
+    """What a layer was before its scale was written."""
+
+    def __init__(self, record: BatchNormRecord) -> None:
+        values = cast("Tensor", record.values)
+        # One number does for the shards of a scale too.
+        self.scale = values[0].item() if (values == values[0]).all() else values.clone()
+        mean = _running_mean(record)
+        self._mean = None if mean is None else mean.clone()
+
+    def is_same_layer(self, record: BatchNormRecord) -> bool:
+        """Tell whether the layer has neither been trained nor restored from a checkpoint since, by its statistics."""
+        mean = _running_mean(record)
+        return mean is None or (self._mean is not None and torch.equal(self._mean.to(mean), mean))
+
+
+def _running_mean(record: BatchNormRecord) -> Tensor | None:
+    return cast("Tensor | None", record.module.running_mean)
+
+
+def _has_target(record: BatchNormRecord) -> bool:
+    return record.target is not None and record.has_scale(record.target)
+
+
+def _averages(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
+    """List the copies of the module that other callbacks average weights in, and made before ours was set up."""
+    found: list[nn.Module] = []
+    for callback in _callbacks(trainer):
+        for value in vars(callback).values():
+            if isinstance(value, AveragedModel):
+                found.append(value.module)
+            elif isinstance(callback, StochasticWeightAveraging) and isinstance(value, LightningModule):
+                found.append(value)
+    return [copy for copy in found if type(copy) is type(pl_module) and copy is not pl_module]
+
+
+def _in_marked_groups(optimizers: Sequence[Any]) -> int:
+    """Count the parameters in groups made by `scale_param_groups`."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if GROUP_MARK in group]
+    return sum(len(group["params"]) for group in groups)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

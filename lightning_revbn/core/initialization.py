@@ -155,17 +155,16 @@ def write_scales(records: Sequence[BatchNormRecord]) -> None:
     Raises:
         RuntimeError: If a written value does not read back from the layer.
     """
-    with torch.no_grad():
-        for record in records:
-            if record.verdict != "rewrite" or record.target is None:
-                continue
-            if record.state == "lazy":
-                forget_lazy(record)
-                _WhenMade(record.module, record.target)
-                continue
-            _fill(record.module, record.target)
-            if not record.has_scale(record.target):
-                raise RuntimeError(f"the scale of {record.name!r} did not take the value {record.target}")
+    for record in records:
+        if record.verdict != "rewrite" or record.target is None:
+            continue
+        if record.state == "lazy":
+            forget_lazy(record)
+            _WhenMade(record.module, record.target)
+            continue
+        fill_scale(record.module, record.target)
+        if not record.has_scale(record.target):
+            raise RuntimeError(f"the scale of {record.name!r} did not take the value {record.target}")
 
 
 def forget_lazy(record: BatchNormRecord) -> None:
@@ -199,20 +198,27 @@ class _WhenMade:
     def after(self, layer: nn.Module, inputs: Any) -> None:
         self.remove()
         if self._was_lazy:
-            with torch.no_grad():
-                _fill(layer, self._target)
+            fill_scale(layer, self._target)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
 
-def _fill(layer: nn.Module, value: float) -> None:
+@torch.no_grad()
+def fill_scale(layer: nn.Module, value: float | Tensor) -> None:
+    """Set the scale of a layer in place, through its parametrisation if it has one.
+
+    Args:
+        layer: A batch norm layer that has a scale.
+        value: One value for all channels, or values of shape `(C,)`.
+    """
     scale = cast("Tensor", layer.weight)
+    values = value.to(scale) if isinstance(value, Tensor) else torch.full_like(scale, value)
     if is_parametrized(layer, "weight"):
-        layer.weight = torch.full_like(scale, value)  # goes through right_inverse
+        layer.weight = values  # goes through right_inverse
     else:
-        scale.fill_(value)
+        scale.copy_(values)
 
 
 def rule_scales(records: Sequence[BatchNormRecord], zero_kept: Sequence[str] | None = None) -> list[nn.Parameter]:

@@ -443,6 +443,27 @@ def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list
     ]
 
 
+def is_divided(optimizer: object, scales: Iterable[Tensor], exempt: Iterable[Tensor]) -> bool:
+    """Tell whether an optimizer's own groups, made by `scale_param_groups`, do what a rule would do.
+
+    Args:
+        optimizer: The optimizer, of any kind.
+        scales: The scales that are to learn with lr / c.
+        exempt: The parameters that are to take no weight decay.
+
+    Returns:
+        True if it has such groups, every scale that it holds is in one, and no exempt parameter decays.
+    """
+    groups: list[Group] = getattr(optimizer, "param_groups", [])
+    divided, undecayed = {id(scale) for scale in scales}, {id(parameter) for parameter in exempt}
+    return any(GROUP_MARK in group for group in groups) and not any(
+        (id(parameter) in divided and GROUP_MARK not in group)
+        or (id(parameter) in undecayed and group.get("weight_decay", 0.0) != 0.0)
+        for group in groups
+        for parameter in group["params"]
+    )
+
+
 def active_rule(optimizer: Optimizer) -> ScaleUpdateRule | None:
     """Find the rule that is in force on an optimizer.
 
@@ -471,8 +492,9 @@ def _refuse_unsupported(optimizer: object) -> None:
     inner = [key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)]
     if inner:
         raise ValueError(
-            f"{name} wraps another optimizer (its attribute {inner[0]!r}), which does the update: give that one to "
-            "ScaleUpdateRule, or build the wrapper from scale_param_groups"
+            f"{name} wraps another optimizer (its attribute {inner[0]!r}), which does the update: build the parameter "
+            f"groups that {name} starts from with scale_param_groups; or, in a loop of your own, give the optimizer "
+            "inside to ScaleUpdateRule"
         )
     if not getattr(type(optimizer).step, "hooked", False):
         raise ValueError(

@@ -24,7 +24,18 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lit import LitNet, loader, sgd, trainer
+from lit import (
+    C,
+    LitNet,
+    Rates,
+    assert_nothing_left_behind,
+    assert_ratio_everywhere,
+    loader,
+    probing_sgd,
+    quiet,
+    sgd,
+    trainer,
+)
 from models import BATCH_NORMS, ResidualNet, assert_same_parameters, images, residual_net, scales
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -32,27 +43,11 @@ from torch.nn.functional import cross_entropy
 from lightning_revbn import BatchNormMonitor, InputBatchNorm, RevisitedBatchNorm, ScaleUpdateRule, init_batch_norms
 from lightning_revbn.core.update_rule import active_rule
 
-C = 100.0
-
-
-def quiet(**options: Any) -> RevisitedBatchNorm:
-    """The callback without its monitor, which has tests of its own."""
-    return RevisitedBatchNorm(**{"monitor": False, **options})
-
 
 def scale_values(module: nn.Module) -> list[float]:
     values = [scale.unique() for scale in scales(module)]
     assert all(len(value) == 1 for value in values)
     return [round(value.item(), 6) for value in values]
-
-
-def assert_nothing_left_behind(module: LitNet, run: L.Trainer) -> None:
-    for optimizer in run.optimizers:
-        assert active_rule(optimizer) is None
-        assert not optimizer._optimizer_step_pre_hooks
-        assert not optimizer._optimizer_step_post_hooks
-    assert not {"setup", "configure_model"} & vars(module).keys()
-    assert "setup_optimizers" not in vars(run.strategy)
 
 
 class Noting(LitNet):
@@ -416,33 +411,9 @@ def test_the_papers_settings_train_a_resnet18_as_hand_made_layers_and_groups_do(
     assert_same_parameters(by_hand, module)
 
 
-def probing_sgd(seen: list[tuple[float, float]], lr: float = 0.05) -> Any:
-    """Configure an SGD that notes the learning rates of bn1's shift and scale at every update."""
-
-    def configure(module: nn.Module) -> Any:
-        shift, scale = id(module.model.bn1.bias), id(module.model.bn1.weight)
-
-        class Probing(torch.optim.SGD):
-            def step(self, closure: Any = None) -> Any:
-                result = super().step(closure)
-                rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-                seen.append((float(rates[shift]), float(rates[scale])))
-                return result
-
-        return Probing(module.parameters(), lr=getattr(module, "lr", lr))
-
-    return configure
-
-
-def assert_ratio_everywhere(seen: list[tuple[float, float]], steps: int) -> None:
-    assert len(seen) >= steps
-    assert all(scale == pytest.approx(base / C, rel=1e-12) for base, scale in seen)
-    assert len({base for base, _ in seen}) > 2, "the learning rate was expected to move"
-
-
 @pytest.mark.parametrize("schedule", ["onecycle", "cyclic", "cosine-eta_min"])
 def test_the_ratio_holds_under_schedules_that_write_one_rate_to_all_groups(tmp_path: Path, schedule: str) -> None:
-    seen: list[tuple[float, float]] = []
+    seen: Rates = []
 
     def configure(module: nn.Module) -> Any:
         optimizer = probing_sgd(seen)(module)
@@ -461,7 +432,7 @@ def test_the_ratio_holds_under_schedules_that_write_one_rate_to_all_groups(tmp_p
 
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
 def test_the_ratio_holds_in_lightnings_learning_rate_finder_and_after_it(tmp_path: Path, order: slice) -> None:
-    seen: list[tuple[float, float]] = []
+    seen: Rates = []
     finder = LearningRateFinder(min_lr=1e-4, max_lr=1.0, num_training_steps=20)
     module = LitNet(probing_sgd(seen))
     trainer(tmp_path, *[finder, callback := quiet()][order]).fit(module, loader(10))
@@ -470,7 +441,7 @@ def test_the_ratio_holds_in_lightnings_learning_rate_finder_and_after_it(tmp_pat
 
 
 def test_the_ratio_holds_in_the_tuner_and_the_fit_after_it_starts_from_the_scale(tmp_path: Path) -> None:
-    seen: list[tuple[float, float]] = []
+    seen: Rates = []
     module = Noting(probing_sgd(seen))
     run = trainer(tmp_path, callback := quiet())
     Tuner(run).lr_find(module, loader(10), min_lr=1e-4, max_lr=1.0, num_training=20)
@@ -484,14 +455,14 @@ def test_the_ratio_holds_in_the_tuner_and_the_fit_after_it_starts_from_the_scale
 
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
 def test_the_ratio_holds_under_stochastic_weight_averaging(tmp_path: Path, order: slice) -> None:
-    seen: list[tuple[float, float]] = []
+    seen: Rates = []
     average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=2)
     trainer(tmp_path, *[average, quiet()][order], max_epochs=4).fit(LitNet(probing_sgd(seen)), loader())
     assert_ratio_everywhere(seen, 24)
 
 
 def test_groups_added_by_backbone_finetuning_are_covered(tmp_path: Path) -> None:
-    seen: list[tuple[float, float]] = []
+    seen: Rates = []
 
     class Finetuned(LitNet):
         @property

@@ -60,6 +60,22 @@ def test_activations_of_two_ranks_equal_those_of_one_rank_with_the_joined_batch(
     assert not torch.allclose(tables[1]["rank by rank"], tables[1]["joined"], rtol=1e-3)
 
 
+def test_a_sharded_optimizer_is_refused_and_trains_alike_from_permanent_groups_or_with_the_rule_inside(
+    tmp_path: Path,
+) -> None:
+    run("zero.py", tmp_path)
+    for rank in range(2):
+        results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        refused = results["refused"]
+        assert refused.startswith("RevisitedBatchNorm: ZeroRedundancyOptimizer wraps another optimizer")
+        assert "scale_param_groups" in refused
+        assert results["steps of the refused"] == 0
+        for name, reference in (("remedy", "by hand"), ("resumed", "by hand"), ("loop", "loop by hand")):
+            for key, value in results[reference].items():
+                assert torch.equal(results[name][key], value), (rank, name, key)
+        assert results["remedy"]["model.bn1.weight"].mean() < 0.2
+
+
 def run(script: str, *arguments: object) -> str:
     """Run a script of this directory and return what it told on standard error."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]

@@ -39,13 +39,19 @@ def compiled_module(configure: Any) -> Any:
     return torch.compile(LitNet(configure), backend="aot_eager")
 
 
+def compiled_in_place(configure: Any) -> LitNet:
+    module = LitNet(configure)
+    module.model.compile(backend="aot_eager")
+    return module
+
+
 @pytest.fixture(autouse=True)
 def compile_anew() -> Any:
     yield
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("make", [compiled_network, compiled_module])
+@pytest.mark.parametrize("make", [compiled_network, compiled_in_place, compiled_module])
 def test_training_a_compiled_model_equals_training_it_by_hand(tmp_path: Path, make: Any) -> None:
     reference = make(by_hand)
     for scale in scales(reference):

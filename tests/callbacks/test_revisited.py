@@ -16,10 +16,8 @@ import torch
 import torchvision
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
-    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
-    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
@@ -430,16 +428,6 @@ def test_the_ratio_holds_under_schedules_that_write_one_rate_to_all_groups(tmp_p
     assert_ratio_everywhere(seen, 12)
 
 
-@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
-def test_the_ratio_holds_in_lightnings_learning_rate_finder_and_after_it(tmp_path: Path, order: slice) -> None:
-    seen: Rates = []
-    finder = LearningRateFinder(min_lr=1e-4, max_lr=1.0, num_training_steps=20)
-    module = LitNet(probing_sgd(seen))
-    trainer(tmp_path, *[finder, callback := quiet()][order]).fit(module, loader(10))
-    assert_ratio_everywhere(seen, 30)  # 20 of the finder
-    assert len(callback.report.rewritten) == 3
-
-
 def test_the_ratio_holds_in_the_tuner_and_the_fit_after_it_starts_from_the_scale(tmp_path: Path) -> None:
     seen: Rates = []
     module = Noting(probing_sgd(seen))
@@ -451,14 +439,6 @@ def test_the_ratio_holds_in_the_tuner_and_the_fit_after_it_starts_from_the_scale
     run.fit(module, loader(10))
     assert module.first_scales == [0.1] * 3
     assert len(callback.report.rewritten) == 3
-
-
-@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
-def test_the_ratio_holds_under_stochastic_weight_averaging(tmp_path: Path, order: slice) -> None:
-    seen: Rates = []
-    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=2)
-    trainer(tmp_path, *[average, quiet()][order], max_epochs=4).fit(LitNet(probing_sgd(seen)), loader())
-    assert_ratio_everywhere(seen, 24)
 
 
 def test_groups_added_by_backbone_finetuning_are_covered(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from lit import (
     sgd,
     trainer,
 )
-from models import assert_same_parameters, images, scales
+from models import assert_same_parameters, images, residual_net, scales
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
@@ -185,6 +185,28 @@ def test_an_average_holds_the_new_scales_before_its_first_update_too(tmp_path: P
         hand, ours = (saved(tmp_path / name, step)["average"] for name in ("hand", "ours"))
         assert hand.keys() == ours.keys()
         assert all(torch.equal(hand[key], ours[key]) for key in hand), step
+
+
+@both_orders
+def test_an_average_of_layers_that_are_made_late_holds_the_new_scales(tmp_path: Path, order: slice) -> None:
+    class Building(LateAverage):
+        """Has the layers made before it copies them, as Lightning's own averages do."""
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            pl_module.configure_model()
+            super().setup(trainer, pl_module, stage)
+
+    class Built(Together):
+        def configure_model(self) -> None:
+            if isinstance(self.model, nn.Identity):
+                self.model = residual_net()
+
+    module = Built(sgd, nn.Identity())
+    building = Building()
+    run = trainer(tmp_path, *[building, quiet()][order], max_epochs=1)
+    run.fit(module)
+    assert all((scale == torch.tensor(0.1)).all() for scale in scales(building.average))
+    assert_nothing_left_behind(module, run)
 
 
 @both_orders

@@ -114,6 +114,7 @@ def test_a_wrapper_built_from_permanent_groups_needs_no_rule(wrap: Wrap, attribu
     assert is_divided(wrap(scale_param_groups(model, LR, 0.01)), own, own)
     assert not is_divided(wrap(model.parameters()), own, own)
     assert not is_divided(wrap(by_hand(model, LR, 0.01)), own, own)  # whatever the reason for groups like these is
+    assert not is_divided(wrap(residual_net().parameters()), own, own)  # holds none now, but may be given some later
     decaying = scale_param_groups(model, LR, 0.01, weight_decay_exempt=None)
     assert not is_divided(wrap(decaying), own, own)
     assert is_divided(wrap(decaying), own, [])

@@ -42,7 +42,7 @@ test-lowest: ## run all tests at the lowest versions the package states
 	$(MAKE) test VENV=.venv-lowest TORCH="torch==2.5.0 torchvision==0.20.0 lightning==2.5.0 torchmetrics==1.4.0 numpy<2.3"
 
 clean: ## remove what the targets made
-	rm -rf .venv .venv-lowest docs/_build demo_output fashion_mnist_output
+	rm -rf .venv .venv-lowest docs/_build demo_output fashion_mnist_output protocol_output
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -61,50 +61,28 @@ class ResidualBlock(nn.Module):
         return F.relu(residual + self.shortcut(x))
 
 
-class DigitsResNet(L.LightningModule):
-    """A ResNet of three stages for small grey images, with the training recipe of the paper.
-
-    Takes images of shape `(N, 1, H, W)` in [0, 1], returns logits of shape `(N, 10)`.
+class PaperRecipe(L.LightningModule):
+    """Classification of images by a subclass's `forward`, with the training recipe of the paper.
 
     Args:
-        channels: Channels of the three stages; the stem has as many as the first.
-        blocks: Residual blocks in a stage.
         learning_rate: Of SGD at the start of the cosine schedule, which reaches 1e-8 at the end of training.
         momentum: Of SGD.
         weight_decay: On the weights of convolutions and linear layers alone.
     """
 
-    def __init__(
-        self,
-        channels: tuple[int, int, int] = (8, 16, 32),
-        blocks: int = 1,
-        learning_rate: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-    ) -> None:
+    def __init__(self, learning_rate: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4) -> None:
         super().__init__()
-        self.save_hyperparameters()
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
-        self.example_input_array = torch.zeros(1, 1, 8, 8)  # for the sizes in Lightning's summary
-        first, last = channels[0], channels[-1]
-        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
-        self.blocks = nn.Sequential()
-        for before, after in zip((first, *channels[:-1]), channels, strict=True):
-            stride = 1 if len(self.blocks) == 0 else 2
-            self.blocks.append(ResidualBlock(before, after, stride))
-            self.blocks.extend(ResidualBlock(after, after, stride=1) for _ in range(blocks - 1))
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10))
         self.val_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+
+    def initialize(self) -> None:
+        """Draw the weights of convolutions as the paper does, and set the shifts of linear layers to 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        return self.head(self.blocks(self.stem(images)))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross entropy of a batch."""
@@ -137,6 +115,45 @@ class DigitsResNet(L.LightningModule):
         )
         schedule = CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs, eta_min=1e-8)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class DigitsResNet(PaperRecipe):
+    """A ResNet of three stages for small grey images, with the training recipe of the paper.
+
+    Takes images of shape `(N, 1, H, W)` in [0, 1], returns logits of shape `(N, 10)`.
+
+    Args:
+        channels: Channels of the three stages; the stem has as many as the first.
+        blocks: Residual blocks in a stage.
+        learning_rate: As in `PaperRecipe`.
+        momentum: As in `PaperRecipe`.
+        weight_decay: As in `PaperRecipe`.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, int, int] = (8, 16, 32),
+        blocks: int = 1,
+        learning_rate: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        super().__init__(learning_rate, momentum, weight_decay)
+        self.save_hyperparameters()
+        self.example_input_array = torch.zeros(1, 1, 8, 8)  # for the sizes in Lightning's summary
+        first, last = channels[0], channels[-1]
+        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        self.blocks = nn.Sequential()
+        for before, after in zip((first, *channels[:-1]), channels, strict=True):
+            stride = 1 if len(self.blocks) == 0 else 2
+            self.blocks.append(ResidualBlock(before, after, stride))
+            self.blocks.extend(ResidualBlock(after, after, stride=1) for _ in range(blocks - 1))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10))
+        self.initialize()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.head(self.blocks(self.stem(images)))
 
 
 class Digits(L.LightningDataModule):

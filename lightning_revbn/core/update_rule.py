@@ -43,7 +43,8 @@ class ScaleUpdateRule:
     optimizer do not carry it.
 
     Args:
-        optimizer: Any optimizer that derives from `torch.optim.Optimizer` and updates from its `param_groups`.
+        optimizer: Any optimizer that derives from `torch.optim.Optimizer` and updates from its `param_groups`; or what
+            `Fabric.setup` returned for one.
         scales: The scales, as the optimizer holds them: take them after the model was moved or wrapped.
         divisor: The constant c. Any sufficiently large value works in the paper, which uses 100
             (https://arxiv.org/abs/2110.13989). Values up to 1 leave the learning rate alone.
@@ -77,6 +78,7 @@ class ScaleUpdateRule:
         warn_if_unused: bool = True,
     ) -> None:
         self.divisor = check_divisor(divisor)
+        optimizer = _behind_stand_in(optimizer)
         _refuse_unsupported(optimizer)
         self._optimizer = optimizer
         # The tensors are kept so that no other one can take over an id.
@@ -476,6 +478,18 @@ def active_rule(optimizer: Optimizer) -> ScaleUpdateRule | None:
     hooks: dict[int, Any] = getattr(optimizer, "_optimizer_step_pre_hooks", {})
     owners = (getattr(hook, "__self__", None) for hook in hooks.values())
     return next((owner for owner in owners if isinstance(owner, ScaleUpdateRule)), None)
+
+
+def _behind_stand_in(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer itself where Fabric or Lightning hand out another object in its place.
+
+    Such an object has the class of the optimizer among its own and no groups: it only passes calls on.
+    """
+    own: dict[str, Any] = getattr(optimizer, "__dict__", {})
+    behind = own.get("_optimizer")
+    if isinstance(behind, Optimizer) and isinstance(optimizer, type(behind)) and "param_groups" not in own:
+        return behind
+    return optimizer
 
 
 def _refuse_unsupported(optimizer: object) -> None:

@@ -10,10 +10,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from models import assert_same_parameters, images, residual_net, scales
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -671,6 +673,20 @@ def test_an_optimizer_around_an_optimizer_is_refused_with_the_remedy() -> None:
     optimizer = Wrapper(torch.optim.SGD(model.parameters(), lr=LR))
     with pytest.raises(ValueError, match=r"Wrapper wraps another optimizer \(its attribute 'inner'\)"):
         ScaleUpdateRule(optimizer, scales(model))
+
+
+@pytest.mark.parametrize(
+    "stand_in", [lambda own: L.Fabric(accelerator="cpu").setup_optimizers(own), LightningOptimizer]
+)
+def test_the_stand_in_of_fabric_and_of_lightning_counts_as_the_optimizer_itself(stand_in: Any) -> None:
+    model = residual_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    outer = stand_in(optimizer)
+    rule = ScaleUpdateRule(outer, scales(model), C)
+    assert rule.optimizer is optimizer
+    assert scale_learning_rates(outer, []) == [LR / C]
+    with pytest.raises(ValueError, match="this SGD has a ScaleUpdateRule already"):
+        ScaleUpdateRule(outer, scales(model), C)
 
 
 def test_an_optimizer_without_step_hooks_is_refused() -> None:

@@ -22,7 +22,8 @@ from typing_extensions import override
 
 from lightning_revbn.callbacks.scalar_layout import scalar_layout
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
-from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms
+from lightning_revbn.core.gathered import gathered
+from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms, is_flattened
 from lightning_revbn.core.statistics import AffineStatistics
 from lightning_revbn.core.update_rule import scale_learning_rates
 
@@ -213,15 +214,16 @@ class BatchNormMonitor(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the layers and where their drift is measured from; lazy layers are waited for."""
         self._fit = None
-        records = find_batch_norms(pl_module)
+        records = self._measurable(find_batch_norms(pl_module))
         if any(record.state == "lazy" for record in records):
             return
-        try:
-            statistics = AffineStatistics(records, self._start, self._first)
-        except ValueError as error:
-            rank_zero_warn(f"{type(self).__name__}: drift starts again from the present values, since {error}")
-            statistics = AffineStatistics(records, prefix=self._first)
-        self._start = statistics.state_dict()
+        with gathered(trainer.strategy.model or pl_module):
+            try:
+                statistics = AffineStatistics(records, self._start, self._first)
+            except ValueError as error:
+                rank_zero_warn(f"{type(self).__name__}: drift starts again from the present values, since {error}")
+                statistics = AffineStatistics(records, prefix=self._first)
+            self._start = statistics.state_dict()
         metric = NormalizedActivations(len(records)).to(pl_module.device) if self.activations and records else None
         self._fit = _Fit(records, statistics, metric)
         layers = [record.name for record in records]
@@ -233,12 +235,25 @@ class BatchNormMonitor(Callback):
 
     def _measure(self, trainer: Trainer, fit: _Fit, step: int) -> _Event:
         """Measure scales and shifts at a logging step."""
-        metrics = fit.statistics.compute(per_layer=self.per_layer and bool(trainer.loggers))
+        with gathered(trainer.strategy.model or trainer.lightning_module):
+            metrics = fit.statistics.compute(per_layer=self.per_layer and bool(trainer.loggers))
+            histograms = fit.statistics.histograms() if self.histograms else {}
         scales = [record.scale for record in fit.records if record.scale is not None]
         rates = [rate for optimizer in trainer.optimizers for rate in scale_learning_rates(optimizer, scales)]
         if rates:
             metrics[f"{self._first}scale_lr"] = sum(rates) / len(rates)
-        return _Event(step, metrics, fit.statistics.histograms() if self.histograms else {})
+        return _Event(step, metrics, histograms)
+
+    def _measurable(self, records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
+        """Leave out the layers whose scale FSDP1 has made part of a flat parameter."""
+        measurable = [record for record in records if not is_flattened(record.module)]
+        flattened = len(records) - len(measurable)
+        if flattened:
+            rank_zero_warn(
+                f"{type(self).__name__}: {flattened} batch norm layers are not measured: FSDP made their scales parts "
+                "of flat parameters; wrap with use_orig_params=True"
+            )
+        return measurable
 
     def _finish(self, trainer: Trainer, fit: _Fit, has_run: bool = False) -> None:
         """Log the event, if there is one; `has_run` tells that batches went through the network for it."""

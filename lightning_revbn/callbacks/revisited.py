@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, cast, get_args
 
 import torch
@@ -21,10 +22,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
+from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.initialization import (
     InitReport,
     fill_scale,
@@ -48,6 +51,7 @@ from lightning_revbn.core.update_rule import (
     check_divisor,
     exempt_parameters,
     is_divided,
+    scale_param_groups,
 )
 from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignored
 
@@ -264,19 +268,20 @@ class RevisitedBatchNorm(Callback):
     def _rewrite(self, trainer: Trainer, pl_module: LightningModule, done: frozenset[str]) -> None:
         """Write the scales of the layers that exist now; of trained ones those in `done` are our own from before."""
         refuse_damage(trainer.strategy, pl_module)
-        records = self._judge(pl_module, done)
-        refuse([record for record in records if record.state != "unmaterialized"])
-        rewritten = [record for record in records if record.verdict == "rewrite"]
-        for record in rewritten:
-            if record.values is not None and not _has_target(record):
-                self._before[record.name] = _Before(record)
-        write_scales(records)
-        self._records = records
-        names = {record.name for record in rewritten}
-        self._rewritten |= names
-        self._zero_kept |= set(zero_kept_names(records))
-        for copy in _averages(trainer, pl_module):
-            write_scales([r for r in self._judge(copy, done) if r.name in names and r.state != "lazy"])
+        with gathered(pl_module, write=True, fsdp=False):
+            records = self._judge(pl_module, done)
+            refuse([record for record in records if record.state != "unmaterialized"])
+            rewritten = [record for record in records if record.verdict == "rewrite"]
+            for record in rewritten:
+                if record.values is not None and not _has_target(record):
+                    self._before[record.name] = _Before(record)
+            write_scales(records)
+            self._records = records
+            names = {record.name for record in rewritten}
+            self._rewritten |= names
+            self._zero_kept |= set(zero_kept_names(records))
+            for copy in _averages(trainer, pl_module):
+                write_scales([r for r in self._judge(copy, done) if r.name in names and r.state != "lazy"])
 
     def _judge(self, module: nn.Module, done: frozenset[str]) -> list[BatchNormRecord]:
         return [
@@ -288,23 +293,24 @@ class RevisitedBatchNorm(Callback):
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the records up to what the layers are now that everything was made, moved and perhaps restored."""
-        found = self._selection.look(pl_module)
-        self._give_back(trainer, pl_module, [record for record in found if record.state == "frozen"])
         before = {record.name: record for record in self._records}
         records: list[BatchNormRecord] = []
-        for record in found:
-            earlier = before.get(record.name)
-            if earlier is not None and earlier.target is not None:
-                if earlier.verdict == "rewrite" and record.has_scale(earlier.target):
-                    record = replace(record, verdict="rewrite", reason=earlier.reason)
-                elif record.state == "trained":
-                    was_untrained = earlier.state in ("fresh", "lazy", "unmaterialized")
-                    restored = "restored, from a checkpoint or by the model's hooks"
-                    record = replace(record, verdict="skip", reason=restored if was_untrained else earlier.reason)
-            records.append(record)
-        self._selection.check_patterns_match(records)
-        refuse(records)
-        write_scales(records)
+        with gathered(trainer.strategy.model or pl_module, write=True):
+            found = self._selection.look(pl_module)
+            self._give_back(trainer, pl_module, [record for record in found if record.state == "frozen"])
+            for record in found:
+                earlier = before.get(record.name)
+                if earlier is not None and earlier.target is not None:
+                    if earlier.verdict == "rewrite" and record.has_scale(earlier.target):
+                        record = replace(record, verdict="rewrite", reason=earlier.reason)
+                    elif record.state == "trained":
+                        was_untrained = earlier.state in ("fresh", "lazy", "unmaterialized")
+                        restored = "restored, from a checkpoint or by the model's hooks"
+                        record = replace(record, verdict="skip", reason=restored if was_untrained else earlier.reason)
+                records.append(record)
+            self._selection.check_patterns_match(records)
+            refuse(records)
+            write_scales(records)
         self._records = records
 
     def _give_back(self, trainer: Trainer, pl_module: LightningModule, frozen: Sequence[BatchNormRecord]) -> None:
@@ -328,6 +334,7 @@ class RevisitedBatchNorm(Callback):
         ruled = {id(rule.optimizer) for rule in self._rules}
         optimizers = [optimizer for optimizer in trainer.strategy.optimizers if id(optimizer) not in ruled]
         records = self._selection.look(pl_module) if optimizers else []
+        refuse([record for record in records if record.state == "unsupported"])  # FSDP1's flat parameters, say
         divided = rule_scales(records, sorted(self._zero_kept))
         exempt = exempt_parameters(pl_module, records, self.weight_decay_exempt) if records else []
         if self.scale_lr_divisor <= 1:
@@ -335,6 +342,9 @@ class RevisitedBatchNorm(Callback):
         if not divided and not exempt:
             return
         for optimizer in optimizers:
+            if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance] # an engine's own
+                self._check_permanent_groups(optimizer, trainer)
+                continue
             try:
                 rule = ScaleUpdateRule(optimizer, divided, self.scale_lr_divisor, exempt, warn_if_unused=False)
             except (TypeError, ValueError) as error:
@@ -345,11 +355,51 @@ class RevisitedBatchNorm(Callback):
 
     def _missing(self, optimizer: Any) -> str:
         """Say what groups made by `scale_param_groups` leave to be done; nothing where there are none."""
-        if not _in_marked_groups([optimizer]):
+        if not any(GROUP_MARK in group for group in optimizer.param_groups):
             return ""
         return (
             "; it has such groups, but not every scale is in one, or some decay: call scale_param_groups on the whole "
             f"module, with weight_decay_exempt={self.weight_decay_exempt!r}"
+        )
+
+    def _check_permanent_groups(self, optimizer: Any, trainer: Trainer) -> None:
+        """Look for groups of `scale_param_groups` in an optimizer of DeepSpeed, which keeps nothing else of scales.
+
+        Raises:
+            MisconfigurationException: If there is none; the message has the code to add.
+        """
+        if any(GROUP_MARK in group for group in optimizer.param_groups):
+            return
+        group: dict[str, Any] = optimizer.param_groups[0]
+        settings: dict[str, Any] = {
+            "divisor": self.scale_lr_divisor,
+            "weight_decay_exempt": self.weight_decay_exempt,
+            "include": self.include,
+            "exclude": self.exclude,
+        }
+        defaults = signature(scale_param_groups).parameters
+        arguments = {
+            "lr": float(group.get("initial_lr", group["lr"])),
+            "weight_decay": group.get("weight_decay", 0.0),
+            **{name: value for name, value in settings.items() if value != defaults[name].default},
+        }
+        inner = cast("type[object]", type(getattr(optimizer, "optimizer", optimizer)))
+        name = f"torch.optim.{inner.__name__}" if inner.__module__.startswith("torch.optim.") else inner.__name__
+        config: object = getattr(trainer.strategy, "config", None)
+        in_config = isinstance(config, Mapping) and "optimizer" in config
+        raise MisconfigurationException(
+            f"{type(self).__name__}: {type(optimizer).__name__} trains copies of the parameters, among which no batch "
+            "norm scale can be told. Make groups for them, by these two lines in configure_optimizers:\n\n"
+            "    from lightning_revbn import scale_param_groups\n"
+            f"    return {name}(scale_param_groups(self, "
+            f"{', '.join(f'{key}={value!r}' for key, value in arguments.items())}))\n\n"
+            f"with the other arguments of {inner.__name__} that you use"
+            + (
+                ", and remove the optimizer from DeepSpeed's configuration, which takes its place. "
+                if in_config
+                else ". "
+            )
+            + "To train without lr / c: scale_lr_divisor=1, weight_decay_exempt=None."
         )
 
     def _tell(self, trainer: Trainer) -> None:
@@ -357,17 +407,20 @@ class RevisitedBatchNorm(Callback):
         if not self._records:
             rank_zero_warn(f"{name} has no effect: the model has no batch norm layers")
             return
-        marked = _in_marked_groups(trainer.strategy.optimizers)
+        optimizers: list[Any] = trainer.strategy.optimizers
+        permanent = [(own, group) for own in optimizers for group in own.param_groups if GROUP_MARK in group]
         covered = sum(rule.covered for rule in self._rules)
         rate = f"{covered} scales learn with lr / {self.scale_lr_divisor:g}" if self.scale_lr_divisor > 1 else ""
-        if marked and not covered:
-            rate = f"{marked} scales learn with the learning rate of their groups, made by scale_param_groups"
+        if permanent and not covered:
+            # An engine's optimizer holds flat copies.
+            held = sum(len(group["params"]) for own, group in permanent if isinstance(own, Optimizer))
+            rate = f"{held or 'the'} scales learn with the learning rate of their groups, made by scale_param_groups"
         _print_report(name, self.report, rate)
-        if not self.report.rewritten and not covered and not marked:
+        if not self.report.rewritten and not covered and not permanent:
             rank_zero_warn(
                 f"{name} has no effect: no scale was rewritten, and none learns with lr / {self.scale_lr_divisor:g}"
             )
-        elif self.scale_lr_divisor > 1 and not covered and not marked:
+        elif self.scale_lr_divisor > 1 and not covered and not permanent:
             rank_zero_warn(f"{name}: no optimizer holds a batch norm scale, so none learns with lr / c")
 
     def _remove_rules(self) -> None:
@@ -425,12 +478,6 @@ def _averages(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
             elif isinstance(callback, StochasticWeightAveraging) and isinstance(value, LightningModule):
                 found.append(value)
     return [copy for copy in found if type(copy) is type(pl_module) and copy is not pl_module]
-
-
-def _in_marked_groups(optimizers: Sequence[Any]) -> int:
-    """Count the parameters in groups made by `scale_param_groups`."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups if GROUP_MARK in group]
-    return sum(len(group["params"]) for group in groups)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

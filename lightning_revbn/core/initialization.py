@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.layers import (
     BatchNormRecord,
     ScaleSpec,
@@ -121,9 +122,12 @@ def init_batch_norms(
         >>> len(report.rewritten), round(model[1].weight[0].item(), 4)
         (1, 0.1)
     """
-    records = find_batch_norms(module, scale, include=include, exclude=exclude, zero_scale=zero_scale, trained=trained)
-    refuse(records)
-    write_scales(records)
+    with gathered(module, write=True, fsdp=False):
+        records = find_batch_norms(
+            module, scale, include=include, exclude=exclude, zero_scale=zero_scale, trained=trained
+        )
+        refuse(records)
+        write_scales(records)
     return InitReport(tuple(records))
 
 

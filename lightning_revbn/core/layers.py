@@ -20,9 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from lightning_revbn.core.gathered import is_partitioned
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Levels that `torch.compile`, FSDP1 and activation checkpointing put into paths."""
 
 Verdict: TypeAlias = Literal["rewrite", "skip", "refuse"]
 State: TypeAlias = Literal[
@@ -104,10 +107,12 @@ class BatchNormRecord:
             value: The value.
 
         Returns:
-            True if so; False also for a layer without a scale.
+            True if so, and where this rank holds no channel; False also for a layer without a scale.
         """
         values = self.values
-        return values is not None and _is_uniform(self.module, _bounds(values), value, values.dtype)
+        if values is None:
+            return False
+        return not values.numel() or _is_uniform(self.module, _bounds(values), value, values.dtype)
 
 
 def find_batch_norms(
@@ -276,8 +281,10 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
 
 
 def _name(path: str) -> str:
-    """Return the name that a module has where nothing is compiled; `torch.compile` puts one more level into paths."""
-    return ".".join(part for part in path.split(".") if part != "_orig_mod") if "_orig_mod" in path else path
+    """Return the name that a module has where nothing is compiled or wrapped."""
+    if not any(wrapper in path for wrapper in _WRAPPERS):
+        return path
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _belongs_to(name: str, batch_norms: set[str]) -> bool:
@@ -369,6 +376,9 @@ def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> t
     """Tell what state a selected layer is in, from its own values alone."""
     if any(cls.__module__.startswith(_QUANTIZED) for cls in type(layer).__mro__):
         return "unsupported", "a quantised layer is for inference; it cannot be trained"
+    if is_flattened(layer):
+        reason = "its scale is no parameter but part of a flat one, as FSDP1 makes them with use_orig_params=False"
+        return "unsupported", f"{reason}; wrap with use_orig_params=True, which is what FSDPStrategy does by itself"
     if isinstance(layer, InputBatchNorm):
         return "input", "the input layer starts at a scale of its own"
     if not isinstance(layer, _BatchNorm):
@@ -389,14 +399,31 @@ def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> t
         return "lazy", "lazy: written when its first input makes it"
     if scale.is_meta:
         return "unmaterialized", "on the meta device; its values exist only once it is materialised"
+    if is_partitioned(scale) and not scale.numel():
+        return "unmaterialized", "partitioned by DeepSpeed's ZeRO-3; gather it with deepspeed.zero.GatheredParameters"
     if _statistics_moved(layer):
         return "trained", "its running statistics are not fresh"
+    if not scale.numel():
+        return "fresh", "freshly initialised, as far as this rank can tell, which holds no part of its scale"
     bounds = _bounds(cast("Tensor", layer.weight))
     if bounds == (0.0, 0.0):
         return "zero", "its scale starts at 0 on purpose"
     if any(_is_uniform(layer, bounds, start, scale.dtype) for start in (1.0, target)):
         return "fresh", "freshly initialised"
     return "trained", f"its scale starts at values of its own, {bounds[0]:.4g} to {bounds[1]:.4g}"
+
+
+def is_flattened(layer: nn.Module) -> bool:
+    """Tell whether a layer's scale is a plain tensor, as FSDP leaves it with `use_orig_params=False`.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        True if so.
+    """
+    scale: object = vars(layer).get("weight")  # neither among the parameters nor among the buffers
+    return isinstance(scale, Tensor)
 
 
 def _obstacle(layer: nn.Module) -> str | None:

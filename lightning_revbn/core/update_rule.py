@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.initialization import rule_scales
 from lightning_revbn.core.layers import BatchNormRecord, check_choice, find_batch_norms
 
@@ -178,7 +179,7 @@ class ScaleUpdateRule:
         """Remember one covered parameter's values, until an update has been seen to read the divided groups."""
         held = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
         covered = (p for p in held if (id(p) in self._scales or id(p) in self._exempt) and not is_lazy(p))
-        parameter = next(covered, None)
+        parameter = next((p for p in covered if p.numel()), None)  # FSDP1 leaves some ranks no part of a scale
         return None if parameter is None else (parameter, parameter.detach().clone())
 
     def _wrap(self, closure: Callable[..., Any]) -> Callable[..., Any]:
@@ -327,7 +328,8 @@ def scale_param_groups(
         1 0.001 0.0
     """
     divisor = check_divisor(divisor)
-    records = find_batch_norms(module, include=include, exclude=exclude)
+    with gathered(module, fsdp=False):
+        records = find_batch_norms(module, include=include, exclude=exclude)
     scales = {id(scale) for scale in rule_scales(records)} if divisor > 1 else set[int]()
     exempt = {id(parameter) for parameter in exempt_parameters(module, records, weight_decay_exempt)}
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -441,7 +443,7 @@ def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list
     return [
         float(group["lr"])
         for group in optimizer.param_groups
-        if any(id(parameter) in ids for parameter in group["params"])
+        if GROUP_MARK in group or any(id(parameter) in ids for parameter in group["params"])
     ]
 
 

@@ -1,0 +1,71 @@
+"""Whole batch norm parameters where an engine leaves every rank a part of them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the one base of all BN classes
+
+from lightning_revbn.core.input_batch_norm import InputBatchNorm
+
+
+@contextmanager
+def gathered(model: nn.Module, *, write: bool = False, fsdp: bool = True) -> Generator[None]:
+    """Let every rank see whole scales and shifts in a `with` block; all ranks must take part.
+
+    It concerns parameters that FSDP1 has sharded and those that DeepSpeed's ZeRO-3 has partitioned. FSDP2 needs no such
+    block, since its parameters know how to gather themselves; for any other model nothing is done.
+
+    Args:
+        model: The model, as FSDP has wrapped it.
+        write: Whether what the block writes is to be kept.
+        fsdp: Whether to gather what FSDP1 has sharded; not before the whole model was wrapped, since FSDP takes the
+            first model that is gathered for the root.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        partitioned = [parameter for parameter in _parameters(model) if is_partitioned(parameter)]
+        if partitioned:
+            zero: Any = sys.modules["deepspeed"].zero
+            stack.enter_context(zero.GatheredParameters(partitioned, modifier_rank=0 if write else None))
+        wrapper = _fsdp_class()
+        if fsdp and wrapper is not None:
+            wrapped = wrapper.fsdp_modules(model)
+            if wrapped:
+                # On the host, so that an accelerator never holds more than one wrapped part.
+                offload = all(
+                    part.compute_device.type != "cpu" and part.sharding_strategy.name != "NO_SHARD" for part in wrapped
+                )
+                with warnings.catch_warnings():  # one copy a rank is what is wanted
+                    warnings.filterwarnings("ignore", message="offload_to_cpu=True and rank0_only=False")
+                    stack.enter_context(wrapper.summon_full_params(model, writeback=write, offload_to_cpu=offload))
+        yield
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Tell whether DeepSpeed's ZeRO-3 has put a part of a parameter on every rank.
+
+    Args:
+        parameter: The parameter.
+
+    Returns:
+        True if so, whether or not it is gathered at the moment.
+    """
+    return hasattr(parameter, "ds_id")
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    layers = (layer for layer in model.modules() if isinstance(layer, (_BatchNorm, InputBatchNorm)))
+    return [parameter for layer in layers for parameter in layer.parameters()]
+
+
+def _fsdp_class() -> Any:
+    """Return FSDP1's wrapper class, or None where nobody has imported it, so that no model can be wrapped."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)

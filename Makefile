@@ -8,10 +8,10 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs test-lowest clean
+.PHONY: help demo test lint format bench docs test-lowest test-deepspeed test-gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 demo: $(VENV)/.examples ## train baseline and revisited networks on digits, print the paired comparison, draw it (DEMO_ARGS="--seeds 5")
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
@@ -41,8 +41,14 @@ docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 test-lowest: ## run all tests at the lowest versions the package states
 	$(MAKE) test VENV=.venv-lowest TORCH="torch==2.5.0 torchvision==0.20.0 lightning==2.5.0 torchmetrics==1.4.0 numpy<2.3"
 
+test-deepspeed: ## run the tests with DeepSpeed, on the CPU
+	$(MAKE) .venv-deepspeed/.deepspeed test VENV=.venv-deepspeed TEST_ARGS="-m deepspeed tests/processes/test_deepspeed.py"
+
+test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests that need a GPU, some of them two
+	$(BIN)/python -m pytest -m gpu tests/gpu $(TEST_ARGS)
+
 clean: ## remove what the targets made
-	rm -rf .venv .venv-lowest docs/_build demo_output fashion_mnist_output protocol_output
+	rm -rf .venv .venv-lowest .venv-deepspeed docs/_build demo_output fashion_mnist_output protocol_output
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +60,6 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --editable ".[examples]"
 	@touch $@
 
-$(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.deepspeed: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --group $*
 	@touch $@

@@ -109,6 +109,18 @@ def test_other_callbacks_can_watch_the_keys_of_the_whole_model(tmp_path: Path) -
     assert not {key for key in run.callback_metrics if key.startswith("revbn/model")}
 
 
+def test_layers_that_fsdp_has_flattened_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    module = LitNet()
+    del module.model.bn1.weight
+    module.model.bn1.weight = torch.ones(6)  # as FSDP1 sets it with use_orig_params=False
+    run = trainer(tmp_path, BatchNormMonitor(), logger=CSVLogger(tmp_path), max_epochs=1)
+    with pytest.warns(UserWarning, match="1 batch norm layers are not measured: FSDP made their scales parts"):
+        run.fit(module, loader(1))
+    (row,) = rows(tmp_path)
+    assert "revbn/model.bn2/scale_mean" in row
+    assert not [key for key in row if "bn1" in key]
+
+
 def test_without_a_logger_it_warns_once_and_training_goes_on(tmp_path: Path) -> None:
     run = trainer(tmp_path, BatchNormMonitor())
     with pytest.warns(UserWarning, match="has no logger, so per-layer batch norm statistics are not logged") as said:

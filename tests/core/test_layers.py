@@ -307,3 +307,30 @@ def test_compiled_parts_have_the_names_that_they_have_where_nothing_is_compiled(
         assert list(verdicts(model)) == names
         assert all(model.get_submodule(record.name).weight is record.scale for record in find_batch_norms(model))
     assert list(verdicts(torch.compile(nn.BatchNorm2d(4)))) == [""]
+
+
+def test_wrappers_of_checkpointing_leave_the_names_of_layers_alone() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = residual_net()
+    model.stem = checkpoint_wrapper(model.stem)
+    assert [record.name for record in find_batch_norms(model, include=["stem.1", "bn*"])] == BATCH_NORMS
+
+
+def test_a_scale_that_fsdp_made_part_of_a_flat_parameter_is_refused() -> None:
+    layer = nn.BatchNorm2d(3)
+    del layer.weight
+    layer.weight = torch.ones(3)  # a view of the flat parameter, as FSDP1 sets it with use_orig_params=False
+    (record,) = find_batch_norms(layer)
+    assert (record.verdict, record.state) == ("refuse", "unsupported")
+    assert record.reason.endswith("wrap with use_orig_params=True, which is what FSDPStrategy does by itself")
+
+
+def test_a_layer_of_which_this_rank_holds_no_part_is_fresh_until_its_statistics_move() -> None:
+    layer = nn.BatchNorm2d(3)
+    layer.weight.data = layer.weight.data[:0]
+    (record,) = find_batch_norms(layer)
+    assert record.state == "fresh"
+    assert record.has_scale(0.1)
+    layer.running_mean.add_(1)
+    assert find_batch_norms(layer)[0].state == "trained"

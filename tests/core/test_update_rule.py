@@ -716,8 +716,9 @@ def test_an_optimizer_that_keeps_its_parameters_elsewhere_is_found_out_at_its_fi
                     parameter.data -= 0.1
 
     model = residual_net()
-    optimizer = Flat(model.parameters(), lr=LR)
-    ScaleUpdateRule(optimizer, scales(model))
+    elsewhere = nn.Parameter(torch.ones(0))  # a scale of which FSDP1 has put no part on this rank
+    optimizer = Flat([elsewhere, *model.parameters()], lr=LR)
+    ScaleUpdateRule(optimizer, [elsewhere, *scales(model)])
     optimizer.step()  # it may skip a step, on overflow say
     with pytest.raises(RuntimeError, match=r"Flat.step\(\) did not update from its param_groups"):
         optimizer.step()

@@ -42,6 +42,13 @@ class Operator(nn.BatchNorm2d):
         )
 
 
+class Fixed(nn.BatchNorm2d):
+    """Normalises by the running statistics while it trains, too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias)
+
+
 class HandMade(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return input - input.mean((0, 2, 3), keepdim=True)
@@ -159,6 +166,7 @@ def aside(rank: int) -> dict[str, Any]:
     torch.distributed.all_gather(every, inputs)
     everything = torch.cat(every)
     mean, variance = everything.mean((0, 2, 3), keepdim=True), everything.var((0, 2, 3), correction=0, keepdim=True)
+    untracked = synchronize_batch_norms(nn.BatchNorm2d(3, track_running_stats=False)).eval()
     counts = {
         "forward": collectives(lambda: layer(inputs)),
         "forward and backward": collectives(lambda: layer(inputs.clone().requires_grad_()).sum().backward()),
@@ -166,6 +174,8 @@ def aside(rank: int) -> dict[str, Any]:
         "copy": collectives(lambda: duplicate(inputs)),
         "other group": collectives(lambda: alone(inputs)),
         "evaluation": collectives(lambda: layer.eval()(inputs)),
+        "evaluation by the batch": collectives(lambda: untracked(inputs)),
+        "fixed statistics": collectives(lambda: synchronize_batch_norms(Fixed(3))(inputs)),
         "restored": collectives(lambda: restore_batch_norms(duplicate)(inputs)),
     }
     with torch.no_grad():
@@ -175,9 +185,13 @@ def aside(rank: int) -> dict[str, Any]:
     except RuntimeError as error:
         refusal = str(error)
     plain(inputs)
+    before = layer.running_mean.clone(), layer.running_var.clone()
+    layer(inputs[:0])
+    empty = {"before": before, "after": (layer.running_mean, layer.running_var)}
     x_hat = normalize(layer, inputs)
     return {
         "collectives": counts,
+        "empty": empty,
         "refusal": refusal,
         "x_hat": (x_hat, (inputs - mean) * (variance + 1e-5).rsqrt()),
         "alone": (alone.running_var, plain.running_var),

@@ -52,8 +52,16 @@ def test_there_is_one_collective_each_way_and_none_where_nothing_is_synchronised
             "copy": 1,
             "other group": 0,
             "evaluation": 0,
+            "evaluation by the batch": 0,
+            "fixed statistics": 0,
             "restored": 0,
         }
+
+
+def test_a_batch_of_no_samples_on_any_rank_leaves_the_running_statistics(ranks: Results) -> None:
+    for of_rank in ranks:
+        empty = of_rank["aside"]["empty"]
+        assert all(map(torch.equal, empty["before"], empty["after"]))
 
 
 def test_the_process_group_says_who_shares_a_batch(ranks: Results) -> None:

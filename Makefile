@@ -6,9 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?=
+MATRIX_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs test-lowest test-deepspeed test-gpu clean
+.PHONY: help demo test lint format bench matrix docs test-lowest test-deepspeed test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -34,6 +35,9 @@ bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ra
 	$(BIN)/python benchmarks/monitor.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/input_norm.py
+
+matrix: $(VENV)/.examples $(VENV)/.test ## train with every strategy, precision and loop, and print what became of each combination
+	$(BIN)/python benchmarks/matrix.py $(MATRIX_ARGS)
 
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build

@@ -9,10 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.distributed.nn
 from lightning.pytorch.loggers import CSVLogger
 from lit import LitNet, leave_process_group, trainer
-from models import images, residual_net
+from models import SynchronizedBatchNorm, images, residual_net_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -21,30 +20,6 @@ from lightning_revbn import BatchNormMonitor, find_batch_norms
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations, normalize
 
 GLOBAL_BATCH = 16
-
-
-class HandMade(nn.BatchNorm2d):
-    """Batch norm that users synchronise by hand: with differentiable all-reduces, in a forward of its own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        size = input.new_tensor([input.numel() / input.shape[1]])
-        moments = torch.cat([size, input.sum((0, 2, 3)), input.square().sum((0, 2, 3))])
-        if torch.distributed.is_initialized():
-            moments = torch.distributed.nn.all_reduce(moments)
-        count, total, squares = moments.split([1, input.shape[1], input.shape[1]])
-        mean = total / count
-        variance = squares / count - mean.square()
-        shape = (1, -1, 1, 1)
-        x_hat = (input - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
-        return x_hat * self.weight.view(shape) + self.bias.view(shape)
-
-
-def network(kind: type[nn.Module]) -> nn.Module:
-    model = residual_net()
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.BatchNorm2d):
-            model.set_submodule(name, kind(layer.num_features))
-    return model.double()
 
 
 def main(devices: int, folder: Path) -> None:
@@ -58,11 +33,11 @@ def main(devices: int, folder: Path) -> None:
     # Lightning's own sampler would shuffle.
     sampler = DistributedSampler(data, devices, rank, shuffle=False)
     batches = DataLoader(data, batch_size=GLOBAL_BATCH // devices, sampler=sampler)
-    for kind in (HandMade, nn.BatchNorm2d):
+    for kind in (SynchronizedBatchNorm, nn.BatchNorm2d):
         logger = CSVLogger(folder, name=kind.__name__)
         options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
         run = trainer(folder, BatchNormMonitor(activations=True), logger=logger, **options)
-        run.fit(LitNet(model=network(kind)), batches)
+        run.fit(LitNet(model=residual_net_of(kind).double()), batches)
 
     # The first batch once more, by hand. SyncBatchNorm runs on GPUs alone, but what it normalises to can be computed.
     first = inputs[:GLOBAL_BATCH]
@@ -70,8 +45,8 @@ def main(devices: int, folder: Path) -> None:
     metric.update(0, normalize(nn.SyncBatchNorm(3), first[rank::devices]))
     tables = {"SyncBatchNorm": torch.stack(metric.compute())}
     if devices == 1:  # what two ranks see where layers are not synchronised
-        tables["rank by rank"] = seen(network(nn.BatchNorm2d), [first[::2], first[1::2]])
-        tables["joined"] = seen(network(nn.BatchNorm2d), [first])
+        tables["rank by rank"] = seen(residual_net_of(nn.BatchNorm2d).double(), [first[::2], first[1::2]])
+        tables["joined"] = seen(residual_net_of(nn.BatchNorm2d).double(), [first])
     if run.is_global_zero:
         torch.save(tables, folder / "tables.pt")
 

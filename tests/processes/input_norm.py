@@ -11,24 +11,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lit import leave_process_group, trainer
 from raw import UnevenData, UnevenNet, raw_images
+from sharded import Sharding
+from sharded import strategy as strategy_of
 
 from lightning_revbn import InputNorm
 
 
-class Sharded(UnevenNet):
-    """Shards its parameters as FSDP2 does."""
-
-    is_sharded = False
-
-    def configure_model(self) -> None:
-        from torch.distributed._composable.fsdp import fully_shard
-
-        if not self.is_sharded:
-            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-            self.is_sharded = True
+class ShardedUnevenNet(Sharding, UnevenNet):
+    pass
 
 
 class Save(Callback):
@@ -57,11 +49,10 @@ def main(strategy: str, ranks: int, mode: str, kind: str, folder: Path) -> None:
     images, labels = raw_images(40)
     inputs = images.float() * 1.7 + 1e4 if kind == "float" else images
     data = UnevenData(ranks, InputNorm(num_features=3, mode=mode), (inputs, labels))  # type: ignore[arg-type]
-    network = Sharded() if strategy == "fsdp2" else UnevenNet()
-    sharding = {"data_parallel_size": ranks, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+    network = ShardedUnevenNet() if strategy == "fsdp2" else UnevenNet()
     options = {
         "devices": ranks,
-        "strategy": ModelParallelStrategy(**sharding) if strategy == "fsdp2" else strategy,  # type: ignore[arg-type]
+        "strategy": strategy_of(strategy, ranks),
         "max_epochs": 2,
         "num_sanity_val_steps": 1,
         "use_distributed_sampler": False,

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import joined_batch
 import pytest
 import torch
 from lit import rows
 from models import BATCH_NORMS
-from packaging.version import Version
+from sharded import RUNS_ON_CPU
 
-# The FSDP2 of torch 2.5, the lowest version that is tested, runs on CUDA alone.
-STRATEGIES = ["ddp", "ddp_spawn", *(["fsdp2"] if Version(torch.__version__) >= Version("2.7") else [])]
+STRATEGIES = ["ddp", "ddp_spawn", *["fsdp2"] * RUNS_ON_CPU]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -39,7 +39,7 @@ def test_two_ranks_train_as_hand_made_groups_do_and_resume_alike(strategy: str, 
 def test_activations_of_two_ranks_equal_those_of_one_rank_with_the_joined_batch(tmp_path: Path) -> None:
     for devices in (1, 2):
         run("activations.py", str(devices), tmp_path / str(devices))
-    one, two = (logged_in(tmp_path / str(devices) / "HandMade") for devices in (1, 2))
+    one, two = (logged_in(tmp_path / str(devices) / "SynchronizedBatchNorm") for devices in (1, 2))
     assert len(one) == 8
     for joined, ranks in zip(one, two, strict=True):
         assert joined.keys() == ranks.keys()
@@ -74,6 +74,27 @@ def test_a_sharded_optimizer_is_refused_and_trains_alike_from_permanent_groups_o
             for key, value in results[reference].items():
                 assert torch.equal(results[name][key], value), (rank, name, key)
         assert results["remedy"]["model.bn1.weight"].mean() < 0.2
+
+
+@pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if strategy != "ddp_spawn"])
+def test_two_ranks_learn_what_one_rank_learns_from_batches_of_twice_the_size(strategy: str, tmp_path: Path) -> None:
+    run("joined_batch.py", strategy, tmp_path)
+    two_ranks = tmp_path / "SynchronizedBatchNorm"
+    one = joined_batch.train(joined_batch.JoinedNet(), tmp_path / "one", "auto", 1)
+    for rank in range(2):
+        two = torch.load(two_ranks / f"rank{rank}.pt", weights_only=True)
+        assert two.keys() == one.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-10, atol=1e-12, msg=key)
+    for joined, ranks in zip(logged_in(tmp_path / "one"), logged_in(two_ranks), strict=True):
+        assert joined.keys() == ranks.keys()
+        for key in joined:
+            assert float(ranks[key]) == pytest.approx(float(joined[key]), rel=1e-10, abs=1e-12), (joined["step"], key)
+
+    # The scales have learned, and that rightly only with the other rank's part of the batch.
+    assert (one["model.bn1.weight"] - 0.1).abs().min() > 1e-6
+    apart = torch.load(tmp_path / "BatchNorm2d" / "rank0.pt", weights_only=True)
+    assert not torch.allclose(apart["model.bn1.weight"] - 0.1, one["model.bn1.weight"] - 0.1, rtol=0.1)
 
 
 def run(script: str, *arguments: object) -> str:

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lit import LitNet, leave_process_group, trainer
 from models import images, scales
+from sharded import ShardedNet, strategy, values
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,29 +22,10 @@ from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
 LR, C = 0.05, 100.0
 
 
-class Sharded(LitNet):
-    """Shards its parameters as FSDP2 does: the scales become DTensors."""
-
-    is_sharded = False
-
-    def configure_model(self) -> None:
-        from torch.distributed._composable.fsdp import fully_shard
-
-        if not self.is_sharded:
-            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-            self.is_sharded = True
-
-
 def by_hand(module: nn.Module) -> torch.optim.Optimizer:
     own = {id(scale) for scale in scales(module)}
     rest = {"params": [p for p in module.parameters() if id(p) not in own], "weight_decay": 0.01}
     return torch.optim.SGD([rest, {"params": scales(module), "lr": LR / C}], lr=LR, momentum=0.9)
-
-
-def values(module: nn.Module) -> dict[str, Any]:
-    """Return a module's state on every rank, sharded parameters gathered."""
-    state = module.state_dict()
-    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
 
 
 def main(name: str, folder: Path) -> None:
@@ -53,11 +34,9 @@ def main(name: str, folder: Path) -> None:
     # Lightning puts its own sampler in place, shuffled by epoch and the same in all runs.
 
     def options() -> dict[str, Any]:
-        sharding = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
-        strategy = ModelParallelStrategy(**sharding) if name == "fsdp2" else name
-        return {"devices": 2, "strategy": strategy, "max_epochs": 2}
+        return {"devices": 2, "strategy": strategy(name, 2), "max_epochs": 2}
 
-    network = Sharded if name == "fsdp2" else LitNet
+    network = ShardedNet if name == "fsdp2" else LitNet
     reference = network(by_hand)
     for scale in scales(reference):
         nn.init.constant_(scale, 0.1)

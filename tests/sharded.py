@@ -1,0 +1,45 @@
+"""What tests of several processes need for FSDP2, where parameters are shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lit import LitNet
+from packaging.version import Version
+from torch import nn
+
+RUNS_ON_CPU = Version(torch.__version__) >= Version("2.7")
+"""Whether FSDP2 does: that of torch 2.5, the lowest version that is tested, runs on CUDA alone."""
+
+
+class Sharding(L.LightningModule):
+    """Mixin that shards the parameters of `self.model` as FSDP2 does: they become DTensors."""
+
+    is_sharded = False
+
+    def configure_model(self) -> None:
+        from torch.distributed._composable.fsdp import fully_shard
+
+        if not self.is_sharded:
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+            self.is_sharded = True
+
+
+class ShardedNet(Sharding, LitNet):
+    pass
+
+
+def strategy(name: str, ranks: int) -> Any:
+    """Return what `Trainer(strategy=...)` takes; "fsdp2" is the one that has no name in Lightning."""
+    if name != "fsdp2":
+        return name
+    return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
+def values(module: nn.Module) -> dict[str, Any]:
+    """Return a module's state on every rank, sharded parameters gathered."""
+    state = module.state_dict()
+    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}

@@ -16,24 +16,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PROCESSES = Path(__file__).parents[1] / "tests" / "processes"
-sys.path.insert(0, str(PROCESSES.parent))
-sys.path.insert(0, str(PROCESSES))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "processes"))
 
 from cells import AXES, CELLS, Cell
 
 from lightning_revbn.core.table import plain_table
 
+SCRIPT = Path(__file__).parents[1] / "tests" / "processes" / "matrix.py"
 Result = dict[str, Any]
 
 
 def results_of(strategy: str, folder: Path) -> dict[Cell, Result]:
     """Run the cells of a strategy, unless the folder has the results of all."""
     file = folder / "results.json"
-    cells = [cell for cell in CELLS if cell.strategy == strategy]
-    if not file.exists() or len(json.loads(file.read_text())) < len(cells):
-        print(f"{strategy}: {len(cells)} cells", file=sys.stderr, flush=True)
-        command = [sys.executable, str(PROCESSES / "matrix.py"), strategy, str(folder)]
+    count = sum(cell.strategy == strategy for cell in CELLS)
+    if not file.exists() or len(json.loads(file.read_text())) < count:
+        print(f"{strategy}: {count} cells", file=sys.stderr, flush=True)
+        command = [sys.executable, str(SCRIPT), strategy, str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr[-3000:])

@@ -32,7 +32,7 @@ class ShardedNet(Sharding, LitNet):
     pass
 
 
-def strategy(name: str, ranks: int) -> Any:
+def strategy_of(name: str, ranks: int) -> Any:
     """Return what `Trainer(strategy=...)` takes; "fsdp2" is the one that has no name in Lightning."""
     if name != "fsdp2":
         return name

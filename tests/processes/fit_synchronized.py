@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit import LitNet, leave_process_group, trainer
 from models import images
+from sharded import ShardedNet, strategy_of, values
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -45,14 +45,12 @@ def network() -> LitNet:
     return LitNet(model=nn.Sequential(*layers, nn.Linear(24, 5)).double())
 
 
-class Sharded(LitNet):
-    """Synchronises its layers and then shards its parameters, as FSDP2 does; Lightning applies no plugin there."""
+class Synchronized(ShardedNet):
+    """Synchronises its layers before it shards its parameters; Lightning applies no plugin under FSDP2."""
 
     def configure_model(self) -> None:
-        from torch.distributed._composable.fsdp import fully_shard
-
         synchronize_batch_norms(self.model)
-        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+        super().configure_model()
 
 
 def main(strategy: str, devices: int, folder: Path) -> None:
@@ -65,16 +63,16 @@ def main(strategy: str, devices: int, folder: Path) -> None:
     # Lightning's own sampler would shuffle.
     sampler = DistributedSampler(data, devices, int(os.environ.get("LOCAL_RANK", "0")), shuffle=False)
     batches = DataLoader(data, batch_size=GLOBAL_BATCH // devices, sampler=sampler)
-    options: dict[str, Any] = {"devices": devices, "strategy": strategy, "use_distributed_sampler": False}
+    options: dict[str, Any] = {
+        "devices": devices,
+        "strategy": strategy_of(strategy, devices),
+        "use_distributed_sampler": False,
+    }
     results: dict[str, Any] = {}
     if strategy == "fsdp2":
-        module = Sharded(model=network().model)
-        options["strategy"] = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False)
+        module = Synchronized(model=network().model)
         trainer(folder, RevisitedBatchNorm(monitor=False), **options).fit(module, batches)
-        values = module.state_dict()
-        results["synchronised"] = {
-            name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in values.items()
-        }
+        results["synchronised"] = values(module)
         save(results, folder)
         return
     if strategy == "ddp":

@@ -13,8 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lit import leave_process_group, trainer
 from raw import UnevenData, UnevenNet, raw_images
-from sharded import Sharding
-from sharded import strategy as strategy_of
+from sharded import Sharding, strategy_of
 
 from lightning_revbn import InputNorm
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lit import Batches, LitNet, leave_process_group, trainer
 from models import SynchronizedBatchNorm, images, residual_net_of
-from sharded import Sharding, strategy, values
+from sharded import Sharding, strategy_of, values
 from torch import nn
 
 from lightning_revbn import RevisitedBatchNorm
@@ -37,7 +37,7 @@ class ShardedJoinedNet(Sharding, JoinedNet):
 
 def train(module: JoinedNet, folder: Path, name: str, ranks: int) -> dict[str, torch.Tensor]:
     """Return what was learned, on every rank."""
-    options = {"devices": ranks, "strategy": strategy(name, ranks), "use_distributed_sampler": False}
+    options = {"devices": ranks, "strategy": strategy_of(name, ranks), "use_distributed_sampler": False}
     trainer(folder, RevisitedBatchNorm(), logger=CSVLogger(folder), **options).fit(module)
     return values(module)
 

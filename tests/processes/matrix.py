@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lit import Batches, LitNet, leave_process_group, rows, trainer
 from models import BATCH_NORMS, images, residual_net, scales
-from sharded import Sharding, strategy, values
+from sharded import Sharding, strategy_of, values
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
@@ -126,7 +126,7 @@ def options(cell: Cell) -> dict[str, Any]:
     """Return the Trainer's arguments."""
     chosen: dict[str, Any] = {"use_distributed_sampler": False, "max_epochs": 2}
     if cell.strategy != "one device":
-        chosen |= {"devices": 2, "strategy": strategy(cell.strategy, 2)}
+        chosen |= {"devices": 2, "strategy": strategy_of(cell.strategy, 2)}
     if cell.precision == "16-mixed":  # by name it would become bf16-mixed on a CPU
         chosen["plugins"] = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", SCALER_START))
     else:
@@ -156,22 +156,22 @@ def fit(
 
 def train(cell: Cell, path: Path) -> dict[str, Any]:
     """Run a cell and return what became of it."""
-    # What trains without the callback under ddp_spawn does so in forks: the same, but processes start sooner.
-    plain = cell._replace(strategy="ddp_fork") if cell.strategy == "ddp_spawn" else cell
+    # Spawning takes seconds. Under ddp_spawn the run with the callback is spawned, and what it is compared with forked.
+    other = cell._replace(strategy="ddp_fork") if cell.strategy == "ddp_spawn" else cell
     told: dict[str, Any] = {"trainer_arguments": None}
     if cell.by_hand:
-        told["trainer_arguments"] = fit(plain, path, network(cell), **gradient_options(cell))
-        with_ours = fit(cell, path, network(cell), ours(cell), **gradient_options(cell))
+        told["trainer_arguments"] = fit(other, path, network(cell), **gradient_options(cell))
+        with_ours = fit(other, path, network(cell), ours(cell), **gradient_options(cell))
         if with_ours != told["trainer_arguments"]:
             return told | wrong(f"Lightning says of the Trainer's arguments {told['trainer_arguments']}", with_ours)
 
-    reference, module, resumed = network(plain, groups_by_hand=True), network(cell), network(cell, seed=1)
+    reference, module, resumed = network(cell, groups_by_hand=True), network(cell), network(cell, seed=1)
     every = STOP * cell.optimizers if cell.accumulation == 1 else cell.optimizers  # Lightning counts each optimizer's
     save = ModelCheckpoint(path, "{step}", every_n_train_steps=every, save_top_k=-1, save_on_train_epoch_end=False)
     callbacks = ours(cell, BatchNormMonitor(activations=True)), StartsFromTheScale(), save
     logging = {"logger": CSVLogger(path, "", ""), "enable_checkpointing": True}
 
-    lightnings = fit(plain, path, reference)
+    lightnings = fit(other, path, reference)
     with_ours = fit(cell, path, module, *callbacks, **logging)
     if lightnings is not None and with_ours == lightnings:
         return told | {"outcome": "impossible", "detail": lightnings}
@@ -179,7 +179,7 @@ def train(cell: Cell, path: Path) -> dict[str, Any]:
         return told | {"outcome": "refused", "detail": with_ours}
     if lightnings is not None or with_ours is not None:
         return told | wrong(f"Lightning says {lightnings}", with_ours)
-    again = fit(cell, path, resumed, ours(cell), ckpt_path=path / f"step={every}.ckpt")
+    again = fit(other, path, resumed, ours(cell), ckpt_path=path / f"step={every}.ckpt")
     if again is not None:
         return told | wrong("cannot be resumed", again)
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lit import LitNet, leave_process_group, trainer
 from models import images, scales
-from sharded import ShardedNet, strategy, values
+from sharded import ShardedNet, strategy_of, values
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,7 +34,7 @@ def main(name: str, folder: Path) -> None:
     # Lightning puts its own sampler in place, shuffled by epoch and the same in all runs.
 
     def options() -> dict[str, Any]:
-        return {"devices": 2, "strategy": strategy(name, 2), "max_epochs": 2}
+        return {"devices": 2, "strategy": strategy_of(name, 2), "max_epochs": 2}
 
     network = ShardedNet if name == "fsdp2" else LitNet
     reference = network(by_hand)

@@ -131,7 +131,10 @@ class BatchNormMonitor(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and (self._module is None or self._module() is not pl_module):
+        if stage != "fit":
+            return
+        self.teardown(trainer, pl_module, stage)  # an earlier fit may have ended without it
+        if self._module is None or self._module() is not pl_module:
             self._start = None  # another model: what its drift is measured from is not known yet
 
     @override

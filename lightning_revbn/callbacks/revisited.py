@@ -154,6 +154,8 @@ class RevisitedBatchNorm(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not self.enabled:
             return
+        # Another callback's error in on_exception keeps Lightning from calling ours: what is left of that fit goes now.
+        self.teardown(trainer, pl_module, stage)
         if self._module is None or self._module() is not pl_module:
             self._module = weakref.ref(pl_module)
             self._rewritten, self._zero_kept = set(), set()
@@ -335,6 +337,7 @@ class RevisitedBatchNorm(Callback):
         optimizers = [optimizer for optimizer in trainer.strategy.optimizers if id(optimizer) not in ruled]
         records = self._selection.look(pl_module) if optimizers else []
         refuse([record for record in records if record.state == "unsupported"])  # FSDP1's flat parameters, say
+        self._zero_kept |= set(zero_kept_names(records))  # layers that are newer than a restored state, too
         divided = rule_scales(records, sorted(self._zero_kept))
         exempt = exempt_parameters(pl_module, records, self.weight_decay_exempt) if records else []
         if self.scale_lr_divisor <= 1:

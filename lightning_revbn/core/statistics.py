@@ -144,8 +144,8 @@ class AffineStatistics:
     def _joined(self, start: dict[str, Any]) -> _Floats:
         """Return a saved start as one vector."""
         for kind, names in self._names.items():
-            saved = start[kind]
-            if list(saved["layers"]) != names or list(saved["channels"]) != self._channels[kind]:
+            saved = start.get(kind, {})
+            if [*saved.get("layers", ())] != names or [*saved.get("channels", ())] != self._channels[kind]:
                 raise ValueError("the values to measure drift from are those of other layers")
         return cast("_Floats", torch.cat([start[kind]["values"].cpu().double() for kind in self._names]).numpy())
 

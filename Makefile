@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?=
 MATRIX_ARGS ?=
+KILL_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench matrix docs test-lowest test-deepspeed test-gpu clean
+.PHONY: help demo test lint format bench matrix kill-and-resume docs test-lowest test-deepspeed test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -38,6 +39,9 @@ bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ra
 
 matrix: $(VENV)/.examples $(VENV)/.test ## train with every strategy, precision and loop, and print what became of each combination
 	$(BIN)/python benchmarks/matrix.py $(MATRIX_ARGS)
+
+kill-and-resume: $(VENV)/.examples $(VENV)/.test ## kill training at random moments and resume it, 200 times (KILL_ARGS="--trials 20 --seed 1")
+	$(BIN)/python tests/processes/kill_and_resume.py $(KILL_ARGS)
 
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build

@@ -97,6 +97,10 @@ def test_two_ranks_learn_what_one_rank_learns_from_batches_of_twice_the_size(str
     assert not torch.allclose(apart["model.bn1.weight"] - 0.1, one["model.bn1.weight"] - 0.1, rtol=0.1)
 
 
+def test_runs_that_are_killed_and_resumed_end_as_the_undisturbed_one() -> None:
+    run("kill_and_resume.py", "--trials", 6)  # `make kill-and-resume` runs 200
+
+
 def run(script: str, *arguments: object) -> str:
     """Run a script of this directory and return what it told on standard error."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]

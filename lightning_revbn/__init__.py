@@ -1,14 +1,20 @@
 """Revisited batch norm initialisation (Davis and Frank, ECCV 2022) for PyTorch Lightning."""
 
-from lightning_revbn.callbacks.monitor import BatchNormMonitor
-from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
-from lightning_revbn.compare import paired_t_test
-from lightning_revbn.core.initialization import init_batch_norms
-from lightning_revbn.core.input_batch_norm import InputBatchNorm
-from lightning_revbn.core.input_norm import InputNorm
-from lightning_revbn.core.layers import find_batch_norms
-from lightning_revbn.core.update_rule import ScaleUpdateRule, scale_param_groups
-from lightning_revbn.datamodule import OnlineInputNormMixin
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_revbn.callbacks.monitor import BatchNormMonitor
+    from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
+    from lightning_revbn.compare import paired_t_test
+    from lightning_revbn.core.initialization import init_batch_norms
+    from lightning_revbn.core.input_batch_norm import InputBatchNorm
+    from lightning_revbn.core.input_norm import InputNorm
+    from lightning_revbn.core.layers import find_batch_norms
+    from lightning_revbn.core.update_rule import ScaleUpdateRule, scale_param_groups
+    from lightning_revbn.datamodule import OnlineInputNormMixin
 
 __all__ = [
     "BatchNormMonitor",
@@ -23,3 +29,27 @@ __all__ = [
     "scale_param_groups",
 ]
 __version__ = "0.1.0"
+
+# A Trainer of a script that does not use the package loads its entry point: names are imported when they are used.
+_HOMES = {
+    "BatchNormMonitor": "lightning_revbn.callbacks.monitor",
+    "InputBatchNorm": "lightning_revbn.core.input_batch_norm",
+    "InputNorm": "lightning_revbn.core.input_norm",
+    "OnlineInputNormMixin": "lightning_revbn.datamodule",
+    "RevisitedBatchNorm": "lightning_revbn.callbacks.revisited",
+    "ScaleUpdateRule": "lightning_revbn.core.update_rule",
+    "find_batch_norms": "lightning_revbn.core.layers",
+    "init_batch_norms": "lightning_revbn.core.initialization",
+    "paired_t_test": "lightning_revbn.compare",
+    "scale_param_groups": "lightning_revbn.core.update_rule",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -17,7 +17,6 @@ import torch.distributed
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from lightning_revbn.core.input_norm import (
 )
 from lightning_revbn.core.normalizer import FixedNormalizer
 from lightning_revbn.spawned import Letter
+from lightning_revbn.twins import overrides, twins
 
 if TYPE_CHECKING:
     _Base = LightningDataModule
@@ -86,7 +86,7 @@ class OnlineInputNormMixin(_Base):
         super().__init_subclass__(**kwargs)
         order = cls.__mro__
         place = order.index(OnlineInputNormMixin)
-        if DataHooks in order[:place]:
+        if not {*twins(DataHooks)}.isdisjoint(order[:place]):
             raise TypeError(
                 f"{cls.__name__}: OnlineInputNormMixin must come before LightningDataModule among the bases, or "
                 f"Lightning never calls it: class {cls.__name__}(OnlineInputNormMixin, LightningDataModule)"
@@ -138,7 +138,7 @@ class OnlineInputNormMixin(_Base):
         if trainer is None or batch is None:
             return batch
         module = trainer.lightning_module
-        if is_overridden("on_after_batch_transfer", module):
+        if overrides("on_after_batch_transfer", module):
             batch = module.on_after_batch_transfer(batch, dataloader_idx)
         online = self._online
         if getattr(module, "_current_fx_name", None) != "batch_to_device":

@@ -26,6 +26,7 @@ from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms, is_flattened
 from lightning_revbn.core.statistics import AffineStatistics
 from lightning_revbn.core.update_rule import scale_learning_rates
+from lightning_revbn.twins import twins
 
 WHOLE_MODEL = ("scale_mean", "scale_drift", "shift_drift", "scale_lr", "normalized_absmax", "normalized_over_3")
 """Keys over all layers; they are for callbacks and the progress bar too."""
@@ -232,8 +233,8 @@ class BatchNormMonitor(Callback):
         layers = [record.name for record in records]
         layout = scalar_layout(self.prefix, layers, activations=self.activations, per_layer=self.per_layer)
         for logger in trainer.loggers:
-            if records and isinstance(logger, TensorBoardLogger):
-                writer = cast("Any", logger.experiment)  # pyright: ignore[reportUnknownMemberType] # one of two packages'
+            if records and isinstance(logger, twins(TensorBoardLogger)):
+                writer = cast("Any", logger).experiment
                 writer.add_custom_scalars(layout)
 
     def _measure(self, trainer: Trainer, fit: _Fit, step: int) -> _Event:
@@ -297,7 +298,7 @@ class BatchNormMonitor(Callback):
 
 
 def _with_histograms(trainer: Trainer) -> bool:
-    return any(isinstance(logger, (TensorBoardLogger, WandbLogger)) for logger in trainer.loggers)
+    return any(isinstance(logger, (*twins(TensorBoardLogger), *twins(WandbLogger))) for logger in trainer.loggers)
 
 
 def _log(logger: Logger, event: _Event) -> None:
@@ -307,9 +308,9 @@ def _log(logger: Logger, event: _Event) -> None:
         finite = values[np.isfinite(values)]
         if not finite.size:
             continue
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, twins(TensorBoardLogger)):
             cast("Any", logger.experiment).add_histogram(key, finite, event.step)
-        elif isinstance(logger, WandbLogger):
+        elif isinstance(logger, twins(WandbLogger)):
             wandb: Any = import_module("wandb")
             metrics[key] = wandb.Histogram(finite)
     logger.log_metrics(metrics, step=event.step)

@@ -19,7 +19,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -54,6 +53,7 @@ from lightning_revbn.core.update_rule import (
     scale_param_groups,
 )
 from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignored
+from lightning_revbn.twins import overrides, twins
 
 
 class RevisitedBatchNorm(Callback):
@@ -104,7 +104,7 @@ class RevisitedBatchNorm(Callback):
         self.scale_lr_divisor = check_divisor(scale_lr_divisor)
         check_choice("weight_decay_exempt", weight_decay_exempt, [*get_args(WeightDecayExempt), None])
         self.weight_decay_exempt: WeightDecayExempt | None = weight_decay_exempt
-        self.enabled = enabled
+        self.enabled: bool = enabled
         self._own_monitor = (BatchNormMonitor() if monitor else None) if isinstance(monitor, bool) else monitor
         self._monitor = self._own_monitor
         self._records: list[BatchNormRecord] = []
@@ -171,7 +171,7 @@ class RevisitedBatchNorm(Callback):
         # Layers may be made, and weights loaded, in the module's own hooks, which come next. Only after the strategy
         # has made the optimizers do these exist, and the learning rate finder trains before our on_fit_start.
         for hook in ("setup", "configure_model"):
-            if is_overridden(hook, pl_module):
+            if overrides(hook, pl_module):
                 self._wraps.append(_AfterNextCall(pl_module, hook, rewrite))
         register = functools.partial(self._register_rules, trainer, pl_module)
         self._wraps.append(_AfterNextCall(trainer.strategy, "setup_optimizers", register))
@@ -478,7 +478,7 @@ def _averages(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
         for value in vars(callback).values():
             if isinstance(value, AveragedModel):
                 found.append(value.module)
-            elif isinstance(callback, StochasticWeightAveraging) and isinstance(value, LightningModule):
+            elif isinstance(callback, twins(StochasticWeightAveraging)) and isinstance(value, twins(LightningModule)):
                 found.append(value)
     return [copy for copy in found if type(copy) is type(pl_module) and copy is not pl_module]
 

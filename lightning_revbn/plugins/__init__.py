@@ -1,5 +1,18 @@
 """Lightning plugins: thin, the work is done in `lightning_revbn.core`."""
 
-from lightning_revbn.plugins.batch_norm_sync import BatchNormSync
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_revbn.plugins.batch_norm_sync import BatchNormSync
 
 __all__ = ["BatchNormSync"]
+
+
+def __getattr__(name: str) -> object:
+    if name != "BatchNormSync":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_revbn.plugins.batch_norm_sync import BatchNormSync  # the entry point beside it needs no Lightning
+
+    return BatchNormSync

@@ -242,7 +242,7 @@ def logged(cell: Cell, path: Path) -> list[str]:
         problems.append(f"logged at steps {[row['step'] for row in events]}")
     unexpected = {key for row in events for key in (row.keys() - {"step", "epoch"}) ^ KEYS}
     if unexpected:
-        problems.append(f"keys that are missing or too many: {sorted(unexpected)}")
+        return [*problems, f"keys that are missing or too many: {sorted(unexpected)}"]
     rate = sum(LR / 10**index / DIVISOR[cell.precision] for index in range(cell.optimizers)) / cell.optimizers
     if not all(abs(float(row["revbn/scale_lr"]) - rate) < 1e-9 for row in events):
         problems.append("scale_lr is not lr / c")

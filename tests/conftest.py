@@ -3,6 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+# A script for the environment of `make test-deepspeed`; doctests are collected by importing.
+collect_ignore = ["processes/deepspeed_ranks.py"]
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

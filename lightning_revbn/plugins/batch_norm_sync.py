@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_revbn.core.batch_norm_sync import damaged_by_conversion, restore_batch_norms, synchronize_batch_norms
 from lightning_revbn.core.layers import check_patterns
+from lightning_revbn.twins import twins
 
 _SHOWN = 3
 
@@ -92,7 +93,8 @@ def refuse_damage(strategy: Strategy, model: nn.Module) -> None:
         MisconfigurationException: If so, with the layers and the remedy.
     """
     plugin = _layer_sync(strategy)
-    if _ignores_layer_sync(strategy) or inspect.getattr_static(plugin, "apply", None) is not TorchSyncBatchNorm.apply:
+    converters: list[object] = [vars(kind)["apply"] for kind in twins(TorchSyncBatchNorm)]
+    if _ignores_layer_sync(strategy) or inspect.getattr_static(plugin, "apply", None) not in converters:
         return
     damaged = damaged_by_conversion(model)
     if damaged:
@@ -113,7 +115,7 @@ def warn_if_ignored(strategy: Strategy) -> None:
     """
     plugin = _layer_sync(strategy)
     if plugin is not None and _ignores_layer_sync(strategy):
-        asked = "sync_batchnorm=True" if isinstance(plugin, TorchSyncBatchNorm) else type(plugin).__name__
+        asked = "sync_batchnorm=True" if isinstance(plugin, twins(TorchSyncBatchNorm)) else type(plugin).__name__
         rank_zero_warn(
             f"{type(strategy).__name__} ignores {asked}: each rank normalises by its own batch. To synchronise, call "
             f"lightning_revbn.core.batch_norm_sync.synchronize_batch_norms on the model in configure_model."
@@ -126,4 +128,5 @@ def _layer_sync(strategy: Strategy) -> LayerSync | None:
 
 def _ignores_layer_sync(strategy: Strategy) -> bool:
     # DeepSpeed and XLA derive from DDP, with a setup of their own.
-    return isinstance(strategy, (ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy))
+    ignoring = (ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
+    return any(isinstance(strategy, twins(kind)) for kind in ignoring)

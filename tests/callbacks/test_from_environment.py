@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +45,19 @@ class PlNet(pl.LightningModule):
         return sgd(self)
 
 
-def fit(net: Any, path: Path, *own: Any, package: Any = L, data: Any = None, **options: Any) -> Any:
+def fit(
+    net: Any, path: Path, *own: Any, package: Any = L, data: Any = None, ckpt_path: Path | None = None, **options: Any
+) -> Any:
     run = package.Trainer(
         accelerator="cpu",
-        max_epochs=2,
         default_root_dir=path,
         callbacks=list(own),
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        **{"logger": False, "enable_checkpointing": False, **options},
+        **{"logger": False, "enable_checkpointing": False, "max_epochs": 2, **options},
     )
-    run.fit(net, data if data is not None else loader())
+    run.fit(net, data if data is not None else loader(), ckpt_path=ckpt_path)
     return run
 
 
@@ -76,14 +79,54 @@ def test_the_variable_trains_as_the_callback_in_the_script_does(
     by_script, by_variable = LitNet(), LitNet()
     fit(by_script, tmp_path, quiet(scale=0.2, scale_lr_divisor=50))
     monkeypatch.setenv("LIGHTNING_REVBN", "scale=0.2,scale_lr_divisor=50")
-    run = fit(by_variable, tmp_path, logger=CSVLogger(tmp_path, name="", version=""))
+    fit(by_variable, tmp_path, logger=CSVLogger(tmp_path, name="", version=""))
     assert_same_parameters(by_script, by_variable)
     assert any("revbn/scale_mean" in row for row in rows(tmp_path))
-    # A script with the callback resumes the run, and the other way round.
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    states = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]
-    assert states["RevisitedBatchNorm"]["scale"] == 0.2
-    assert "RevisitedBatchNormFromEnvironment" not in states
+
+
+@pytest.mark.usefixtures("entry_point")
+@pytest.mark.parametrize("first", ["script", "variable"])
+def test_a_run_of_either_way_is_resumed_by_the_other(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def callbacks_of(way: str) -> list[Any]:
+        if way == "variable":
+            monkeypatch.setenv("LIGHTNING_REVBN", "scale=0.2,monitor=false")
+            return []
+        monkeypatch.delenv("LIGHTNING_REVBN", raising=False)
+        return [quiet(scale=0.2)]
+
+    def zero_kept() -> LitNet:  # a layer that only the callback's state knows of, once it has trained
+        return LitNet(model=residual_net(zero_init_residual=True))
+
+    whole, half, resumed = zero_kept(), zero_kept(), zero_kept()
+    fit(whole, tmp_path, quiet(scale=0.2))
+    run = fit(half, tmp_path, *callbacks_of(first), max_epochs=1)
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    other = "script" if first == "variable" else "variable"
+    run = fit(resumed, tmp_path, *callbacks_of(other), ckpt_path=tmp_path / "half.ckpt")
+    assert_same_parameters(whole, resumed)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    states = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
+    assert {key for key in states if "Revisited" in key} == {"RevisitedBatchNorm"}
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_the_installed_package_tells_both_lightnings_of_the_factory(package: str) -> None:
+    (found,) = (
+        point for point in entry_points(group=f"{package}.callbacks_factory") if point.dist.name == "lightning-revbn"
+    )
+    assert found.load() is callbacks
+
+
+@pytest.mark.usefixtures("entry_point")
+def test_children_of_ddp_are_switched_on_too(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).parents[1] / "processes" / "by_variable.py"), str(tmp_path)]
+    environment = {**os.environ, "LIGHTNING_REVBN": "scale=0.2"}
+    subprocess.run(command, check=True, timeout=300, env=environment)
+    for rank in range(2):
+        scales = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert all(torch.equal(scale, torch.full_like(scale, 0.2)) for scale in scales)
 
 
 @pytest.mark.usefixtures("entry_point")

@@ -272,8 +272,12 @@ def test_where_an_earlier_callback_ends_the_cleaning_up_the_next_fit_does_it(tmp
     run = broken_twice(tmp_path, "callback before", ruled=True)
     assert run.trainer.optimizers[0]._optimizer_step_pre_hooks  # Lightning tells no callback after the broken one
     (ours,) = (callback for callback in run.trainer.callbacks if isinstance(callback, RevisitedBatchNorm))
-    trainer(tmp_path / "next", ours, logger=CSVLogger(tmp_path)).fit(Net(configure))
-    assert_nothing_left(run.before)
+
+    class Check(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert_nothing_left(run.before)  # already now, not only when this fit ends
+
+    trainer(tmp_path / "next", ours, Check(), logger=CSVLogger(tmp_path)).fit(Net(configure))
 
 
 # --- signals, disks, numbers ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a parent with threads must not fork
 import argparse
 import logging
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def train(folder: Path, saved: Path | None, pipe: int) -> None:
     torch.set_num_threads(1)
     tempfile.tempdir = str(folder)  # checkpoints are written here first
     callback = RevisitedBatchNorm()
-    save = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=1)  # the newest is kept
+    save = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
     module = Net(pipe, seed=0 if saved is None else 1)
     run = trainer(folder, callback, save, plugins=Told(pipe), enable_checkpointing=True, max_epochs=-1, max_steps=STEPS)
     run.fit(module, loader(BATCHES), ckpt_path=saved)
@@ -168,7 +169,7 @@ def main(trials: int, seed: int) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     dice = random.Random(seed)
     struck: Counter[str] = Counter()
-    torn_by_kill = cut = 0
+    torn_by_kill = cut = resumed = 0
     differ: list[int] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "undisturbed"
@@ -182,7 +183,11 @@ def main(trials: int, seed: int) -> int:
             folder.mkdir()
             saved: Path | None = None
             for _ in range(dice.randint(1, 3)):
-                event = run(folder, saved, dice.randint(0, 3 * STEPS), dice.uniform(0, 3 * event_time))
+                event = run(folder, saved, dice.randrange(3 * STEPS), dice.uniform(0, 3 * event_time))
+                while event is None and saved is None:  # every trial is killed at least once
+                    shutil.rmtree(folder)
+                    folder.mkdir()
+                    event = run(folder, saved, dice.randrange(3 * STEPS), dice.uniform(0, 3 * event_time))
                 if event is None:
                     break
                 struck[EVENTS[event]] += 1
@@ -195,9 +200,11 @@ def main(trials: int, seed: int) -> int:
                     cut += torn
             if not (folder / "end.pt").exists():
                 run(folder, saved)
+            resumed += saved is not None
             if not same(torch.load(folder / "end.pt", weights_only=False), undisturbed):
                 differ.append(trial)
     print(f"{trials} trials (seed {seed}), {struck.total()} kills:", ", ".join(f"{n} {w}" for w, n in struck.items()))
+    print(f"{resumed} resumed from a checkpoint at last, {trials - resumed} began again: none was complete yet")
     print(f"torn checkpoint files: {torn_by_kill} by the kills, {cut} cut short on purpose; each was passed over")
     print(f"{trials - len(differ)} of {trials} end bit-identical to the undisturbed run", differ or "")
     return len(differ)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 # Attributes that Lightning adds to module, Trainer and callbacks in any fit.
-LIGHTNINGS_OWN = {"_hparams", "_last_val_time", "log", "log_dict"}
+LIGHTNINGS_OWN = {"_hparams", "_last_val_time", "log", "log_dict", "val_check_batch"}
 
 
 class Snapshot:

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -444,7 +444,8 @@ def _print_report(name: str, report: InitReport, rate: str) -> None:
 
         Console(stderr=True, highlight=False).print(f"{name}:", report, rate)
     else:
-        rank_zero_info("\n".join([f"{name}:", str(report), *[rate] * bool(rate)]))
+        # Not rank_zero_info, which logs for whichever of the two packages was imported last.
+        log.info("\n".join([f"{name}:", str(report), *[rate] * bool(rate)]))
 
 
 class _Before:

@@ -299,9 +299,9 @@ def _seed_pattern(text: str | None) -> re.Pattern[str] | None:
 def _read_arms(arguments: argparse.Namespace) -> list[dict[int, FinishedRun]]:
     pattern = _seed_pattern(arguments.seed_pattern)
     arms: list[list[Path]] = [arguments.baseline, *arguments.against]
-    size = sum(log.size for paths in arms for log in find_logs(paths))
-    with progress_bar("Reading logs", size) as advance:
-        return [read_finished(paths, arguments.metric, pattern, advance) for paths in arms]
+    logs = [find_logs(paths) for paths in arms]
+    with progress_bar("Reading logs", sum(log.size for arm in logs for log in arm)) as advance:
+        return [read_finished(arm, arguments.metric, pattern, advance) for arm in logs]
 
 
 def _table(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_revbn.cli.logs import Advance, Log, LogError, find_logs, one_line, read_scalars
+from lightning_revbn.cli.logs import Advance, Log, LogError, one_line, read_scalars
 
 _SEED_IN_PATH = re.compile(r"(?:^|[^a-z])seed[^0-9a-z]{0,2}([0-9]+)(?![0-9])", re.IGNORECASE)
 _SEED_IN_YAML = re.compile(r"^\s*(?:seed|seed_everything):\s*([0-9]+)\s*$", re.MULTILINE)
@@ -33,12 +33,12 @@ class FinishedRun:
 
 
 def read_finished(
-    paths: Sequence[Path], metric: str, seed_pattern: re.Pattern[str] | None, advance: Advance
+    logs: Sequence[Log], metric: str, seed_pattern: re.Pattern[str] | None, advance: Advance
 ) -> dict[int, FinishedRun]:
     """Read the runs of one arm.
 
     Args:
-        paths: Runs, or directories above several.
+        logs: Where the runs are.
         metric: The key of the score.
         seed_pattern: Finds the seed in a run's path, as its first group; None looks into hparams.yaml and config.yaml
             beside the log, then into the path.
@@ -51,7 +51,7 @@ def read_finished(
         LogError: If a run cannot be read, has no finite score or no seed, or a seed has two runs.
     """
     found: dict[int, FinishedRun] = {}
-    for log in find_logs(paths):
+    for log in logs:
         run = _read(log, metric, seed_pattern, advance)
         if run.seed in found:
             raise LogError(

@@ -105,6 +105,11 @@ class RevisitedBatchNorm(Callback):
         check_choice("weight_decay_exempt", weight_decay_exempt, [*get_args(WeightDecayExempt), None])
         self.weight_decay_exempt: WeightDecayExempt | None = weight_decay_exempt
         self.enabled: bool = enabled
+        if not isinstance(monitor, (bool, BatchNormMonitor)):  # pyright: ignore[reportUnnecessaryIsInstance] # from a file
+            raise TypeError(
+                f"monitor must be True, False or a BatchNormMonitor, got {monitor!r}; in a configuration with targets "
+                "(Hydra, for one) give a mapping with _target_: lightning_revbn.BatchNormMonitor"
+            )
         self._own_monitor = (BatchNormMonitor() if monitor else None) if isinstance(monitor, bool) else monitor
         self._monitor = self._own_monitor
         self._records: list[BatchNormRecord] = []

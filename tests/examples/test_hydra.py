@@ -1,4 +1,4 @@
-"""The tree of Hydra configurations: its script in a process of its own, and what the group makes of OmegaConf's types."""
+"""The tree of Hydra configurations: its script in a process, and what the group makes of the types of OmegaConf."""
 
 from __future__ import annotations
 

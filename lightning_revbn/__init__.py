@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_revbn.callbacks.monitor import BatchNormMonitor
     from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
+    from lightning_revbn.cli.lightning_cli import RevBNCLI, RevBNCLIMixin
     from lightning_revbn.compare import paired_t_test
     from lightning_revbn.core.initialization import init_batch_norms
     from lightning_revbn.core.input_batch_norm import InputBatchNorm
@@ -21,6 +22,8 @@ __all__ = [
     "InputBatchNorm",
     "InputNorm",
     "OnlineInputNormMixin",
+    "RevBNCLI",
+    "RevBNCLIMixin",
     "RevisitedBatchNorm",
     "ScaleUpdateRule",
     "find_batch_norms",
@@ -36,6 +39,8 @@ _HOMES = {
     "InputBatchNorm": "lightning_revbn.core.input_batch_norm",
     "InputNorm": "lightning_revbn.core.input_norm",
     "OnlineInputNormMixin": "lightning_revbn.datamodule",
+    "RevBNCLI": "lightning_revbn.cli.lightning_cli",
+    "RevBNCLIMixin": "lightning_revbn.cli.lightning_cli",
     "RevisitedBatchNorm": "lightning_revbn.callbacks.revisited",
     "ScaleUpdateRule": "lightning_revbn.core.update_rule",
     "find_batch_norms": "lightning_revbn.core.layers",

@@ -53,7 +53,10 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    found = getattr(import_module(_HOMES[name]), name)
+    if _HOMES[name].startswith("lightning_revbn.callbacks."):
+        import_module("lightning_revbn.twins").adopt(found)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
@@ -34,3 +34,17 @@ def overrides(hook: str, module: object) -> bool:
     """
     parent = next((kind for kind in twins(LightningModule) if isinstance(module, kind)), LightningModule)
     return is_overridden(hook, module, parent)
+
+
+def adopt(kind: type[Callback]) -> None:
+    """Make a callback a `pytorch_lightning.Callback` too, if `pytorch_lightning` is in use: for its LightningCLI.
+
+    A Trainer takes a callback for what it does, a configuration file only for what it is. Methods of
+    `lightning.pytorch` stay the first.
+
+    Args:
+        kind: A class derived from `lightning.pytorch.Callback`.
+    """
+    copy = twins(Callback)[-1]
+    if not issubclass(kind, copy):
+        kind.__bases__ = (*kind.__bases__, copy)

@@ -1,11 +1,11 @@
 """The flag for LightningCLI: `--revbn.enabled true`, and a setting for every argument of the callback."""
 
-# pyright: reportPrivateImportUsage=false
-# Lightning's documented homes of ArgumentParser and others re-export them without saying so.
+# pyright: reportUnknownMemberType=false
+# jsonargparse is typed in parts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -106,7 +106,7 @@ class RevBNCLIMixin(_Base):
         """
         settings = self._of(self.config_init, _GROUP)
         if settings["enabled"]:
-            own = _as_list({**self._of(self.config_init, "trainer"), **kwargs}["callbacks"])
+            own = _as_list({**self._of(self.config_init, "trainer"), **kwargs}.get("callbacks"))
             parser = self._parser(self.subcommand)
             grouped = [self._of(self.config_init, key) for key in parser.callback_keys]
             # A second one would have the same key in checkpoints, which Lightning refuses without naming the flag.
@@ -142,4 +142,4 @@ def _add_group(parser: LightningArgumentParser) -> None:
 def _as_list(callbacks: Any) -> list[Any]:
     if callbacks is None:
         return []
-    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+    return [*cast("list[Any]", callbacks)] if isinstance(callbacks, (list, tuple)) else [callbacks]

@@ -9,7 +9,7 @@ import functools
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from inspect import signature
@@ -25,7 +25,9 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
+from lightning_revbn.callbacks import hyperparameters
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
+from lightning_revbn.callbacks.next_call import NextCall, followed_by
 from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.initialization import (
     InitReport,
@@ -118,7 +120,7 @@ class RevisitedBatchNorm(Callback):
         self._before: dict[str, _Before] = {}
         self._module: weakref.ref[LightningModule] | None = None
         self._rules: list[ScaleUpdateRule] = []
-        self._wraps: list[_AfterNextCall] = []
+        self._wraps: list[NextCall] = []
 
     @property
     def scale(self) -> float | Mapping[str, float]:
@@ -144,6 +146,20 @@ class RevisitedBatchNorm(Callback):
     def trained(self) -> TrainedPolicy:
         """What is done with layers that are not freshly initialised."""
         return self._selection.trained
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that decide what is trained, as plain values for checkpoints and loggers."""
+        scale = self.scale
+        return {
+            "scale": dict(scale) if isinstance(scale, Mapping) else scale,
+            "scale_lr_divisor": self.scale_lr_divisor,
+            "weight_decay_exempt": self.weight_decay_exempt,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "zero_scale": self.zero_scale,
+            "trained": self.trained,
+        }
 
     @property
     def monitor(self) -> BatchNormMonitor | None:
@@ -177,15 +193,16 @@ class RevisitedBatchNorm(Callback):
         # has made the optimizers do these exist, and the learning rate finder trains before our on_fit_start.
         for hook in ("setup", "configure_model"):
             if overrides(hook, pl_module):
-                self._wraps.append(_AfterNextCall(pl_module, hook, rewrite))
+                self._wraps.append(NextCall(pl_module, hook, followed_by(rewrite)))
         register = functools.partial(self._register_rules, trainer, pl_module)
-        self._wraps.append(_AfterNextCall(trainer.strategy, "setup_optimizers", register))
+        self._wraps.append(NextCall(trainer.strategy, "setup_optimizers", followed_by(register)))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled:
             return
         self._unwrap()
+        self._wraps += hyperparameters.announce(trainer, self._settings)
         self._settle(trainer, pl_module)
         self._register_rules(trainer, pl_module)
         if not trainer.strategy.restore_checkpoint_after_setup:
@@ -201,6 +218,7 @@ class RevisitedBatchNorm(Callback):
             self._remove_rules()
             self._register_rules(trainer, pl_module)
             self._tell(trainer)
+        hyperparameters.log(trainer, self._settings)
         if self._monitor is not None:
             self._monitor.on_train_start(trainer, pl_module)
 
@@ -244,11 +262,8 @@ class RevisitedBatchNorm(Callback):
     def state_dict(self) -> dict[str, Any]:
         if not self.enabled:
             return {}
-        scale = self.scale
         return {
-            "scale": dict(scale) if isinstance(scale, Mapping) else scale,
-            "scale_lr_divisor": self.scale_lr_divisor,
-            "weight_decay_exempt": self.weight_decay_exempt,
+            **self._settings,
             "zero_kept": sorted(self._zero_kept),
             "monitor": self._monitor.state_dict() if self._monitor is not None else {},
         }
@@ -257,12 +272,11 @@ class RevisitedBatchNorm(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self.enabled:
             return
-        own = self.state_dict()
-        for name in ("scale", "scale_lr_divisor", "weight_decay_exempt"):
-            if name in state_dict and state_dict[name] != own[name]:
+        for name, own in self._settings.items():
+            if name in state_dict and state_dict[name] != own:
                 rank_zero_warn(
                     f"{type(self).__name__}: the checkpoint was made with {name}={state_dict[name]!r}, this run has "
-                    f"{name}={own[name]!r}. Restored scales keep their values; from here on this run's settings apply."
+                    f"{name}={own!r}. Restored scales keep their values; from here on this run's settings apply."
                 )
         self._zero_kept = set(state_dict.get("zero_kept", self._zero_kept))
         if self._monitor is not None:
@@ -491,33 +505,3 @@ def _averages(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
     return getattr(trainer, "callbacks")  # noqa: B009 # the Trainer does not declare this attribute
-
-
-class _AfterNextCall:
-    """Calls a function after the next call of an object's method; the object is as before from then on.
-
-    Copies and pickles of the object get the method without the addition.
-    """
-
-    def __init__(self, owner: object, name: str, after: Callable[[], None]) -> None:
-        self._owner, self._name, self._after = owner, name, after
-        self._was_attribute = name in vars(owner)
-        self.__wrapped__: Callable[..., Any] = getattr(owner, name)  # where is_overridden looks for the method
-        vars(owner)[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.undo()
-        result = self.__wrapped__(*args, **kwargs)
-        self._after()
-        return result
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
-        return getattr, (self._owner, self._name)
-
-    def undo(self) -> None:
-        if vars(self._owner).get(self._name) is not self:
-            return
-        if self._was_attribute:
-            vars(self._owner)[self._name] = self.__wrapped__
-        else:
-            del vars(self._owner)[self._name]

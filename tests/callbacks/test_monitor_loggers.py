@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from models import BATCH_NORMS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
+from wandb_records import wandb_records
 
 from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
 
@@ -113,25 +113,9 @@ def test_wandb_offline_holds_every_key_and_histograms(tmp_path: Path, monkeypatc
 
 
 def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
-    """Read the events of an offline run: protobuf records in the log format of LevelDB."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, pending = file.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        pending += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record.FromString(pending)
-            pending = b""
-            if record.WhichOneof("record_type") == "history":
-                yield {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-                }
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
 
 
 def test_mlflow_holds_every_key(tmp_path: Path) -> None:

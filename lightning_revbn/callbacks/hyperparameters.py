@@ -1,0 +1,84 @@
+"""Hands the settings in force to the loggers as hyperparameters, beside those of the user."""
+
+# pyright: reportPrivateImportUsage=false
+# Lightning's documented home of rank_zero_warn re-exports it without saying so.
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_revbn.callbacks.next_call import NextCall
+from lightning_revbn.twins import twins
+
+
+def announce(trainer: Trainer, settings: Mapping[str, Any]) -> list[NextCall]:
+    """Give the settings to the loggers that must have them before Lightning logs the user's hyperparameters.
+
+    A TensorBoardLogger writes its `hparams.yaml` then and never again, and TensorBoard shows a run's first set of
+    hyperparameters and ignores all others: ours join that one. No set is written without the user's, nor `hp_metric`.
+
+    Args:
+        trainer: The Trainer, at `on_fit_start`.
+        settings: The settings by name.
+
+    Returns:
+        Changes of the loggers, each to be undone by the end of the fit.
+    """
+    ours = _entries(settings)
+    joined: list[NextCall] = []
+    for logger in _takers(trainer):
+        if isinstance(logger, twins(TensorBoardLogger)):
+            _log(logger, ours, metrics={})
+            joined.append(NextCall(logger, "log_hyperparams", _joined_by(ours)))
+    return joined
+
+
+def log(trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    """Give the settings to all other loggers, once the user's are there: where two names are the same these come first.
+
+    Args:
+        trainer: The Trainer, at `on_train_start`.
+        settings: The settings by name.
+    """
+    for logger in _takers(trainer):
+        if not isinstance(logger, twins(TensorBoardLogger)):
+            _log(logger, _entries(settings))
+
+
+def _entries(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `revbn/...` entries of one value: what loggers make of containers differs, and MLflow refuses patterns."""
+    return {
+        f"revbn/{name}": json.dumps(value) if isinstance(value, (dict, list)) else value
+        for name, value in settings.items()
+    }
+
+
+def _takers(trainer: Trainer) -> list[Logger]:
+    """List the loggers; none on other ranks than the first, and where the user switched hyperparameters off."""
+    wanted = getattr(trainer, "enable_autolog_hparams", True)  # since Lightning 2.6
+    return trainer.loggers if wanted and trainer.is_global_zero else []
+
+
+def _log(logger: Logger, entries: dict[str, Any], **options: Any) -> None:
+    try:
+        logger.log_hyperparams(entries, **options)
+    except Exception as error:  # a service that refuses must not end a training: MLflow does, if values have changed
+        rank_zero_warn(
+            f"RevisitedBatchNorm: {type(logger).__name__} did not take the settings as hyperparameters, which some "
+            f"loggers never change once they are written. Checkpoints have them. It says: {error}"
+        )
+
+
+def _joined_by(ours: dict[str, Any]) -> Callable[..., None]:
+    def around(method: Callable[..., None], params: Any = None, *args: Any, **kwargs: Any) -> None:
+        theirs = vars(params) if isinstance(params, Namespace) else dict(params or {})
+        method({**ours, **theirs}, *args, **kwargs)
+
+    return around

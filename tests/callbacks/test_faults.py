@@ -405,7 +405,10 @@ def test_a_loss_that_is_not_a_number_leaves_nothing_behind(ending: str, undistur
 # --- checkpoints of other runs ----------------------------------------------------------------------------------------
 
 
-KEYS = ("scale", "scale_lr_divisor", "weight_decay_exempt", "zero_kept", "monitor")
+KEYS = (
+    *("scale", "scale_lr_divisor", "weight_decay_exempt", "include", "exclude", "zero_scale", "trained"),
+    *("zero_kept", "monitor"),
+)
 
 
 def adamw(module: nn.Module) -> torch.optim.Optimizer:

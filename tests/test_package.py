@@ -70,4 +70,6 @@ def test_the_python_code_of_the_documents_runs(document: str, tmp_path: Path, mo
 
     namespace = {"model": lit.LitNet(), "data": lit.loader(), "network": lit.residual_net()}
     for block in blocks:
+        if re.match(r"# \S+\.py\n", block):  # a file, run by test_switch_it_on.py
+            continue
         exec(compile(block, document, "exec"), namespace)

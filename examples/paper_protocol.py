@@ -36,13 +36,13 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_revbn import InputNorm, OnlineInputNormMixin, RevisitedBatchNorm, paired_t_test
-from lightning_revbn.compare import holm, least_detectable_effect
+from lightning_revbn import InputNorm, OnlineInputNormMixin, RevisitedBatchNorm
+from lightning_revbn.cli.compare import compare, conclude, table
+from lightning_revbn.core.table import plain_table
 
 DATA_SETS = ("digits", "fashion-mnist", "cifar10")
 NETWORKS = ("cnn", "resnet18", "resnet34", "resnet50")
@@ -95,6 +95,15 @@ class Run:
         """The name of the arm in tables and directories."""
         name = "baseline" if self.scale is None else f"scale_{self.scale:g}"
         return f"input_{name}" if self.input_norm else name
+
+    def callbacks(self) -> list[L.Callback]:
+        """Return what the Trainer gets beside the network: nothing, or the callback."""
+        if self.scale is None:
+            return []
+        with warnings.catch_warnings():
+            # One arm takes the divisor alone on purpose.
+            warnings.filterwarnings("ignore", r"scale=1\.0: the method starts batch norm scales below 1")
+            return [RevisitedBatchNorm(scale=self.scale, scale_lr_divisor=DIVISOR)]
 
 
 class CifarResNet(PaperRecipe):
@@ -224,17 +233,11 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
         "flip": settings.data == "cifar10",
     }
     data = NormalizedImages(input_norm=InputNorm(channels), **options) if run.input_norm else Images(**options)
-    callbacks: list[L.Callback] = []
-    if run.scale is not None:
-        with warnings.catch_warnings():
-            # One arm takes the divisor alone on purpose.
-            warnings.filterwarnings("ignore", r"scale=1\.0: the method starts batch norm scales below 1")
-            callbacks.append(RevisitedBatchNorm(scale=run.scale, scale_lr_divisor=DIVISOR))
     trainer = L.Trainer(
         accelerator=settings.accelerator,
         devices=1,
         max_epochs=settings.epochs,
-        callbacks=callbacks,
+        callbacks=run.callbacks(),
         logger=CSVLogger(directory, name="", version=""),
         log_every_n_steps=len(data.train_dataloader()),
         num_sanity_val_steps=0,
@@ -332,63 +335,48 @@ def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def report(results: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print every arm against its baseline, and what the scale chosen on validation data does on test data.
+    """Print every arm against its baseline, and which scale validation data would have chosen.
 
     Args:
         results: Of the whole grid.
         console: Where to.
     """
     for input_norm in sorted({result["input_norm"] for result in results}):
-        arms: dict[str, dict[int, dict[str, Any]]] = {}
-        for result in results:
-            if result["input_norm"] == input_norm:
-                arms.setdefault(result["arm"], {})[result["seed"]] = result
+        arms = [result for result in results if result["input_norm"] == input_norm]
         report_arms(arms, "with input normalisation" if input_norm else "without input normalisation", console)
+        validation = by_arm(arms, "val_acc")
+        chosen = max(list(validation)[1:], key=lambda arm: statistics.fmean(validation[arm].values()))
+        console.print(f"Chosen on validation data: {chosen}", soft_wrap=True)
 
 
-def report_arms(arms: dict[str, dict[int, dict[str, Any]]], title: str, console: Console) -> None:
-    """Print the arms with one kind of input."""
-    baseline_name, *names = arms
-    seeds = sorted(arms[baseline_name])
-    before = [arms[baseline_name][seed]["test_acc"] for seed in seeds]
-    after = {name: [arms[name][seed]["test_acc"] for seed in seeds] for name in names}
-    validation = {name: statistics.fmean(arms[name][seed]["val_acc"] for seed in seeds) for name in arms}
-    table = Table(title=f"Accuracy in %, {title}", title_justify="left")
-    for heading in ("Arm", "n", "Validation", "Test", "std", "Difference", "95 % interval", "p", "p (Holm)"):
-        table.add_column(heading, justify="left" if heading == "Arm" else "right", no_wrap=heading != "95 % interval")
-    spread = statistics.stdev(before) if len(seeds) > 1 else 0.0
-    start = [baseline_name, str(len(seeds)), f"{validation[baseline_name]:.2f}", f"{statistics.fmean(before):.2f}"]
-    table.add_row(*start, f"{spread:.2f}")
-    if len(seeds) < 2:
-        console.print(table)
-        console.print("One pair tells nothing about chance: take more seeds.")
+def by_arm(results: Sequence[dict[str, Any]], metric: str) -> dict[str, dict[int, float]]:
+    """Return the values of a metric by arm and seed, the baseline first."""
+    arms: dict[str, dict[int, float]] = {}
+    for result in results:
+        arms.setdefault(result["arm"], {})[result["seed"]] = result[metric]
+    return arms
+
+
+def report_arms(results: Sequence[dict[str, Any]], title: str, console: Console) -> None:
+    """Print a baseline and the arms that are compared with it.
+
+    Args:
+        results: Of these arms, the baseline first.
+        title: What the table is about.
+        console: Where to.
+    """
+    baseline, *arms = by_arm(results, "test_acc").items()
+    if len(baseline[1]) < 2:
+        console.print(f"{title}: one pair tells nothing about chance, take more seeds.")
         return
-    tests = {name: paired_t_test(scores, before) for name, scores in after.items()}
-    corrected = dict(zip(tests, holm([test.p_value for test in tests.values()]), strict=True))
-    for name, test in tests.items():
-        low, high = test.confidence_interval
-        table.add_row(
-            name,
-            str(len(seeds)),
-            f"{validation[name]:.2f}",
-            f"{statistics.fmean(after[name]):.2f}",
-            f"{statistics.stdev(after[name]):.2f}",
-            f"{test.mean_difference:+.2f}",
-            f"{low:+.2f} to {high:+.2f}",
-            f"{test.p_value:.3g}",
-            f"{corrected[name]:.3g}",
-        )
-    console.print(table)
-    chosen = max(names, key=lambda name: validation[name])
-    test = tests[chosen]
-    verdict = "significant" if test.p_value <= SIGNIFICANT else "not significant"
-    effect = least_detectable_effect(len(seeds))
-    console.print(
-        f"Chosen on validation data: {chosen}. On test data {test.mean_difference:+.2f} points, one-sided p = "
-        f"{test.p_value:.3g}: {verdict} at {SIGNIFICANT}. {len(seeds)} pairs find d_z = {effect:.2f} in 80 % of all "
-        "experiments.",
-        soft_wrap=True,
-    )
+    comparisons = compare(baseline[1], dict(arms), "greater")
+    header, rows = table(comparisons)
+    header.insert(2, "Validation")
+    for row, scores in zip(rows, by_arm(results, "val_acc").values(), strict=True):
+        row.insert(2, f"{statistics.fmean(scores.values()):.5g}")
+    text = plain_table(header, rows, f"Accuracy in %, {title}")
+    for line in (*text.splitlines(), *conclude(comparisons, SIGNIFICANT)):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def draw_curves(results: Sequence[dict[str, Any]], output: Path) -> Path:
@@ -420,6 +408,25 @@ def draw_curves(results: Sequence[dict[str, Any]], output: Path) -> Path:
     return path
 
 
+def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> None:
+    """Add what every grid of runs has."""
+    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="epochs of a run (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="of a batch (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=15, metavar="N", help="pairs to train (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
+    )
+    parser.add_argument("--accelerator", default="cpu", help="of the Trainer (default: %(default)s)")
+    parser.add_argument("--output-dir", type=Path, default=output_dir, metavar="DIR", help="(default: %(default)s)")
+
+
+def check_run_options(parser: argparse.ArgumentParser, settings: argparse.Namespace) -> None:
+    """End the program with one line where a number of these is wrong."""
+    for option in ("epochs", "batch_size", "seeds", "workers"):
+        if getattr(settings, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {getattr(settings, option)}")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's settings; end the program with one line where a value is wrong."""
     parser = argparse.ArgumentParser(description="Trains a baseline and a grid of scales over paired seeds.")
@@ -427,26 +434,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=DEBIAN, metavar="DIR", help="its files (default: %(default)s)")
     parser.add_argument("--train-images", type=int, metavar="N", help="images to learn from, a tenth to validate")
     parser.add_argument("--network", choices=NETWORKS, default="cnn", help="cnn is that of the demo, for grey images")
-    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="epochs of a run (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="of a batch (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=15, metavar="N", help="pairs to train (default: %(default)s)")
     parser.add_argument(
         "--scales", type=float, nargs="+", default=SCALES, metavar="G", help="the grid; 1 is the divisor alone"
     )
     parser.add_argument(
         "--input-norm", choices=("without", "with", "both"), default="without", help="the input (default: %(default)s)"
     )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
-    )
-    parser.add_argument("--accelerator", default="cpu", help="of the Trainer (default: %(default)s)")
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path("protocol_output"), metavar="DIR", help="(default: %(default)s)"
-    )
+    add_run_options(parser, Path("protocol_output"))
     settings = parser.parse_args(arguments)
-    for option in ("epochs", "batch_size", "seeds", "workers"):
-        if getattr(settings, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {getattr(settings, option)}")
+    check_run_options(parser, settings)
     if settings.data == "digits" and settings.train_images is not None:
         parser.error("--train-images is for fashion-mnist and cifar10")
     if settings.data == "cifar10" and settings.network == "cnn":

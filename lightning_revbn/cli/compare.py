@@ -137,13 +137,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise CompareError("one pair tells nothing about chance: run more seeds")
     if find_spec("scipy") is None:
         raise CompareError('comparing needs scipy: pip install "lightning-revbn[compare]"')
-    comparisons = compare(baseline, dict(zip(labels, proposed, strict=True)), arguments.direction)
+    before, *after = ({seed: run.score for seed, run in runs.items()} for runs in arms)
+    comparisons = compare(before, dict(zip(labels, after, strict=True)), arguments.direction)
     if arguments.output is not None:
         _draw(comparisons, arguments)
     if arguments.json:
         print(json.dumps(to_dict(comparisons, arguments.metric, arguments.alpha), indent=2))  # noqa: T201
         return 0
-    header, rows = _table(comparisons)
+    header, rows = table(comparisons)
     title = f"{arguments.metric} of {len(baseline)} pairs, paired t-test: {_SIGNS[arguments.direction]}"
     if sys.stdout.isatty() and find_spec("rich") is not None:
         from rich.console import Console
@@ -157,23 +158,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def compare(
-    baseline: Mapping[int, FinishedRun], arms: Mapping[str, Mapping[int, FinishedRun]], direction: Alternative
+    baseline: Mapping[int, float], arms: Mapping[str, Mapping[int, float]], direction: Alternative
 ) -> list[Comparison]:
     """Test every arm against the baseline.
 
     Args:
-        baseline: Runs by seed.
-        arms: Runs by seed, of the same seeds, by label.
+        baseline: Scores by seed.
+        arms: Scores by seed, of the same seeds, by label.
         direction: What is claimed.
 
     Returns:
         A comparison for each arm, corrected for their number.
     """
     seeds = tuple(baseline)
-    before = tuple(run.score for run in baseline.values())
+    before = tuple(baseline.values())
     found: list[Comparison] = []
-    for label, runs in arms.items():
-        after = tuple(runs[seed].score for seed in seeds)
+    for label, scores in arms.items():
+        after = tuple(scores[seed] for seed in seeds)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of equal differences: `conclude` says it
             test = paired_t_test(after, before, alternative=direction)
@@ -181,6 +182,36 @@ def compare(
         found.append(Comparison(label, seeds, before, after, test, wilcoxon))
     corrected = holm([comparison.test.p_value for comparison in found])
     return [replace(comparison, corrected=p) for comparison, p in zip(found, corrected, strict=True)]
+
+
+def table(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """Return what is printed of the comparisons.
+
+    Args:
+        comparisons: All arms.
+
+    Returns:
+        The header, and a row for the baseline and each arm.
+    """
+    header = ["Arm", "n", "Mean", "std", "Difference", "95 % interval", "d_z", "p", "p (Wilcoxon)", "p (Holm)"]
+    rows = [_cells("baseline", comparisons[0].baseline) + [""] * 6]
+    for comparison in comparisons:
+        test = comparison.test
+        low, high = test.confidence_interval
+        rows.append(
+            [
+                *_cells(comparison.label, comparison.proposed),
+                f"{test.mean_difference:+.4g}",
+                f"{low:+.4g} to {high:+.4g}",
+                f"{test.effect_size:.2f}",
+                f"{test.p_value:.3g}",
+                f"{comparison.wilcoxon:.3g}",
+                f"{comparison.corrected:.3g}",
+            ]
+        )
+    if len(comparisons) == 1:  # one question needs no correction
+        return header[:-1], [row[:-1] for row in rows]
+    return header, rows
 
 
 def conclude(comparisons: Sequence[Comparison], alpha: float) -> list[str]:
@@ -302,28 +333,6 @@ def _read_arms(arguments: argparse.Namespace) -> list[dict[int, FinishedRun]]:
     logs = [find_logs(paths) for paths in arms]
     with progress_bar("Reading logs", sum(log.size for arm in logs for log in arm)) as advance:
         return [read_finished(arm, arguments.metric, pattern, advance) for arm in logs]
-
-
-def _table(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
-    header = ["Arm", "n", "Mean", "std", "Difference", "95 % interval", "d_z", "p", "p (Wilcoxon)", "p (Holm)"]
-    rows = [_cells("baseline", comparisons[0].baseline) + [""] * 6]
-    for comparison in comparisons:
-        test = comparison.test
-        low, high = test.confidence_interval
-        rows.append(
-            [
-                *_cells(comparison.label, comparison.proposed),
-                f"{test.mean_difference:+.4g}",
-                f"{low:+.4g} to {high:+.4g}",
-                f"{test.effect_size:.2f}",
-                f"{test.p_value:.3g}",
-                f"{comparison.wilcoxon:.3g}",
-                f"{comparison.corrected:.3g}",
-            ]
-        )
-    if len(comparisons) == 1:  # one question needs no correction
-        return header[:-1], [row[:-1] for row in rows]
-    return header, rows
 
 
 def _cells(label: str, scores: Sequence[float]) -> list[str]:

@@ -1,7 +1,7 @@
 """Which part of a small scale does it? The identity of docs/why.md, taken apart on digits.
 
     python examples/ablation.py
-    python examples/ablation.py --scales 0.1 --seeds 8
+    python examples/ablation.py --scales 0.1 --leave-one-out --seeds 8
 
 Training with all scales at g and their learning rate divided by c equals training at scale 1 with five settings
 changed. Each can be changed without the others:
@@ -13,7 +13,7 @@ changed. Each can be changed without the others:
 - `eps`: it is eps / g^2 in every batch norm layer but the stem's, whose input is the images.
 
 `logits` and `head` are the two halves of one fact: the last layer sees an input of another size. With g = 0.1 and
-c = 100, `scale` is a factor of 1 and no part. Every arm has one part alone, or all but one; beside them stand the arm
+c = 100, `scale` is a factor of 1 and no part. Every arm has one part alone (or all but one); beside them stand the arm
 with all of them, which is the method in other words, and the method itself. An arm is judged against the same
 baseline by the same paired test as in `paper_protocol.py`, whose runs these are: a second call trains only what is
 missing.
@@ -125,15 +125,17 @@ class PartialRun(Run):
         return [ScaleOne(self.scale, DIVISOR, self.parts)]
 
 
-def grid(settings: Settings, scales: tuple[float, ...], seeds: int) -> list[Run]:
+def grid(arguments: argparse.Namespace) -> list[Run]:
     """Return all runs, seed by seed: the baseline, and for every scale the method and its parts."""
+    settings = Settings("digits", "", None, "cnn", arguments.epochs, arguments.batch_size, arguments.accelerator)
     runs: list[Run] = []
-    for seed in range(1, seeds + 1):
+    for seed in range(1, arguments.seeds + 1):
         runs.append(Run(settings, None, input_norm=False, seed=seed))
-        for scale in scales:
+        for scale in arguments.scales:
             parts = parts_of(scale, DIVISOR)
             arms = {f"only_{part}": (part,) for part in parts}
-            arms |= {f"without_{part}": tuple(other for other in parts if other != part) for part in parts}
+            if arguments.leave_one_out:
+                arms |= {f"without_{part}": tuple(other for other in parts if other != part) for part in parts}
             runs.append(Run(settings, scale, input_norm=False, seed=seed))
             runs += [PartialRun(settings, scale, False, seed, *arm) for arm in [("all", parts), *arms.items()]]
     return runs
@@ -143,6 +145,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's settings; end the program with one line where a value is wrong."""
     parser = argparse.ArgumentParser(description="Takes the parts of a small scale one at a time, over paired seeds.")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, metavar="G", help="scales to take apart")
+    parser.add_argument("--leave-one-out", action="store_true", help="all parts but one, too")
     add_run_options(parser, Path("ablation_output"))
     settings = parser.parse_args(arguments)
     check_run_options(parser, settings)
@@ -155,10 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, write one CSV, and print what it says of every scale."""
     parsed = parse_arguments(arguments)
     console = Console()
-    settings = Settings("digits", "", None, "cnn", parsed.epochs, parsed.batch_size, parsed.accelerator)
     try:
-        runs = grid(settings, parsed.scales, parsed.seeds)
-        results = train_missing(runs, parsed.output_dir, parsed.workers, console)
+        results = train_missing(grid(parsed), parsed.output_dir, parsed.workers, console)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"ablation.py: {error}")
     write_results(results, parsed.output_dir / "results.csv")

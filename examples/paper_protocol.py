@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ import torchvision
 from digits import Digits, DigitsResNet, PaperRecipe, derive_seed, log_level, prepare_worker
 from fashion_mnist import DEBIAN, read_split
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from sklearn.model_selection import train_test_split
@@ -344,9 +347,13 @@ def report(results: Sequence[dict[str, Any]], console: Console) -> None:
     for input_norm in sorted({result["input_norm"] for result in results}):
         arms = [result for result in results if result["input_norm"] == input_norm]
         report_arms(arms, "with input normalisation" if input_norm else "without input normalisation", console)
-        validation = by_arm(arms, "val_acc")
-        chosen = max(list(validation)[1:], key=lambda arm: statistics.fmean(validation[arm].values()))
-        console.print(f"Chosen on validation data: {chosen}", soft_wrap=True)
+        console.print(f"Chosen on validation data: {choose(arms)}", soft_wrap=True)
+
+
+def choose(results: Sequence[dict[str, Any]]) -> str:
+    """Return the arm beside the baseline that does best on validation data; the first of several."""
+    validation = by_arm(results, "val_acc")
+    return max(list(validation)[1:], key=lambda arm: statistics.fmean(validation[arm].values()))
 
 
 def by_arm(results: Sequence[dict[str, Any]], metric: str) -> dict[str, dict[int, float]]:
@@ -380,7 +387,7 @@ def report_arms(results: Sequence[dict[str, Any]], title: str, console: Console)
 
 
 def draw_curves(results: Sequence[dict[str, Any]], output: Path) -> Path:
-    """Draw the validation accuracy of every arm over the epochs, mean over seeds.
+    """Draw the validation error of every arm over the epochs, mean over seeds: a panel for each kind of input.
 
     Args:
         results: Of the whole grid.
@@ -389,23 +396,38 @@ def draw_curves(results: Sequence[dict[str, Any]], output: Path) -> Path:
     Returns:
         The picture.
     """
-    arms: dict[str, list[list[float]]] = {}
-    for result in results:
-        with (output / result["arm"] / f"seed_{result['seed']:02}" / "metrics.csv").open(newline="") as file:
-            curve = [100 * float(row["val_acc"]) for row in csv.DictReader(file) if row.get("val_acc")]
-        arms.setdefault(result["arm"], []).append(curve)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for arm, curves in arms.items():
-        means = [statistics.fmean(epoch) for epoch in zip(*curves, strict=True)]
-        axes.plot(range(1, len(means) + 1), means, label=arm, color="black" if arm.endswith("baseline") else None)
-    axes.set_xlabel("Epoch")
-    axes.set_ylabel("Validation accuracy (%), mean over seeds")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    path = output / "curves.png"
-    figure.savefig(path, dpi=120)
+    kinds = sorted({result["input_norm"] for result in results})
+    figure = Figure(figsize=(1 + 4.4 * len(kinds), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for panel, input_norm in zip(panels, kinds, strict=True):
+        curves: dict[float | None, list[list[float]]] = {}
+        for result in results:
+            if result["input_norm"] == input_norm:
+                log = output / result["arm"] / f"seed_{result['seed']:02}" / "metrics.csv"
+                curves.setdefault(result["scale"], []).append(read_errors(log))
+        for index, (scale, errors) in enumerate(curves.items()):
+            means = [statistics.fmean(epoch) for epoch in zip(*errors, strict=True)]
+            colour = "black" if scale is None else colormaps["plasma"](0.9 * (index - 1) / max(len(curves) - 2, 1))
+            label = "baseline" if scale is None else f"scale {scale:g}"
+            panel.plot(range(1, len(means) + 1), means, label=label, color=colour, linewidth=1.3)
+        panel.set_title(f"{'With' if input_norm else 'Without'} input normalisation", fontsize="medium")
+        panel.set_xlabel("Epoch")
+        panel.set_yscale("log")  # the slow start and the end are both seen
+        panel.set_yticks((ticks := (3, 5, 10, 20, 40, 80)), [str(tick) for tick in ticks])
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("Validation error (%), mean over seeds")
+    panels[-1].legend(frameon=False)
+    path, picture = output / "curves.png", BytesIO()
+    figure.savefig(picture, dpi=110)
+    Image.open(picture).convert("RGB").quantize(48).save(path, optimize=True)
     return path
+
+
+def read_errors(log: Path) -> list[float]:
+    """Return the validation error of every epoch in %, from the file of a CSVLogger."""
+    with log.open(newline="") as file:
+        return [100 - 100 * float(row["val_acc"]) for row in csv.DictReader(file) if row.get("val_acc")]
 
 
 def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> None:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 import ablation
 import lightning as L
+import paper_protocol
 import pytest
 import torch
 from digits import Digits, DigitsResNet
@@ -68,4 +76,77 @@ def test_all_parts_together_are_the_method_in_float64(scale: float) -> None:
     for ours, theirs in zip(values.values, others.values, strict=True):
         for name, value in ours.items():
             expected = factors[kind(method, name)] * theirs[name]
-            torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-10, msg=name)
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.fixture(scope="module")
+def baseline() -> Recorder:
+    return train()[1]
+
+
+FACTORS = {"logits": 0.25, "head": 0.0625, "shift": 16.0, "scale": 0.16, "eps": 16.0}
+"""Of the parts of scale 0.25 and divisor 100, computed by hand."""
+
+
+@pytest.mark.parametrize("part", FACTORS)
+def test_a_part_alone_changes_what_it_says_and_nothing_else(part: str, baseline: Recorder) -> None:
+    network, recorder = train(ablation.ScaleOne(0.25, DIVISOR, (part,)))
+    start, first, *_ = recorder.values
+    for name, value in baseline.values[0].items():
+        factor = FACTORS[part] if part == "logits" and name == "head.2.weight" else 1.0
+        assert torch.equal(start[name], factor * value), name
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            factor = FACTORS[part] if part == "eps" and name != "stem.1" else 1.0
+            assert layer.eps == pytest.approx(1e-5 * factor), name
+    if part in ("logits", "eps"):
+        return  # every gradient is another one then
+    for name, value in baseline.values[0].items():
+        decay = 0.1 * 1e-4 * value if kind(network, name) == "head" else 0.0  # is that of the baseline
+        factor = FACTORS[part] if kind(network, name) == part else 1.0
+        step = factor * (baseline.values[1][name] - value + decay) - decay
+        torch.testing.assert_close(first[name] - value, step, rtol=1e-9, atol=1e-15, msg=name)
+
+
+def test_every_scale_has_its_parts_alone_and_all_but_each() -> None:
+    parsed = ablation.parse_arguments(["--scales", "0.1", "0.25", "--seeds", "2", "--leave-one-out"])
+    runs = ablation.grid(parsed)
+    arms = {run.arm: run.callbacks() for run in runs}
+    assert len(runs) == 2 * len(arms) == 2 * (1 + 10 + 12)
+    assert arms["baseline"] == []
+    assert isinstance(arms["scale_0.25"][0], RevisitedBatchNorm)
+    assert arms["scale_0.25_only_scale"][0].parts == ("scale",)
+    assert arms["scale_0.25_without_eps"][0].parts == ("logits", "head", "shift", "scale")
+    assert arms["scale_0.1_all"][0].parts == ("logits", "head", "shift", "eps")
+
+
+def test_a_run_with_parts_is_one_of_the_protocols(tmp_path: Path) -> None:
+    run = ablation.grid(
+        ablation.parse_arguments(["--scales", "0.5", "--seeds", "1", "--epochs", "1", "--leave-one-out"])
+    )[-1]
+    result = paper_protocol.train(run, tmp_path)
+    assert (result["arm"], result["scale"]) == ("scale_0.5_without_eps", 0.5)
+    assert paper_protocol.finished(run, tmp_path) == json.loads(json.dumps(result))
+
+
+def test_every_scale_has_a_table_of_its_own_and_the_same_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pretend(runs: Sequence[paper_protocol.Run], *rest: object) -> list[dict[str, Any]]:
+        score = {"baseline": 90.0, "scale_0.5_only_eps": 93.0, "scale_0.25_only_eps": 95.0}
+        return [
+            {**asdict(run), "arm": run.arm, "val_acc": 50.0, "test_acc": score.get(run.arm, 80.0) + run.seed % 2}
+            for run in runs
+            if run.arm in score
+        ]
+
+    monkeypatch.setattr(ablation, "train_missing", pretend)
+    ablation.main(["--scales", "0.5", "0.25", "--seeds", "3", "--output-dir", str(tmp_path)])
+    first, second = capsys.readouterr().out.split("Accuracy in %, the parts of scale 0.5, divisor 100")
+    assert "90.667" in first
+    assert "93.667" in first
+    assert "0.25" not in first
+    assert "90.667" in second
+    assert "95.667" in second
+    with (tmp_path / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 9

@@ -88,23 +88,26 @@ def _families(grid: str, rows: Sequence[dict[str, Any]]) -> Iterator[Family]:
             yield Family(grid, part[0], name, baseline[1], comparisons, validation, choose(part))
 
 
+KINDS: dict[str, tuple[Sequence[str], Callable[[Family], Sequence[str]]]] = {
+    "digits": (("Input norm",), lambda family: [family.name.split()[0]]),
+    "fashion-mnist": (
+        ("Images", "Epochs"),
+        lambda family: [f"{family.first['train_images']:,}", str(family.first["epochs"])],
+    ),
+    "ablation": (("Scale",), lambda family: [family.name.split()[1]]),
+}
+"""The tables by what names of their files start with: their first columns, and a family's cells there."""
+
+
 def tables(families: Sequence[Family]) -> dict[str, str]:
-    """Return the tables of the page by name, as Markdown."""
-
-    def markdown(kind: str, prefix: Sequence[str], cells: Callable[[Family], Sequence[str]]) -> str:
-        rows = [[*prefix, *HEADER], ["---"] * len(prefix) + ["--:"] * len(HEADER)]
-        for family in families:
-            if family.grid.startswith(kind):
-                rows += [[*cells(family), *row] for row in _rows(family)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-    return {
-        "digits": markdown("digits", ("Input norm", "Arm"), lambda f: (f.name.split()[0],)),
-        "fashion-mnist": markdown(
-            "fashion", ("Images", "Epochs", "Arm"), lambda f: (f"{f.first['train_images']:,}", str(f.first["epochs"]))
-        ),
-        "ablation": markdown("ablation", ("Scale", "Arm"), lambda f: (f.name.split()[1],)),
-    }
+    """Return the tables of the page by name, as Markdown; none where there are no runs."""
+    found: dict[str, str] = {}
+    for kind, (columns, cells) in KINDS.items():
+        rows = [[*cells(family), *row] for family in families if family.grid.startswith(kind) for row in _rows(family)]
+        head = [[*columns, "Arm", *HEADER], ["---"] * (len(columns) + 1) + ["--:"] * len(HEADER)]
+        if rows:
+            found[kind] = "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
+    return found
 
 
 def _rows(family: Family) -> Iterator[list[str]]:

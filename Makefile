@@ -35,6 +35,7 @@ bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ra
 	$(BIN)/python benchmarks/rewrite.py
 	$(BIN)/python benchmarks/monitor.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/input_norm.py
 
 matrix: $(VENV)/.examples $(VENV)/.test ## train with every strategy, precision and loop, and print what became of each combination

@@ -62,7 +62,7 @@ def _entries(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _takers(trainer: Trainer) -> list[Logger]:
     """List the loggers; none on other ranks than the first, and where the user switched hyperparameters off."""
-    wanted = getattr(trainer, "enable_autolog_hparams", True)  # since Lightning 2.6
+    wanted = getattr(trainer, "enable_autolog_hparams", True)  # Lightning 2.5.0 has no such switch
     return trainer.loggers if wanted and trainer.is_global_zero else []
 
 

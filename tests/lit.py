@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed
 from models import images, residual_net, scales
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -162,13 +161,6 @@ class ByHand(Optimizer):
 
 def by_hand(module: LitNet) -> Optimizer:
     return ByHand([p for p in module.parameters() if p.requires_grad], scales(module), module.lr)
-
-
-def leave_process_group() -> None:
-    """End the communication of this process: threads of gloo that outlive the interpreter abort it now and then."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def rows(path: Path) -> list[dict[str, str]]:

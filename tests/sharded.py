@@ -1,4 +1,4 @@
-"""What tests of several processes need for FSDP2, where parameters are shards."""
+"""The strategies of tests of several processes, and what FSDP2 needs, where parameters are shards."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lit import LitNet
 from packaging.version import Version
+from ranks import end_rank
 from torch import nn
 
 RUNS_ON_CPU = Version(torch.__version__) >= Version("2.7")
@@ -32,8 +34,26 @@ class ShardedNet(Sharding, LitNet):
     pass
 
 
+class SpawnedDDP(DDPStrategy):
+    """Lightning's `ddp_spawn`, whose processes end by `end_rank`."""
+
+    def __init__(self) -> None:
+        super().__init__(start_method="spawn")
+
+    def _configure_launcher(self) -> None:
+        self._launcher = _EndingLauncher(self, start_method="spawn")
+
+
+class _EndingLauncher(_MultiProcessingLauncher):
+    def _wrapping_function(self, *args: Any, **options: Any) -> None:
+        super()._wrapping_function(*args, **options)
+        end_rank()
+
+
 def strategy_of(name: str, ranks: int) -> Any:
     """Return what `Trainer(strategy=...)` takes; "fsdp2" is the one that has no name in Lightning."""
+    if name == "ddp_spawn":
+        return SpawnedDDP()
     if name != "fsdp2":
         return name
     return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False)

@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lit import LitNet, leave_process_group, trainer
+from lit import LitNet, trainer
 from models import SynchronizedBatchNorm, images, residual_net_of
+from ranks import end_rank
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -63,4 +64,4 @@ def seen(model: nn.Module, batches: list[Tensor]) -> Tensor:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]))
-    leave_process_group()
+    end_rank()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import timm
 import torch
 import torch.distributed
+from ranks import end_rank, join_process_group
 from raw import Collectives
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d
 from torch import Tensor, nn
@@ -200,16 +200,12 @@ def aside(rank: int) -> dict[str, Any]:
 
 def worker(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), ranks)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
+    join_process_group(rank, ranks, folder)
     results = {name: compare(name, rank) for name in CASES}
     results["aside"] = aside(rank)
     results["halves"] = {str(dtype): halves(dtype) for dtype in (torch.bfloat16, torch.float16)}
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
     torch.save(results, folder / f"rank{rank}.pt")
+    end_rank()
 
 
 if __name__ == "__main__":

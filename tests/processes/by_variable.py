@@ -9,8 +9,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from lit import LitNet, leave_process_group, loader, trainer
+from lit import LitNet, loader, trainer
 from models import scales
+from ranks import end_rank
 
 
 class Net(LitNet):
@@ -27,4 +28,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
     trainer(place, devices=2, strategy="ddp", max_epochs=1).fit(Net(place), loader())
-    leave_process_group()
+    end_rank()

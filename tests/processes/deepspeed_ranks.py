@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lit import LitNet, leave_process_group, trainer
+from lit import LitNet, trainer
 from models import images, residual_net, scales
+from ranks import end_rank
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from train import by_hand
@@ -114,4 +115,4 @@ def main(stage: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]))
-    leave_process_group()
+    end_rank()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.distributed
+from ranks import end_rank, join_process_group
 from torch import Tensor
 
 from lightning_revbn import InputNorm
@@ -29,15 +28,11 @@ CASES: dict[str, tuple[Tensor, Tensor]] = {  # good batches, and what rank 1 has
 
 def worker(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), ranks)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
+    join_process_group(rank, ranks, folder)
     results = {name: attempt(good, bad, rank, ranks, 2) for name, (good, bad) in CASES.items()}
     results["first step"] = attempt(FLOATS.byte(), FLOATS, rank, ranks, 0)
     torch.save(results, folder / f"rank{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_rank()
 
 
 def attempt(good: Tensor, bad: Tensor, rank: int, ranks: int, steps: int) -> dict[str, object]:

@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lit import LitNet, leave_process_group, trainer
+from lit import LitNet, trainer
 from models import images
+from ranks import end_rank
 from sharded import ShardedNet, strategy_of, values
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -102,4 +103,4 @@ def save(results: dict[str, Any], folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
-    leave_process_group()
+    end_rank()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed
 from lit import LitNet, trainer
+from ranks import end_rank, join_process_group
 from raw import Collectives, raw_images
+from sharded import strategy_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,10 +35,7 @@ def step(layer: nn.Module, inputs: Tensor, upstream: Tensor) -> dict[str, Tensor
 
 def worker(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), ranks)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
+    join_process_group(rank, ranks, folder)
     sizes, results = [5, 3], {"collectives": []}
     for kind in ("uint8", "float"):
         images = raw_images(8)[0]
@@ -54,9 +52,8 @@ def worker(rank: int, ranks: int, folder: Path) -> None:
             part = step(layer, inputs.split(sizes)[rank], upstream.split(sizes)[rank])
         results["collectives"].append(counted.count - 1)  # without our own all-reduce of the gradient
         results[kind] = {"layer": part, "joined": hand_made}
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
     torch.save(results, folder / f"rank{rank}.pt")
+    end_rank()
 
 
 class Save(LitNet):
@@ -77,7 +74,7 @@ def fit(ranks: int, folder: Path) -> None:
     """Train with sync_batchnorm=True, which converts torch's own layers."""
     network = nn.Sequential(InputBatchNorm(3), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5))
     data = DataLoader(TensorDataset(*raw_images(32)), batch_size=8)
-    run = trainer(folder, devices=ranks, strategy="ddp_spawn", sync_batchnorm=True, max_epochs=1)
+    run = trainer(folder, devices=ranks, strategy=strategy_of("ddp_spawn", ranks), sync_batchnorm=True, max_epochs=1)
     run.fit(Save(folder, network), data)
 
 

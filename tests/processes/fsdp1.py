@@ -16,9 +16,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
-from lit import LitNet, leave_process_group, trainer
+from lit import LitNet, trainer
 from models import images, residual_net, scales
 from packaging.version import Version
+from ranks import end_rank
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.utils.data import DataLoader, TensorDataset
@@ -112,4 +113,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    leave_process_group()
+    end_rank()

@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lit import LitNet, leave_process_group, trainer
+from lit import LitNet, trainer
 from models import images
+from ranks import end_rank
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,4 +31,4 @@ def main(strategy: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
-    leave_process_group()
+    end_rank()

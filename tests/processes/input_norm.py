@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lit import leave_process_group, trainer
+from lit import trainer
+from ranks import end_rank
 from raw import UnevenData, UnevenNet, raw_images
 from sharded import Sharding, strategy_of
 
@@ -74,4 +75,4 @@ def main(strategy: str, ranks: int, mode: str, kind: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], Path(sys.argv[5]))
-    leave_process_group()
+    end_rank()

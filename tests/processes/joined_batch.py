@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lit import Batches, LitNet, leave_process_group, trainer
+from lit import Batches, LitNet, trainer
 from models import SynchronizedBatchNorm, images, residual_net_of
+from ranks import end_rank
 from sharded import Sharding, strategy_of, values
 from torch import nn
 
@@ -52,4 +53,4 @@ def main(name: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
-    leave_process_group()
+    end_rank()

@@ -24,8 +24,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lit import Batches, LitNet, leave_process_group, rows, trainer
+from lit import Batches, LitNet, rows, trainer
 from models import BATCH_NORMS, images, residual_net, scales
+from ranks import end_rank
 from sharded import Sharding, strategy_of, values
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -270,4 +271,4 @@ def main() -> None:
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started from here
     main()
-    leave_process_group()
+    end_rank()

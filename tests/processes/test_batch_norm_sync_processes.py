@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from batch_norm_sync import CASES
 from test_processes import STRATEGIES, run
 
 Results = tuple[dict[str, Any], dict[str, Any]]
+Fitted = Callable[[str, int], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -82,38 +84,36 @@ def test_normalised_values_are_measured_by_the_statistics_of_all_ranks(ranks: Re
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return fit("auto", 1, tmp_path_factory.mktemp("one"))
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    @functools.cache
+    def fit(strategy: str, devices: int) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(strategy)
+        run("fit_synchronized.py", strategy, devices, folder)
+        return torch.load(folder / "result.pt", weights_only=True)
+
+    return fit
 
 
-def fit(strategy: str, devices: int, folder: Path) -> dict[str, Any]:
-    run("fit_synchronized.py", strategy, devices, folder)
-    return torch.load(folder / "result.pt", weights_only=True)
-
-
-def test_two_ranks_with_the_plugin_train_as_one_rank_with_the_joined_batch(
-    one_rank: dict[str, Any], tmp_path: Path
-) -> None:
-    two = fit("ddp", 2, tmp_path)
-    for key, value in one_rank["synchronised"].items():
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "ddp_spawn"])
+def test_two_ranks_with_the_plugin_train_as_one_rank_with_the_joined_batch(strategy: str, fitted: Fitted) -> None:
+    one, two = fitted("auto", 1), fitted(strategy, 2)  # a sharded model is synchronised in configure_model
+    for key, value in one["synchronised"].items():
         torch.testing.assert_close(two["synchronised"][key], value, rtol=1e-9, atol=1e-12, msg=key)
-        assert torch.equal(one_rank["rank by rank"][key], value)
+
+
+def test_the_plugin_is_needed_for_it_and_leaves_the_model_as_it_was(fitted: Fitted) -> None:
+    one, two = fitted("auto", 1), fitted("ddp", 2)
+    assert all(torch.equal(one["rank by rank"][key], value) for key, value in one["synchronised"].items())
     weight = "model.6.weight"
-    assert not torch.allclose(two["rank by rank"][weight], one_rank["synchronised"][weight], rtol=1e-3)
+    assert not torch.allclose(two["rank by rank"][weight], one["synchronised"][weight], rtol=1e-3)
 
     while_training, without = two["synchronised, while training"], two["rank by rank, while training"]
     assert (while_training["classes"], while_training["keys"]) == (without["classes"], without["keys"])
     assert while_training["own forward"] == [False, True, False, True, False, False, False]
     assert two["synchronised, afterwards"] == {"same classes": True, "own forward": [False] * 7}
 
-    assert "in place of 1 batch norm layers" in two["refusal"]
-    assert "'model.1' (forward of BatchNormAct2d" in two["refusal"]
 
-
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name == "fsdp2"])
-def test_sharded_models_are_synchronised_in_configure_model(
-    strategy: str, one_rank: dict[str, Any], tmp_path: Path
-) -> None:
-    sharded = fit(strategy, 2, tmp_path)
-    for key, value in one_rank["synchronised"].items():
-        torch.testing.assert_close(sharded["synchronised"][key], value, rtol=1e-9, atol=1e-12, msg=key)
+def test_torchs_own_layers_in_place_of_others_are_refused(fitted: Fitted) -> None:
+    refusal = fitted("ddp", 2)["refusal"]
+    assert "in place of 1 batch norm layers" in refusal
+    assert "'model.1' (forward of BatchNormAct2d" in refusal

@@ -13,8 +13,9 @@ import torch
 import torch.distributed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lit import C, LitNet, leave_process_group, quiet, trainer
+from lit import C, LitNet, quiet, trainer
 from models import images, residual_net, scales
+from ranks import end_rank
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
@@ -96,4 +97,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    leave_process_group()
+    end_rank()

@@ -68,12 +68,13 @@ def _leave_no_global_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sweep_over_the_group_trains_as_scripts_without_and_with_the_callback_do(tmp_path: Path) -> None:
-    train(tmp_path, "-m", "revbn=off,default")
+    train(tmp_path, "-m", "revbn=off,default,monitor")
     assert_equal(weights(tmp_path / "0"), in_a_script(tmp_path / "script"))
     assert_equal(weights(tmp_path / "1"), in_a_script(tmp_path / "script", RevisitedBatchNorm(monitor=False)))
-    off, on = ({key for row in rows(tmp_path / job) for key in row if key.startswith("revbn/")} for job in "01")
+    assert_equal(weights(tmp_path / "2"), weights(tmp_path / "0"))
+    off, on, seen = ({key for row in rows(tmp_path / job) for key in row if key.startswith("revbn/")} for job in "012")
     assert not off
-    assert {"revbn/scale_mean", "revbn/blocks.0.bn1/scale_drift"} <= on
+    assert {"revbn/scale_mean", "revbn/blocks.0.bn1/scale_drift"} <= on == seen
 
 
 def test_a_sweep_over_scales_starts_every_run_from_its_own(tmp_path: Path) -> None:

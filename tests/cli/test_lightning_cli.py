@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import shutil
 import subprocess
@@ -181,6 +182,7 @@ def test_the_flag_off_trains_and_saves_as_the_lightningcli_without_it(package: A
         folder.mkdir()
         settings = [] if kind is cli_of(package) else ["--revbn.enabled", "false", "--revbn.scale", "0.25"]
         program = run(kind, folder, "--seed_everything", "3", *settings, package=package)
+        assert not any(isinstance(callback, RevisitedBatchNorm) for callback in program.trainer.callbacks)
         (file,) = folder.rglob("*.ckpt")
         results.append((program.model, torch.load(file, weights_only=True)))
         assert len(list(folder.rglob("config.yaml"))) == 1
@@ -215,6 +217,12 @@ def test_the_group_of_a_configuration_file_sets_every_argument(tmp_path: Path) -
     saved = yaml.safe_load((tmp_path / "logs" / "config.yaml").read_text())["revbn"]
     assert {**saved, "monitor": None} == {**settings, "monitor": None}
     assert saved["monitor"]["init_args"]["every_n_steps"] == 3
+
+
+def test_the_monitor_of_the_group_may_be_a_file_of_its_own(tmp_path: Path) -> None:
+    monitor = "{class_path: lightning_revbn.BatchNormMonitor, init_args: {every_n_steps: 3}}"
+    run(RevBNCLI, tmp_path, "--revbn.enabled", "true", "--revbn.monitor", write(tmp_path / "monitor.yaml", monitor))
+    assert [row["step"] for row in rows(tmp_path / "logs") if "revbn/scale_mean" in row] == ["0", "3", "6", "9"]
 
 
 def test_help_has_every_argument_with_its_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,11 +374,8 @@ def test_a_callback_becomes_one_of_pytorch_lightning_once_and_keeps_its_methods(
     assert issubclass(lightning_revbn.BatchNormMonitor, pl.Callback)
 
 
-class ConfiguredData(OnlineInputNormMixin, L.LightningDataModule):
-    """Raw batches, with the settings of their normalisation from the configuration."""
-
-    def __init__(self, input_norm: InputNorm) -> None:
-        super().__init__(input_norm=input_norm)
+class Raw(OnlineInputNormMixin, L.LightningDataModule):
+    """Raw batches; the settings of their normalisation are the argument that the mixin has."""
 
     def train_dataloader(self) -> Any:
         return RawData().train_dataloader()
@@ -378,18 +383,35 @@ class ConfiguredData(OnlineInputNormMixin, L.LightningDataModule):
     val_dataloader = train_dataloader
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        "{num_features: 3, mode: ema, momentum: 0.2}",
-        "{class_path: lightning_revbn.InputNorm, init_args: {num_features: 3, mode: ema, momentum: 0.2}}",
-    ],
-)
-def test_a_configured_input_normalisation_trains_as_in_a_script(settings: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "data.yaml", f"data: {{input_norm: {settings}}}")
-    program = run(RevBNCLI, tmp_path, "--config", file, "--revbn.enabled", "true", data=ConfiguredData)
+class RawByArgument(Raw):
+    def __init__(self, input_norm: InputNorm) -> None:
+        super().__init__(input_norm=input_norm)
+
+
+class RawByKeywords(Raw):
+    def __init__(self, batch_size: int = 8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize("data", [Raw, RawByArgument, RawByKeywords])
+@pytest.mark.parametrize("by_class_path", [False, True])
+def test_a_configured_input_normalisation_trains_as_in_a_script(data: Any, by_class_path: bool, tmp_path: Path) -> None:
+    arguments = {"input_norm": {"num_features": 3, "mode": "ema", "momentum": 0.2}}
+    class_path = {"class_path": f"{__name__}.{data.__name__}", "init_args": arguments}
+    file = write(tmp_path / "data.yaml", yaml.safe_dump({"data": class_path if by_class_path else arguments}))
+    kind = functools.partial(RevBNCLI, subclass_mode_data=by_class_path)
+    program = run(kind, tmp_path, "--config", file, "--revbn.enabled", "true", data=data)
     expected = net_of(L)()
-    trainer(tmp_path, quiet()).fit(expected, ConfiguredData(InputNorm(num_features=3, mode="ema", momentum=0.2)))
+    trainer(tmp_path, quiet()).fit(expected, data(input_norm=InputNorm(num_features=3, mode="ema", momentum=0.2)))
     assert_same_parameters(expected, program.model)
-    saved = yaml.safe_load((tmp_path / "logs" / "config.yaml").read_text())["data"]["input_norm"]
-    assert {**saved, **saved.get("init_args", {})}["momentum"] == 0.2
+    saved = yaml.safe_load((tmp_path / "logs" / "config.yaml").read_text())["data"]
+    assert (saved["init_args"] if by_class_path else saved)["input_norm"]["momentum"] == 0.2
+
+
+def test_a_wrong_setting_of_the_input_normalisation_says_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "data.yaml", "data: {input_norm: {num_features: 0}}")
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        run(RevBNCLI, tmp_path, "--config", file, data=Raw)
+    assert "num_features=0 must be the number of channels" in capsys.readouterr().err + str(raised.value)

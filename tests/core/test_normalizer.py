@@ -51,7 +51,8 @@ def test_the_memory_format_is_kept() -> None:
 @given(st.data())
 def test_every_layout_of_memory_gives_the_same(data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, 5))
-    shape = data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 65]), min_size=rank, max_size=rank))
+    sizes = st.lists(st.sampled_from([1, 2, 3, 5, 65]), min_size=rank, max_size=rank)
+    shape = data.draw(sizes.filter(lambda shape: math.prod(shape) < 100_000))  # five times 65 would be gigabytes
     channel_dim = data.draw(st.integers(0, rank - 1))
     order = data.draw(st.permutations(range(rank)))
     values = torch.arange(float(math.prod(shape))).view(shape).permute(order)[..., :: data.draw(st.integers(1, 2))]

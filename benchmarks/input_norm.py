@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -15,13 +16,16 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed
 import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from ranks import end_rank, join_process_group
+from raw import Collectives
 
 from lightning_revbn import InputNorm, OnlineInputNormMixin
 from lightning_revbn.core.input_norm import OnlineStandardizer
@@ -119,20 +123,9 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-class Collectives(TorchDispatchMode):
-    """Counts the collectives that are called while it is active."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.namespace in ("c10d", "_c10d_functional")
-        return func(*args, **(kwargs or {}))
-
-
 def communicate(rank: int, folder: str) -> None:
     """Count the collectives of two ranks."""
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    join_process_group(rank, 2, Path(folder))
     standardizer = OnlineStandardizer(InputNorm(3, freeze_after=8 * 2 * 5))
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     with Collectives() as learning:
@@ -145,7 +138,7 @@ def communicate(rank: int, folder: str) -> None:
             standardizer.preview(images)
     if rank == 0:
         print(f"collectives in 5 training steps of 2 ranks: {learning.count}; frozen, evaluation: {otherwise.count}")
-    torch.distributed.destroy_process_group()
+    end_rank()
 
 
 class Photos(L.LightningDataModule):

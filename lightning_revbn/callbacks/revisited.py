@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -444,6 +445,25 @@ class RevisitedBatchNorm(Callback):
             )
         elif self.scale_lr_divisor > 1 and not covered and not permanent:
             rank_zero_warn(f"{name}: no optimizer holds a batch norm scale, so none learns with lr / c")
+        elif covered:  # an engine that trains 16-bit copies of its own numbers is not among them
+            self._warn_of_rounding()
+
+    def _warn_of_rounding(self) -> None:
+        coarse = [
+            record
+            for record in self._records
+            if record.verdict == "rewrite" and record.scale is not None and torch.finfo(record.scale.dtype).bits < 32
+        ]
+        if not coarse:
+            return
+        target, dtype = cast("float", coarse[0].target), cast("nn.Parameter", coarse[0].scale).dtype
+        apart = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(target))
+        rank_zero_warn(
+            f"{type(self).__name__}: {len(coarse)} scales are {dtype}, that of {coarse[0].name!r} for one. Near "
+            f"{target:g} such numbers are {apart:.2g} apart, and an update of less than half of that, as with "
+            f"lr / {self.scale_lr_divisor:g} most are, is rounded away. Train with "
+            "precision='bf16-mixed' or '16-mixed', or choose a smaller scale_lr_divisor"
+        )
 
     def _remove_rules(self) -> None:
         while self._rules:

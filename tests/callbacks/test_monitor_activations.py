@@ -105,6 +105,7 @@ def test_validation_between_accumulated_batches_does_not_count(tmp_path: Path) -
     )
 
 
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm. 3 scales are torch.bfloat16:UserWarning")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_the_run_is_the_same_to_the_bit(tmp_path: Path, precision: Any) -> None:
     plain, watched = LitNet(), LitNet()

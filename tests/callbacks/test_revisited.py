@@ -73,10 +73,23 @@ def test_every_fresh_layer_starts_training_from_the_scale(tmp_path: Path) -> Non
     assert_nothing_left_behind(module, run)
 
 
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm. 3 scales are torch.bfloat16:UserWarning")
 @pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-true", "bf16-mixed"])
 def test_the_report_is_right_in_every_precision(tmp_path: Path, precision: Any) -> None:
     trainer(tmp_path, callback := quiet(), precision=precision).fit(LitNet(), loader())
     assert len(callback.report.rewritten) == 3
+
+
+def test_scales_whose_numbers_are_too_coarse_to_learn_so_slowly_are_named(tmp_path: Path) -> None:
+    target, above = torch.tensor([0.25, 1.0], dtype=torch.bfloat16)
+    apart = (torch.nextafter(target, above) - target).item()
+    told = rf"3 scales are torch.bfloat16, that of 'model.stem.1' .* Near 0.25 such numbers are {apart:.2g} apart"
+    module = LitNet()
+    with pytest.warns(UserWarning, match=told):
+        trainer(tmp_path, quiet(scale=0.25), precision="bf16-true").fit(module, loader())
+    assert scale_values(module) == [0.25] * 3  # as it says
+    # Where nothing is divided there is nothing to tell.
+    trainer(tmp_path, quiet(scale=0.25, scale_lr_divisor=1.0), precision="bf16-true").fit(LitNet(), loader())
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

@@ -26,6 +26,7 @@ def permanent(module: nn.Module) -> Optimizer:
     return torch.optim.SGD(scale_param_groups(module, 0.05, 0.01), momentum=0.9)
 
 
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm. 3 scales are torch.bfloat16:UserWarning")
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
 def test_the_callback_equals_permanent_groups_on_one_gpu(precision: Any, tmp_path: Path) -> None:
     options = {"accelerator": "gpu", "devices": 1, "precision": precision, "deterministic": True}

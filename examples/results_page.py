@@ -39,7 +39,7 @@ class Family:
         baseline: Scores on test data by seed.
         comparisons: Of every other arm with it.
         validation: Mean on validation data by arm.
-        chosen: The arm that is best there.
+        chosen: The arm that is best there; None in an ablation, where nothing is chosen.
     """
 
     grid: str
@@ -48,7 +48,7 @@ class Family:
     baseline: dict[int, float]
     comparisons: list[Comparison]
     validation: dict[str, float]
-    chosen: str
+    chosen: str | None
 
 
 def read_families(folder: Path) -> list[Family]:
@@ -65,7 +65,7 @@ def read_families(folder: Path) -> list[Family]:
         if file.name != SUMMARY:
             with file.open(newline="") as opened:
                 families += _families(file.stem, [_typed(row) for row in csv.DictReader(opened)])
-    return sorted(families, key=lambda f: (f.grid.split("_")[0], f.first["train_images"], f.first["epochs"]))
+    return sorted(families, key=lambda f: (f.grid.split("_")[0], f.first["train_images"], f.first["epochs"], f.grid))
 
 
 def _typed(row: dict[str, str]) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def _typed(row: dict[str, str]) -> dict[str, Any]:
 
 
 def _families(grid: str, rows: Sequence[dict[str, Any]]) -> Iterator[Family]:
-    if grid.startswith("ablation"):  # every scale has the same baseline
+    ablation = grid.startswith("ablation")
+    if ablation:  # every scale has the same baseline
         scales = dict.fromkeys(row["scale"] for row in rows if row["scale"])
         parts = {f"scale {scale}": [row for row in rows if row["scale"] in ("", scale)] for scale in scales}
     else:
@@ -85,7 +86,7 @@ def _families(grid: str, rows: Sequence[dict[str, Any]]) -> Iterator[Family]:
             baseline, *arms = by_arm(part, "test_acc").items()
             comparisons = compare(baseline[1], dict(arms), "greater")
             validation = {arm: statistics.fmean(scores.values()) for arm, scores in by_arm(part, "val_acc").items()}
-            yield Family(grid, part[0], name, baseline[1], comparisons, validation, choose(part))
+            yield Family(grid, part[0], name, baseline[1], comparisons, validation, None if ablation else choose(part))
 
 
 KINDS: dict[str, tuple[Sequence[str], Callable[[Family], Sequence[str]]]] = {
@@ -117,7 +118,7 @@ def _rows(family: Family) -> Iterator[list[str]]:
     for comparison in family.comparisons:
         test = comparison.test
         low, high = test.confidence_interval
-        name = comparison.label.removeprefix("input_").replace("_", " ")
+        name = comparison.label.removeprefix("input_").replace("_", " ").removeprefix(f"{family.name} ")
         yield [
             f"**{name}**" if comparison.label == family.chosen else name,
             *_means(family, comparison.label, comparison.proposed),

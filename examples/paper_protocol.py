@@ -413,9 +413,11 @@ def draw_curves(results: Sequence[dict[str, Any]], output: Path) -> Path:
         panel.set_title(f"{'With' if input_norm else 'Without'} input normalisation", fontsize="medium")
         panel.set_xlabel("Epoch")
         panel.set_yscale("log")  # the slow start and the end are both seen
-        panel.set_yticks((ticks := (3, 5, 10, 20, 40, 80)), [str(tick) for tick in ticks])
-        panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
+        panel.minorticks_off()
+    limits = panels[0].get_ylim()  # shared by all
+    panels[0].set_yticks((ticks := (1, 2, 3, 5, 10, 20, 30, 40, 60, 80)), [str(tick) for tick in ticks])
+    panels[0].set_ylim(limits)
     panels[0].set_ylabel("Validation error (%), mean over seeds")
     panels[-1].legend(frameon=False)
     path, picture = output / "curves.png", BytesIO()

@@ -31,6 +31,7 @@ from lightning_revbn.core.input_norm import (
 )
 from lightning_revbn.core.normalizer import FixedNormalizer
 from lightning_revbn.spawned import Letter
+from lightning_revbn.trainers import callbacks_of
 from lightning_revbn.twins import overrides, twins
 
 if TYPE_CHECKING:
@@ -319,7 +320,8 @@ class OnlineInputNormMixin(_Base):
         self._knows_scale = True
         if self._standardizer.settings.scale != "auto":
             return "InputNorm(scale=...)"
-        callback = next((found for found in _callbacks(trainer) if found.enabled), None)
+        ours = (found for found in callbacks_of(trainer) if isinstance(found, RevisitedBatchNorm))
+        callback = next((found for found in ours if found.enabled), None)
         scale = None if callback is None else _first_scale(callback)
         self._standardizer.set_scale(RELU_STD if scale is None else RELU_STD * scale)
         if scale is None:
@@ -402,11 +404,6 @@ def _calls_super(function: Any) -> bool:
 def _mentions(code: CodeType, names: set[str]) -> bool:
     nested = (part for part in code.co_consts if isinstance(part, CodeType))
     return bool(names & set(code.co_names)) or any(_mentions(part, names) for part in nested)
-
-
-def _callbacks(trainer: Trainer) -> list[RevisitedBatchNorm]:
-    found: list[Any] = getattr(trainer, "callbacks")  # noqa: B009 # the Trainer does not declare this attribute
-    return [callback for callback in found if isinstance(callback, RevisitedBatchNorm)]
 
 
 def _first_scale(callback: RevisitedBatchNorm) -> float | None:

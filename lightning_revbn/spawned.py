@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_revbn.core.moments import Kind
+from lightning_revbn.trainers import callbacks_of
 
 _COLUMNS = ("count", "mean", "m2", "average_weight", "average_mean", "average_variance", "shift")
 _HEADER = 5
@@ -42,8 +43,7 @@ class Letter:
         """
         is_child = multiprocessing.parent_process() is not None and hasattr(trainer.strategy.launcher, "_start_method")
         if is_child and trainer.is_global_zero:
-            callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 # the Trainer does not declare it
-            callbacks.append(_Sender(self, state))
+            callbacks_of(trainer).append(_Sender(self, state))
 
     def write(self, state: dict[str, Any]) -> None:
         """Send a state.

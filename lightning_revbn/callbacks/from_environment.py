@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
+from lightning_revbn.trainers import callbacks_of
 
 _KEYS = tuple(inspect.signature(RevisitedBatchNorm).parameters)
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
@@ -43,8 +44,8 @@ class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        present: list[Any] = getattr(trainer, "callbacks")  # noqa: B009 # the Trainer does not declare this attribute
-        self._alone = not any(isinstance(other, RevisitedBatchNorm) and other is not self for other in present)
+        others = (other for other in callbacks_of(trainer) if other is not self)
+        self._alone = not any(isinstance(other, RevisitedBatchNorm) for other in others)
         self.enabled = self._asked and self._alone
         if self._asked and not self._alone and stage == "fit":
             rank_zero_info(

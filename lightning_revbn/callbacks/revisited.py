@@ -56,6 +56,7 @@ from lightning_revbn.core.update_rule import (
     scale_param_groups,
 )
 from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignored
+from lightning_revbn.trainers import callbacks_of
 from lightning_revbn.twins import overrides, twins
 
 
@@ -182,7 +183,7 @@ class RevisitedBatchNorm(Callback):
             self._module = weakref.ref(pl_module)
             self._rewritten, self._zero_kept = set(), set()
         # Where the Trainer has a monitor of its own, one is enough.
-        others = any(isinstance(callback, BatchNormMonitor) for callback in _callbacks(trainer))
+        others = any(isinstance(callback, BatchNormMonitor) for callback in callbacks_of(trainer))
         self._monitor = None if others else self._own_monitor
         if self._monitor is not None:
             self._monitor.setup(trainer, pl_module, stage)
@@ -514,14 +515,10 @@ def _has_target(record: BatchNormRecord) -> bool:
 def _averages(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
     """List the copies of the module that other callbacks average weights in, and made before ours was set up."""
     found: list[nn.Module] = []
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         for value in vars(callback).values():
             if isinstance(value, AveragedModel):
                 found.append(value.module)
             elif isinstance(callback, twins(StochasticWeightAveraging)) and isinstance(value, twins(LightningModule)):
                 found.append(value)
     return [copy for copy in found if type(copy) is type(pl_module) and copy is not pl_module]
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return getattr(trainer, "callbacks")  # noqa: B009 # the Trainer does not declare this attribute

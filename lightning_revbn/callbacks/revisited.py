@@ -379,7 +379,7 @@ class RevisitedBatchNorm(Callback):
 
     def _missing(self, optimizer: Any) -> str:
         """Say what groups made by `scale_param_groups` leave to be done; nothing where there are none."""
-        if not any(GROUP_MARK in group for group in optimizer.param_groups):
+        if not _permanent_groups(optimizer):
             return ""
         return (
             "; it has such groups, but not every scale is in one, or some decay: call scale_param_groups on the whole "
@@ -392,7 +392,7 @@ class RevisitedBatchNorm(Callback):
         Raises:
             MisconfigurationException: If there is none; the message has the code to add.
         """
-        if any(GROUP_MARK in group for group in optimizer.param_groups):
+        if _permanent_groups(optimizer):
             return
         group: dict[str, Any] = optimizer.param_groups[0]
         settings: dict[str, Any] = {
@@ -432,7 +432,7 @@ class RevisitedBatchNorm(Callback):
             rank_zero_warn(f"{name} has no effect: the model has no batch norm layers")
             return
         optimizers: list[Any] = trainer.strategy.optimizers
-        permanent = [(own, group) for own in optimizers for group in own.param_groups if GROUP_MARK in group]
+        permanent = [(own, group) for own in optimizers for group in _permanent_groups(own)]
         covered = sum(rule.covered for rule in self._rules)
         rate = f"{covered} scales learn with lr / {self.scale_lr_divisor:g}" if self.scale_lr_divisor > 1 else ""
         if permanent and not covered:
@@ -510,6 +510,11 @@ def _running_mean(record: BatchNormRecord) -> Tensor | None:
 
 def _has_target(record: BatchNormRecord) -> bool:
     return record.target is not None and record.has_scale(record.target)
+
+
+def _permanent_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """List the groups that `scale_param_groups` has made."""
+    return [group for group in optimizer.param_groups if GROUP_MARK in group]
 
 
 def _averages(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,11 @@ import lightning as L
 import pytest
 import torch
 from models import scales
+from scripts import run_example
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 EPOCHS, LR = 2, 0.1
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -97,17 +94,9 @@ def test_the_loop_equals_hand_made_groups_in_a_loop_without_fabric(tmp_path: Pat
 
 def test_two_ranks_equal_hand_made_groups_and_averages(tmp_path: Path) -> None:
     options = f"--accelerator cpu --devices 2 --strategy ddp --epochs {EPOCHS} --checkpoint {tmp_path / 'run.ckpt'}"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "fabric_loop.py"), *options.split()],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = run_example("fabric_loop.py", *options.split())
     assert_is(tmp_path / "run.ckpt", by_hand(ranks=2))
-    assert done.stdout.count("9 of 9 batch norm layers start from a new scale") == 1
+    assert printed.count("9 of 9 batch norm layers start from a new scale") == 1
 
 
 def test_a_run_that_is_stopped_goes_on_from_its_checkpoint_and_ends_as_one_that_was_not(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +13,15 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
 from lit import LitNet, loader, rows, trainer
+from scripts import ROOT, run_example
 
 from lightning_revbn import RevisitedBatchNorm
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "hydra"
 
 
 def train(folder: Path, *options: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE / "train.py"), *options, "trainer.max_epochs=2", f"hydra.sweep.dir={folder}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_example("hydra/train.py", *options, "trainer.max_epochs=2", f"hydra.sweep.dir={folder}")
 
 
 def weights(folder: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ matrix: $(VENV)/.examples $(VENV)/.test ## train with every strategy, precision 
 	$(BIN)/python benchmarks/matrix.py $(MATRIX_ARGS)
 
 kill-and-resume: $(VENV)/.examples $(VENV)/.test ## kill training at random moments and resume it, 200 times (KILL_ARGS="--trials 20 --seed 1")
-	$(BIN)/python tests/processes/kill_and_resume.py $(KILL_ARGS)
+	$(BIN)/python tests/processes/scripts/kill_and_resume.py $(KILL_ARGS)
 
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build

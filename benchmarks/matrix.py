@@ -1,4 +1,4 @@
-"""Trains every cell of the matrix of tests/processes/matrix.py and prints what became of each.
+"""Trains every cell of the matrix of tests/processes/scripts/matrix.py and prints what became of each.
 
 The cells are {strategy} x {precision} x {automatic, manual optimization} x {1, 2 optimizers} x {accumulation} x
 {clipping}. `--runs FOLDER` keeps the runs there, and does not run a strategy again that has its results there.
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "processes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "processes" / "scripts"))
 
 from cells import AXES, CELLS, Cell
 
 from lightning_revbn.core.table import plain_table
 
-SCRIPT = Path(__file__).parents[1] / "tests" / "processes" / "matrix.py"
+SCRIPT = Path(__file__).parents[1] / "tests" / "processes" / "scripts" / "matrix.py"
 Result = dict[str, Any]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_revbn import BatchNormMonitor, find_batch_norms
-from lightning_revbn.core.statistics import AffineStatistics
+from lightning_revbn.core.affine_statistics import AffineStatistics
 
 WARM_UP = 3
 

@@ -25,11 +25,11 @@ SCRIPT = "import lightning.pytorch as L; L.Trainer(logger=False)"
 ENTRY_POINT = """
 from time import process_time
 start = process_time()
-from lightning_revbn.plugins.environment import callbacks
+from lightning_revbn.switches.environment import callbacks
 assert callbacks() == []
 print(process_time() - start)
 """
-LOADED = "; import sys; print('lightning_revbn.plugins.environment' in sys.modules)"
+LOADED = "; import sys; print('lightning_revbn.switches.environment' in sys.modules)"
 ARMS = ("without", "with", "without again")
 
 

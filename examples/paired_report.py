@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_revbn import paired_t_test
-from lightning_revbn.cli.paired_figure import draw_pairs
 from lightning_revbn.compare import PairedTTest
+from lightning_revbn.plots.pairs_figure import draw_pairs
 
 SIGNIFICANT = 0.05
 LEGEND_LINES = 16  # of a deeper network some layers are named, evenly spaced

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_revbn.callbacks.monitor import BatchNormMonitor
     from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
-    from lightning_revbn.cli.lightning_cli import RevBNCLI, RevBNCLIMixin
     from lightning_revbn.compare import paired_t_test
     from lightning_revbn.core.initialization import init_batch_norms
     from lightning_revbn.core.input_batch_norm import InputBatchNorm
     from lightning_revbn.core.input_norm import InputNorm
     from lightning_revbn.core.layers import find_batch_norms
     from lightning_revbn.core.update_rule import ScaleUpdateRule, scale_param_groups
-    from lightning_revbn.datamodule import OnlineInputNormMixin
+    from lightning_revbn.data.datamodule import OnlineInputNormMixin
+    from lightning_revbn.switches.lightning_cli import RevBNCLI, RevBNCLIMixin
 
 __all__ = [
     "BatchNormMonitor",
@@ -38,9 +38,9 @@ _HOMES = {
     "BatchNormMonitor": "lightning_revbn.callbacks.monitor",
     "InputBatchNorm": "lightning_revbn.core.input_batch_norm",
     "InputNorm": "lightning_revbn.core.input_norm",
-    "OnlineInputNormMixin": "lightning_revbn.datamodule",
-    "RevBNCLI": "lightning_revbn.cli.lightning_cli",
-    "RevBNCLIMixin": "lightning_revbn.cli.lightning_cli",
+    "OnlineInputNormMixin": "lightning_revbn.data.datamodule",
+    "RevBNCLI": "lightning_revbn.switches.lightning_cli",
+    "RevBNCLIMixin": "lightning_revbn.switches.lightning_cli",
     "RevisitedBatchNorm": "lightning_revbn.callbacks.revisited",
     "ScaleUpdateRule": "lightning_revbn.core.update_rule",
     "find_batch_norms": "lightning_revbn.core.layers",
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(_HOMES[name]), name)
     if _HOMES[name].startswith("lightning_revbn.callbacks."):
-        import_module("lightning_revbn.twins").adopt(found)
+        import_module("lightning_revbn.lightning_compat").adopt(found)
     return found
 
 

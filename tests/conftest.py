@@ -4,7 +4,7 @@ import pytest
 import torch
 
 # A script for the environment of `make test-deepspeed`; doctests are collected by importing.
-collect_ignore = ["processes/deepspeed_ranks.py"]
+collect_ignore = ["processes/scripts/deepspeed_ranks.py"]
 
 
 @pytest.fixture(autouse=True)

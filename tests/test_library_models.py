@@ -16,9 +16,9 @@ import pytest
 import timm
 import torch
 import torchvision
+from helpers.lit import loader, trainer
+from helpers.models import assert_same_parameters
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lit import loader, trainer
-from models import assert_same_parameters
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

@@ -66,7 +66,7 @@ def test_the_python_code_of_the_documents_runs(document: str, tmp_path: Path, mo
     """The blocks of a page run one after the other in one namespace, beside a small model and its data."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
-    import lit
+    from helpers import lit
 
     namespace = {"model": lit.LitNet(), "data": lit.loader(), "network": lit.residual_net()}
     for block in blocks:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_revbn.callbacks.next_call import NextCall
-from lightning_revbn.twins import twins
+from lightning_revbn.lightning_compat import twins
 
 
 def announce(trainer: Trainer, settings: Mapping[str, Any]) -> list[NextCall]:

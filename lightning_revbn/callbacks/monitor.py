@@ -22,14 +22,19 @@ from typing_extensions import override
 
 from lightning_revbn.callbacks.scalar_layout import scalar_layout
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
+from lightning_revbn.core.affine_statistics import AffineStatistics
 from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms, is_flattened
-from lightning_revbn.core.statistics import AffineStatistics
+from lightning_revbn.core.metric_keys import (
+    DEFAULT_PREFIX,
+    NORMALIZED_ABSMAX,
+    NORMALIZED_OVER_3,
+    SCALE_LR,
+    WHOLE_MODEL_QUANTITIES,
+    metric_key,
+)
 from lightning_revbn.core.update_rule import scale_learning_rates
-from lightning_revbn.twins import twins
-
-WHOLE_MODEL = ("scale_mean", "scale_drift", "shift_drift", "scale_lr", "normalized_absmax", "normalized_over_3")
-"""Keys over all layers; they are for callbacks and the progress bar too."""
+from lightning_revbn.lightning_compat import twins
 
 
 @dataclass
@@ -113,7 +118,7 @@ class BatchNormMonitor(Callback):
         per_layer: bool = True,
         activations: bool = False,
         histograms: bool = False,
-        prefix: str = "revbn",
+        prefix: str = DEFAULT_PREFIX,
         *,
         progress_bar: bool = False,
     ) -> None:
@@ -205,11 +210,6 @@ class BatchNormMonitor(Callback):
         """Leave behind what belongs to this process: the module that was seen, its parameters and hooks."""
         return {**self.__dict__, "_module": None, "_fit": None}
 
-    @property
-    def _first(self) -> str:
-        """What every key begins with."""
-        return f"{self.prefix}/" if self.prefix else ""
-
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         if self.every_n_steps is None:
             return bool(trainer._logger_connector.should_update_logs)  # pyright: ignore[reportPrivateUsage] # no public name
@@ -223,10 +223,10 @@ class BatchNormMonitor(Callback):
             return
         with gathered(trainer.strategy.model or pl_module):
             try:
-                statistics = AffineStatistics(records, self._start, self._first)
+                statistics = AffineStatistics(records, self._start, self.prefix)
             except ValueError as error:
                 rank_zero_warn(f"{type(self).__name__}: drift starts again from the present values, since {error}")
-                statistics = AffineStatistics(records, prefix=self._first)
+                statistics = AffineStatistics(records, prefix=self.prefix)
             self._start = statistics.state_dict()
         metric = NormalizedActivations(len(records)).to(pl_module.device) if self.activations and records else None
         self._fit = _Fit(records, statistics, metric)
@@ -245,7 +245,7 @@ class BatchNormMonitor(Callback):
         scales = [record.scale for record in fit.records if record.scale is not None]
         rates = [rate for optimizer in trainer.optimizers for rate in scale_learning_rates(optimizer, scales)]
         if rates:
-            metrics[f"{self._first}scale_lr"] = sum(rates) / len(rates)
+            metrics[metric_key(self.prefix, "", SCALE_LR)] = sum(rates) / len(rates)
         return _Event(step, metrics, histograms)
 
     def _measurable(self, records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
@@ -276,7 +276,8 @@ class BatchNormMonitor(Callback):
                 )
         for logger in trainer.loggers:
             _log(logger, replace(event, metrics=metrics))
-        summary = {key: metrics[key] for key in (f"{self._first}{name}" for name in WHOLE_MODEL) if key in metrics}
+        whole_model = (metric_key(self.prefix, "", quantity) for quantity in WHOLE_MODEL_QUANTITIES)
+        summary = {key: metrics[key] for key in whole_model if key in metrics}
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in summary.items()})
         if self.progress_bar:
             trainer.progress_bar_metrics.update(summary)
@@ -287,13 +288,13 @@ class BatchNormMonitor(Callback):
         """Return what was seen since the event began, reduced across ranks, and begin anew."""
         computed = metric.compute()
         metric.reset()
-        layers = [f"{record.name}/" if record.name else "" for record in records] if self.per_layer else []
+        layers = [record.name for record in records] if self.per_layer else []
         rows = cast("list[tuple[float, float]]", torch.stack([*computed], dim=1).tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
         result: dict[str, float] = {}
         for layer, (absmax, over_3) in [*zip(layers, rows, strict=False), ("", rows[-1])]:
             if not math.isnan(over_3):  # a layer that this step did not use has seen nothing
-                result[f"{self._first}{layer}normalized_absmax"] = absmax
-                result[f"{self._first}{layer}normalized_over_3"] = over_3
+                result[metric_key(self.prefix, layer, NORMALIZED_ABSMAX)] = absmax
+                result[metric_key(self.prefix, layer, NORMALIZED_OVER_3)] = over_3
         return result
 
 

@@ -29,6 +29,7 @@ from typing_extensions import override
 from lightning_revbn.callbacks import hyperparameters
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.next_call import NextCall, followed_by
+from lightning_revbn.core.arguments import TrainedPolicy, ZeroScalePolicy, check_choice, check_divisor
 from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.initialization import (
     InitReport,
@@ -39,25 +40,17 @@ from lightning_revbn.core.initialization import (
     write_scales,
     zero_kept_names,
 )
-from lightning_revbn.core.layers import (
-    BatchNormRecord,
-    Selection,
-    TrainedPolicy,
-    ZeroScalePolicy,
-    check_choice,
-)
+from lightning_revbn.core.layers import BatchNormRecord, Selection
 from lightning_revbn.core.update_rule import (
     GROUP_MARK,
     ScaleUpdateRule,
     WeightDecayExempt,
-    check_divisor,
     exempt_parameters,
     is_divided,
     scale_param_groups,
 )
+from lightning_revbn.lightning_compat import callbacks_of, overrides, twins
 from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignored
-from lightning_revbn.trainers import callbacks_of
-from lightning_revbn.twins import overrides, twins
 
 
 class RevisitedBatchNorm(Callback):

@@ -7,25 +7,36 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TypeAlias
 
+from lightning_revbn.core.metric_keys import (
+    NORMALIZED_ABSMAX,
+    NORMALIZED_OVER_3,
+    SCALE_DRIFT,
+    SCALE_LR,
+    SCALE_MEAN,
+    SHIFT_DRIFT,
+    SHIFT_MEAN,
+    metric_key,
+)
+
 Layout: TypeAlias = "dict[str, dict[str, list[str | list[str]]]]"
 
 LAYERS_IN_A_CHART = 16
 """More lines than these cannot be told apart."""
 
 AFFINE_CHARTS = {
-    "Scale: mean": "scale_mean",
-    "Scale: drift": "scale_drift",
-    "Shift: mean": "shift_mean",
-    "Shift: drift": "shift_drift",
+    "Scale: mean": SCALE_MEAN,
+    "Scale: drift": SCALE_DRIFT,
+    "Shift: mean": SHIFT_MEAN,
+    "Shift: drift": SHIFT_DRIFT,
 }
 ACTIVATION_CHARTS = {
-    "Greatest |x_hat|": "normalized_absmax",
-    "Share of |x_hat| > 3": "normalized_over_3",
+    "Greatest |x_hat|": NORMALIZED_ABSMAX,
+    "Share of |x_hat| > 3": NORMALIZED_OVER_3,
 }
 WHOLE_MODEL_CHARTS = {
-    "Scale: mean": ("scale_mean",),
-    "Drift": ("scale_drift", "shift_drift"),
-    "Learning rate of the scales": ("scale_lr",),
+    "Scale: mean": (SCALE_MEAN,),
+    "Drift": (SCALE_DRIFT, SHIFT_DRIFT),
+    "Learning rate of the scales": (SCALE_LR,),
 }
 
 
@@ -60,7 +71,7 @@ def scalar_layout(prefix: str, layers: Sequence[str], *, activations: bool = Fal
 
 def _lines(prefix: str, layers: Sequence[str], keys: Sequence[str]) -> list[str | list[str]]:
     # TensorBoard matches from the start of a tag on, and takes what it is given for a regular expression.
-    tags = ["/".join(part for part in (prefix, layer, key) if part) for layer in layers for key in keys]
+    tags = [metric_key(prefix, layer, key) for layer in layers for key in keys]
     return ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]
 
 

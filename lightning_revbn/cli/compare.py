@@ -16,8 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from lightning_revbn.cli.finished_runs import FinishedRun, check_pairs, read_finished
-from lightning_revbn.cli.logs import find_logs, one_line, progress_bar
 from lightning_revbn.cli.plot import PlotError, check_output, suffixes
 from lightning_revbn.compare import (
     Alternative,
@@ -28,6 +26,8 @@ from lightning_revbn.compare import (
     wilcoxon_p_value,
 )
 from lightning_revbn.core.table import plain_table, rich_table
+from lightning_revbn.runs.finished_runs import FinishedRun, check_pairs, read_finished
+from lightning_revbn.runs.logs import find_logs, one_line, progress_bar
 
 POWER = 0.8
 FEWEST = 5
@@ -342,12 +342,12 @@ def _cells(label: str, scores: Sequence[float]) -> list[str]:
 
 def _draw(comparisons: Sequence[Comparison], arguments: argparse.Namespace) -> None:
     try:
-        from lightning_revbn.cli import paired_figure
+        from lightning_revbn.plots import pairs_figure
     except ImportError as error:
         raise PlotError('figures need matplotlib: pip install "lightning-revbn[plots]"') from error
     arms = {comparison.label: comparison.proposed for comparison in comparisons}
     try:
-        paired_figure.save_pairs(comparisons[0].baseline, arms, arguments.metric, arguments.output)
+        pairs_figure.save_pairs(comparisons[0].baseline, arms, arguments.metric, arguments.output)
     except OSError as error:
         raise PlotError(f"{one_line(arguments.output)} cannot be written: {error.strerror or error}") from error
 

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from lightning_revbn.cli.targets import resolve
+from lightning_revbn.core.affine_statistics import AffineStatistics
 from lightning_revbn.core.initialization import InitReport
 from lightning_revbn.core.layers import find_batch_norms
-from lightning_revbn.core.statistics import AffineStatistics
 from lightning_revbn.core.table import plain_table, rich_table
 
 SHOWN = ("mean", "std", "min", "max")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from lightning_revbn.cli import compare, inspect, plot
 from lightning_revbn.cli.compare import CompareError
-from lightning_revbn.cli.logs import LogError
 from lightning_revbn.cli.plot import PlotError
 from lightning_revbn.cli.targets import TargetError
+from lightning_revbn.runs.logs import LogError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

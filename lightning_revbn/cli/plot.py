@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lightning_revbn.cli.logs import (
+from lightning_revbn.core.arguments import UnmatchedPatternError, check_patterns_match
+from lightning_revbn.runs.logs import (
     Advance,
     Log,
     LogError,
@@ -22,7 +23,6 @@ from lightning_revbn.cli.logs import (
     progress_bar,
     read_scalars,
 )
-from lightning_revbn.core.layers import unmatched_patterns
 
 MOST_RUNS = 8
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -211,11 +211,10 @@ def choose_layers(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
         if run.whole_model:
             raise PlotError(f"--layers: {one_line(run.label)} logged the whole model only (per_layer=False)")
     names = list(dict.fromkeys(layer for run in runs for layer in run.layers))
-    for pattern, nearest in unmatched_patterns(patterns, names):
-        raise PlotError(
-            f"--layers: the pattern {pattern!r} matches none of the {len(names)} batch norm layers; the nearest "
-            f"names are {nearest}"
-        )
+    try:
+        check_patterns_match("--layers", patterns, names)
+    except UnmatchedPatternError as error:
+        raise PlotError(str(error)) from error
     chosen = [[layer for layer in run.layers if any(fnmatchcase(layer, p) for p in patterns)] for run in runs]
     for run, layers in zip(runs, chosen, strict=True):
         if not layers:
@@ -250,7 +249,7 @@ def _read(log: Log, label: str, prefix: str | None, advance: Advance) -> tuple[R
 
 def _figure_module() -> ModuleType:
     try:
-        from lightning_revbn.cli import figure
+        from lightning_revbn.plots import layers_figure as figure
     except ImportError as error:
         raise PlotError('figures need matplotlib: pip install "lightning-revbn[plots]"') from error
     return figure

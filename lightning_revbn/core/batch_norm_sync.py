@@ -23,9 +23,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_revbn.core.layers import check_patterns, unmatched_patterns
+from lightning_revbn.core.arguments import check_patterns, check_patterns_match
+from lightning_revbn.core.global_batch_norm import normalize, ranks_in, update_running
 from lightning_revbn.core.moments import Kind, global_moments
-from lightning_revbn.core.synchronized import normalize, ranks_in, update_running
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,11 +62,7 @@ def synchronize_batch_norms(model: Model, process_group: Any = None, exclude: Se
     """
     layers = dict(_batch_norms(model))
     exclude = check_patterns("exclude", exclude)
-    for pattern, nearest in unmatched_patterns(exclude, list(layers)) if layers else []:
-        raise ValueError(
-            f"exclude: the pattern {pattern!r} matches none of the model's {len(layers)} batch norm layers; "
-            f"the nearest names are {nearest}"
-        )
+    check_patterns_match("exclude", exclude, list(layers))
     for name, layer in layers.items():
         synchronizes_itself = isinstance(layer, nn.SyncBatchNorm) or _Synchronized.of(layer) is not None
         if not synchronizes_itself and not any(fnmatchcase(name, pattern) for pattern in exclude):

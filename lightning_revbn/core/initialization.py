@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_revbn.core.arguments import ScaleSpec, TrainedPolicy, ZeroScalePolicy
 from lightning_revbn.core.gathered import gathered
-from lightning_revbn.core.layers import (
-    BatchNormRecord,
-    ScaleSpec,
-    TrainedPolicy,
-    Verdict,
-    ZeroScalePolicy,
-    find_batch_norms,
-)
+from lightning_revbn.core.layers import BatchNormRecord, Verdict, find_batch_norms
 from lightning_revbn.core.table import plain_table, rich_table
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from typing_extensions import Self, override
 
+from lightning_revbn.core.global_batch_norm import normalize, ranks_in, update_running
 from lightning_revbn.core.moments import Kind, global_moments
-from lightning_revbn.core.synchronized import normalize, ranks_in, update_running
 
 
 class InputBatchNorm(nn.Module):

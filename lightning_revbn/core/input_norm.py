@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 import torch
 from torch import Tensor
 
+from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize, normalize
 from lightning_revbn.core.layers import check_choice
 from lightning_revbn.core.moments import OUT_OF_RANGE, GlobalBatch, Kind, Moments, global_moments
-from lightning_revbn.core.normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize, normalize
 
 RELU_STD = 0.58
 """Standard deviation of ReLU(N(0, 1)), sqrt(1/2 - 1/(2 pi)) = 0.58382, as the paper rounds it: that of the input of a

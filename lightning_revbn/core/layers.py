@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,6 +18,15 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from lightning_revbn.core.arguments import (
+    ScaleSpec,
+    TrainedPolicy,
+    ZeroScalePolicy,
+    check_choice,
+    check_patterns,
+    check_patterns_match,
+    check_scale,
+)
 from lightning_revbn.core.gathered import is_partitioned
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
 
@@ -41,9 +48,6 @@ State: TypeAlias = Literal[
     "shared",
     "unsupported",
 ]
-ZeroScalePolicy: TypeAlias = Literal["keep", "overwrite"]
-TrainedPolicy: TypeAlias = Literal["keep", "overwrite", "error"]
-ScaleSpec: TypeAlias = "float | Mapping[str, float]"
 
 
 @dataclass(frozen=True)
@@ -208,18 +212,12 @@ class Selection:
             records: The layers of the model.
 
         Raises:
-            ValueError: If so; the message has the nearest names.
+            UnmatchedPatternError: If so; the message has the nearest names.
         """
         names = [record.name for record in records]
-        if not names:
-            return
         mapped = tuple(self.scale) if isinstance(self.scale, Mapping) else ()
         for argument, patterns in (("include", self.include), ("exclude", self.exclude), ("scale", mapped)):
-            for pattern, nearest in unmatched_patterns(patterns, names):
-                raise ValueError(
-                    f"{argument}: the pattern {pattern!r} matches none of the model's {len(names)} batch norm "
-                    f"layers; the nearest names are {nearest}"
-                )
+            check_patterns_match(argument, patterns, names)
 
     def _target(self, name: str) -> float | None:
         """Return the scale asked for in a layer, or None where the patterns leave it out."""
@@ -239,23 +237,6 @@ class Selection:
         if state in ("unmaterialized", "shared", "unsupported"):
             return "refuse"
         return "rewrite" if state in ("fresh", "lazy") else "skip"
-
-
-def unmatched_patterns(patterns: Iterable[str], names: Sequence[str]) -> list[tuple[str, str]]:
-    """List the patterns that match no name.
-
-    Args:
-        patterns: `fnmatch` patterns.
-        names: Dotted names of layers.
-
-    Returns:
-        Each such pattern, with the nearest names in words.
-    """
-    return [
-        (pattern, ", ".join(map(repr, difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))))
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
 
 
 def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str]]:
@@ -297,79 +278,6 @@ def _is_frozen_batch_norm(layer: nn.Module) -> bool:
     """Recognise the frozen batch norm of torchvision, timm and others: all four tensors are buffers."""
     buffers = {name for name, _ in layer.named_buffers(recurse=False)}
     return {"weight", "bias", "running_mean", "running_var"} <= buffers
-
-
-def check_scale(scale: ScaleSpec) -> ScaleSpec:
-    """Return the scale, or say what is wrong with it.
-
-    Args:
-        scale: A number, or a mapping from name patterns to numbers.
-
-    Returns:
-        The same as floats; a mapping as a new dict in the same order.
-
-    Raises:
-        ValueError: If a number is not finite and positive, or the mapping is empty.
-        TypeError: If it is neither a number nor a mapping of strings to numbers.
-    """
-    if isinstance(scale, Mapping):
-        if not scale:
-            raise ValueError('scale is an empty mapping: give at least one pattern, such as {"*": 0.1}')
-        return {
-            _check_pattern("scale", key): _check_scale_value(value, f"scale[{key!r}]") for key, value in scale.items()
-        }
-    return _check_scale_value(scale, "scale")
-
-
-def check_choice(argument: str, value: object, choices: Iterable[object]) -> None:
-    """Raise unless the value is one of the choices.
-
-    Args:
-        argument: Name of the argument, for the message.
-        value: What was given.
-        choices: What may be given.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    choices = list(choices)
-    if value not in choices:
-        raise ValueError(f"{argument}={value!r} is unknown: use one of {', '.join(repr(choice) for choice in choices)}")
-
-
-def check_patterns(argument: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return name patterns as a tuple; a single string counts as one pattern.
-
-    Args:
-        argument: Name of the argument, for the message.
-        patterns: `fnmatch` patterns.
-
-    Returns:
-        The patterns.
-
-    Raises:
-        TypeError: If a pattern is no string.
-    """
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    return tuple(_check_pattern(argument, pattern) for pattern in patterns)
-
-
-def _check_pattern(argument: str, pattern: object) -> str:
-    if not isinstance(pattern, str):
-        raise TypeError(f"{argument} takes name patterns such as 'backbone.*', got {pattern!r}")
-    return pattern
-
-
-def _check_scale_value(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{where} must be a number above 0 (the method: below 1), got {value!r}")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{where}={value!r} must be finite and positive; the method uses values below 1, such as 0.1")
-    if value >= 1:
-        warnings.warn(
-            f"{where}={value!r}: the method starts batch norm scales below 1 (torch starts them at 1)", stacklevel=2
-        )
-    return float(value)
 
 
 def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> tuple[State, str]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lightning_revbn.core.channels import ChannelView, channel_view, dense, pieces
+from lightning_revbn.core.channel_view import ChannelView, channel_view, dense, pieces
 from lightning_revbn.core.compiled import compile_once
 
 OUT_OF_RANGE = "integers beyond 32 bits cannot be summed exactly: convert them to float64"

@@ -8,7 +8,6 @@ optimizer itself, so none of them can ever meet a divided group, whatever happen
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_
@@ -21,9 +20,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_revbn.core.arguments import check_choice, check_divisor
 from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.initialization import rule_scales
-from lightning_revbn.core.layers import BatchNormRecord, check_choice, find_batch_norms
+from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms
 
 WeightDecayExempt: TypeAlias = Literal["scale", "norm", "vectors"]
 Group: TypeAlias = "dict[str, Any]"
@@ -380,29 +380,6 @@ def exempt_parameters(
             if attribute == "bias" or attribute.startswith("bias_") or attribute.endswith("_bias"):
                 found[id(parameter)] = parameter
     return list(found.values())
-
-
-def check_divisor(divisor: float) -> float:
-    """Return the divisor, or say what is wrong with it.
-
-    Args:
-        divisor: The constant c.
-
-    Returns:
-        The same as a float.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not finite and positive.
-    """
-    if isinstance(divisor, bool) or not isinstance(divisor, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"the divisor of the scales' learning rate must be a number, got {divisor!r}")
-    if not math.isfinite(divisor) or divisor <= 0:
-        raise ValueError(
-            f"the divisor of the scales' learning rate must be finite and positive, got {divisor!r}; "
-            "the paper uses 100, and 1 switches the rule off"
-        )
-    return float(divisor)
 
 
 def divide_lr(lr: Any, divisor: float, where: str) -> Any:

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from lightning_revbn.core.arguments import check_patterns
 from lightning_revbn.core.batch_norm_sync import damaged_by_conversion, restore_batch_norms, synchronize_batch_norms
-from lightning_revbn.core.layers import check_patterns
-from lightning_revbn.twins import twins
+from lightning_revbn.lightning_compat import twins
 
 _SHOWN = 3
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lit import (
+from helpers.lit import (
     LitNet,
     Rates,
     assert_nothing_left_behind,
@@ -21,7 +19,9 @@ from lit import (
     sgd,
     trainer,
 )
-from models import BATCH_NORMS, assert_same_parameters, residual_net, scales
+from helpers.models import BATCH_NORMS, assert_same_parameters, residual_net, scales
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_revbn import RevisitedBatchNorm

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.lit import LitNet, loader, rows, trainer
+from helpers.models import scales
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lit import LitNet, loader, rows, trainer
-from models import scales
 from torch import nn
 from torch.optim import Optimizer
 

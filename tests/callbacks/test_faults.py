@@ -16,13 +16,13 @@ from typing import Any, TypeAlias
 import lightning as L
 import pytest
 import torch
-from aftermath import Snapshot, assert_nothing_left
+from helpers.aftermath import Snapshot, assert_nothing_left
+from helpers.lit import Configure, LitNet, loader, sgd, trainer
+from helpers.models import ResidualNet, assert_same_parameters, residual_net, scales
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lit import Configure, LitNet, loader, sgd, trainer
-from models import ResidualNet, assert_same_parameters, residual_net, scales
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

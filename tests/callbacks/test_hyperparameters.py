@@ -13,18 +13,18 @@ import pytest
 import torch
 import wandb
 import yaml
+from helpers.lit import LitNet, loader, quiet, sgd, trainer
+from helpers.models import residual_net
+from helpers.wandb_records import wandb_records
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lit import LitNet, loader, quiet, sgd, trainer
-from models import residual_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.nn.functional import cross_entropy
-from wandb_records import wandb_records
 
 from lightning_revbn import RevisitedBatchNorm
 from lightning_revbn.callbacks import hyperparameters
-from lightning_revbn.callbacks.from_environment import callback_from
+from lightning_revbn.switches.environment_callback import callback_from
 
 USERS = {"width": 6, "optimizer": {"name": "sgd"}}
 DEFAULTS = {

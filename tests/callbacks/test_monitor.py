@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.lit import LitNet, loader, rows, trainer
+from helpers.models import BATCH_NORMS, assert_same_parameters, residual_net
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lit import LitNet, loader, rows, trainer
-from models import BATCH_NORMS, assert_same_parameters, residual_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 

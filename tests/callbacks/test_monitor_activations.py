@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.lit import LitNet, loader, rows, trainer
+from helpers.models import BATCH_NORMS, assert_same_parameters, images, residual_net
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lit import LitNet, loader, rows, trainer
-from models import BATCH_NORMS, assert_same_parameters, images, residual_net
 from torch import Tensor, nn
 
 from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm

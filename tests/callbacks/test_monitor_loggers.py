@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import wandb
+from helpers.lit import LitNet, loader, rows, trainer
+from helpers.models import BATCH_NORMS
+from helpers.wandb_records import wandb_records
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lit import LitNet, loader, rows, trainer
-from models import BATCH_NORMS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
-from wandb_records import wandb_records
 
 from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
 

@@ -14,15 +14,7 @@ import lightning as L
 import pytest
 import torch
 import torchvision
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    LearningRateMonitor,
-    ModelCheckpoint,
-)
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lit import (
+from helpers.lit import (
     C,
     LitNet,
     Rates,
@@ -34,7 +26,15 @@ from lit import (
     sgd,
     trainer,
 )
-from models import BATCH_NORMS, ResidualNet, assert_same_parameters, images, residual_net, scales
+from helpers.models import BATCH_NORMS, ResidualNet, assert_same_parameters, images, residual_net, scales
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

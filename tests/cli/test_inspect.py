@@ -13,11 +13,11 @@ import pytest
 import timm.layers
 import torch
 import torchvision
+from helpers.lit import LitNet, loader, trainer
+from helpers.models import BATCH_NORMS, residual_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lit import LitNet, loader, trainer
-from models import BATCH_NORMS, residual_net
 from torch import nn
 
 from lightning_revbn import RevisitedBatchNorm

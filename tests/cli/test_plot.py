@@ -12,24 +12,25 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torchvision
+from helpers.lit import LitNet, loader, trainer
+from helpers.models import BATCH_NORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lit import LitNet, loader, trainer
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from models import BATCH_NORMS
 from PIL import Image
 from test_logs import COUNTING, write_csv, write_events
 from torch import nn
 
 from lightning_revbn import BatchNormMonitor
-from lightning_revbn.cli import figure as figure_module
-from lightning_revbn.cli.figure import (
+from lightning_revbn.cli.main import main
+from lightning_revbn.plots import layers_figure as figure_module
+from lightning_revbn.plots.layers_figure import (
     HEAT_MAP,
     HUGE,
     ROWS,
@@ -42,8 +43,7 @@ from lightning_revbn.cli.figure import (
     gaps,
     save,
 )
-from lightning_revbn.cli.logs import Run, Series
-from lightning_revbn.cli.main import main
+from lightning_revbn.runs.logs import Run, Series
 
 AFFINE = ("scale_mean", "shift_mean", "scale_drift", "shift_drift")
 ALL = tuple(row.quantity for row in ROWS)
@@ -475,8 +475,8 @@ def test_the_logs_of_real_runs_are_drawn(kind: Any, tmp_path: Path, capsys: pyte
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[Run]]:
     """Note the runs that are drawn instead of drawing them."""
     seen: list[list[Run]] = []
-    monkeypatch.setattr("lightning_revbn.cli.figure.draw", lambda runs, style: seen.append(list(runs)))
-    monkeypatch.setattr("lightning_revbn.cli.figure.save", lambda figure, path: None)
+    monkeypatch.setattr("lightning_revbn.plots.layers_figure.draw", lambda runs, style: seen.append(list(runs)))
+    monkeypatch.setattr("lightning_revbn.plots.layers_figure.save", lambda figure, path: None)
     return seen
 
 
@@ -542,7 +542,7 @@ Arguments = Callable[[Path], list[object]]
         (lambda path: ["nowhere", "-o", path / "a.png"], "a.png cannot be written: it is a directory"),
         (
             lambda path: [path / "run", "--layers", "*.bn1", "block1.bn3"],
-            "--layers: the pattern 'block1.bn3' matches none of the 4 batch norm layers; the nearest names are "
+            "--layers: the pattern 'block1.bn3' matches none of the model's 4 batch norm layers; the nearest names are "
             "'model.block1.bn",
         ),
         (lambda path: [path, "--layers", "*head*"], "--layers: no pattern matches a layer of other"),
@@ -606,8 +606,8 @@ def test_missing_libraries_are_named_with_the_remedy(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
         assert refused([tmp_path], capsys).endswith(f"needs tensorboard to be read: {remedy}")
-    monkeypatch.delitem(sys.modules, "lightning_revbn.cli.figure")
-    monkeypatch.delattr("lightning_revbn.cli.figure")
+    monkeypatch.delitem(sys.modules, "lightning_revbn.plots.layers_figure")
+    monkeypatch.delattr("lightning_revbn.plots.layers_figure")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert refused(["nowhere"], capsys) == f"figures need matplotlib: {remedy}"
 
@@ -623,11 +623,11 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_command_imports_nothing_heavy_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "PIL", "tensorboard", "rich"):
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("main", "plot", "logs", "figure"):
-        monkeypatch.delitem(sys.modules, f"lightning_revbn.cli.{name}")
+    for name in ("cli.main", "cli.plot", "runs.logs", "plots.layers_figure"):
+        monkeypatch.delitem(sys.modules, f"lightning_revbn.{name}")
         monkeypatch.delattr(f"lightning_revbn.cli.{name}")
     assert import_module("lightning_revbn.cli.main").main is not main
-    assert "lightning_revbn.cli.figure" not in sys.modules
+    assert "lightning_revbn.plots.layers_figure" not in sys.modules
 
 
 def test_the_quantities_of_the_figure_are_those_that_the_monitor_logs(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.models import BATCH_NORMS, images, residual_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BATCH_NORMS, images, residual_net
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import BATCH_NORMS, assert_same_parameters, images, residual_net
 from lightning.pytorch.plugins.layer_sync import _BatchNormXd
-from models import BATCH_NORMS, assert_same_parameters, images, residual_net
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ResidualNet, images, residual_net
+from helpers.models import ResidualNet, images, residual_net
 from torch import nn
 from torch.nn.functional import cross_entropy
 

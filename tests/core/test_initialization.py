@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torchvision
-from models import residual_net, scales
+from helpers.models import residual_net, scales
 from rich.console import Console
 from test_layers import Softplus
 from torch import nn

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import images, residual_net, scales
-from raw import raw_images
+from helpers.models import images, residual_net, scales
+from helpers.raw import raw_images
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

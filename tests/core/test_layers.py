@@ -6,7 +6,7 @@ import pytest
 import timm.layers
 import torch
 import torchvision
-from models import BATCH_NORMS, residual_net
+from helpers.models import BATCH_NORMS, residual_net
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 

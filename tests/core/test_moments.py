@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_revbn.core import channels
+from lightning_revbn.core import channel_view as channels
 from lightning_revbn.core.moments import Moments, global_moments, moments
 
 SHAPES = [

@@ -13,10 +13,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers.models import assert_same_parameters, images, residual_net, scales
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from models import assert_same_parameters, images, residual_net, scales
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer

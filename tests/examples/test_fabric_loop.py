@@ -13,8 +13,8 @@ import fabric_loop
 import lightning as L
 import pytest
 import torch
-from models import scales
-from scripts import run_example
+from helpers.models import scales
+from helpers.scripts import run_example
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

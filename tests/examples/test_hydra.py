@@ -9,11 +9,11 @@ import digits
 import lightning as L
 import pytest
 import torch
+from helpers.lit import LitNet, loader, rows, trainer
+from helpers.scripts import ROOT, run_example
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
-from lit import LitNet, loader, rows, trainer
-from scripts import ROOT, run_example
 
 from lightning_revbn import RevisitedBatchNorm
 

@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers.lit import LitNet, loader, rows, trainer
+from helpers.models import assert_same_parameters, images, residual_net, scales
 from lightning.pytorch.loggers import CSVLogger
-from lit import LitNet, loader, rows, trainer
-from models import assert_same_parameters, images, residual_net, scales
 from test_processes import run
 from torch import nn
 from torch.nn.functional import cross_entropy

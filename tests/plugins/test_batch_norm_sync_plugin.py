@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.lit import LitNet, loader, trainer
+from helpers.models import BATCH_NORMS, residual_net
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lit import LitNet, loader, trainer
-from models import BATCH_NORMS, residual_net
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 

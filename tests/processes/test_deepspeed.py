@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from lit import LitNet
-from models import BATCH_NORMS
+from helpers.lit import LitNet
+from helpers.models import BATCH_NORMS
 from test_processes import logged_in, run
 
 pytestmark = pytest.mark.deepspeed

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import BATCH_NORMS
+from helpers.models import BATCH_NORMS
 from test_processes import logged_in, run
 
 Ranks = list[dict[str, Any]]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from lit import trainer
-from raw import PARTS, UnevenData, UnevenNet, raw_images
+from helpers.lit import trainer
+from helpers.raw import PARTS, UnevenData, UnevenNet, raw_images
 from test_processes import STRATEGIES, run
 from torch import Tensor
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import joined_batch
 import pytest
 import torch
+from helpers.lit import rows, trainer
+from helpers.models import BATCH_NORMS
+from helpers.sharded import RUNS_ON_CPU
 from joined_batch import JoinedNet
-from lit import rows, trainer
-from models import BATCH_NORMS
-from sharded import RUNS_ON_CPU
 
 from lightning_revbn import RevisitedBatchNorm
 
@@ -129,7 +129,7 @@ def test_when_a_rank_dies_the_other_ends_and_its_checkpoint_resumes(tmp_path: Pa
 
 def run(script: str, *arguments: object) -> str:
     """Run a script of this directory and return what it told on standard error."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    command = [sys.executable, str(Path(__file__).parent / "scripts" / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr

@@ -1,0 +1,200 @@
+"""Normalises tensors with given constants: `(x - mean) * gain`, in few passes over memory; and back."""
+
+# TorchScript cannot read postponed annotations, so they are not postponed here.
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_revbn.core.channel_view import channel_view, dense, pieces
+from lightning_revbn.core.compiled import compile_once
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What is subtracted per channel, and what the difference is multiplied by.
+
+    A mean that the precision of the arithmetic cannot hold is two numbers: what it can, and the rest.
+
+    Attributes:
+        mean: Shape `(C,)`.
+        rest: What `mean` lacks, shape `(C,)`; None if it is below the rounding of the result.
+        gain: Shape `(C,)`.
+    """
+
+    mean: Tensor
+    rest: Tensor | None
+    gain: Tensor
+
+    @classmethod
+    def of(cls, shift: Tensor, mean: Tensor, gain: Tensor, dtype: torch.dtype, size: float = 1.0) -> "Constants":
+        """Round constants for arithmetic in a precision.
+
+        Args:
+            shift: A part of the mean, float64, shape `(C,)`.
+            mean: The other part, float64, shape `(C,)`.
+            gain: float64, shape `(C,)`.
+            dtype: The precision.
+            size: The standard deviation of the results.
+
+        Returns:
+            The constants in that precision.
+        """
+        rounded = (shift + mean).to(dtype)
+        rest = (shift - rounded.double()) + mean
+        # To find this out on an accelerator would mean to wait for it.
+        small = rest.device.type == "cpu" and bool((rest * gain).abs().le(size * 2.0**-21).all())
+        return cls(rounded, None if small else rest.to(dtype), gain.to(dtype))
+
+
+def arithmetic_dtype(values: torch.dtype) -> torch.dtype:
+    """Return the precision in which values are normalised: float64 where float32 could not hold the values themselves.
+
+    Args:
+        values: Their dtype.
+
+    Returns:
+        float32 or float64.
+    """
+    wide = (torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
+    return torch.float64 if values in wide else torch.float32
+
+
+def normalize(
+    values: Tensor,
+    constants: Constants,
+    channel_dim: int | None,
+    dtype: torch.dtype,
+    mask: Tensor | None = None,
+    compile: bool = False,
+) -> Tensor:
+    """Return `(values - mean) * gain` as a new tensor in the memory format of `values`.
+
+    Args:
+        values: A tensor of any rank and real dtype.
+        constants: Per channel, in the dtype of `arithmetic_dtype(values.dtype)`, on the device of `values`.
+        channel_dim: Where the channels are. None takes all values as one channel.
+        dtype: That of the result.
+        mask: Where it is False the result is 0; broadcast to the shape of `values`.
+        compile: Whether a compiled kernel does it; the result is the same to the bit.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    values = dense(values)
+    if compile:
+        columns = constants.mean, constants.rest, constants.gain
+        result = compile_once(_normalize)(values, *columns, channel_dim, dtype)
+        return result if mask is None else result.masked_fill_(~mask, 0.0)
+    # With the strides of `values` its parts are views, as theirs are, and what is written there arrives.
+    result = torch.empty_strided(values.shape, values.stride(), dtype=dtype, device=values.device)
+    source = channel_view(values, channel_dim)
+    target = channel_view(result, channel_dim)
+    exact = constants.mean.dtype == dtype
+    for from_part, to_part in zip(source.parts, target.parts, strict=True):
+        mean, gain = (source.spread(column, from_part) for column in (constants.mean, constants.gain))
+        rest = None if constants.rest is None else source.spread(constants.rest, from_part)
+        for at in pieces(from_part, None if values.device.type == "cpu" else values.numel()):
+            part = to_part[at]
+            work = part.copy_(from_part[at]) if exact else from_part[at].to(mean.dtype, copy=True)
+            work.sub_(mean)
+            if rest is not None:
+                work.sub_(rest)
+            work.mul_(gain)
+            if not exact:
+                part.copy_(work)
+    return result if mask is None else result.masked_fill_(~mask, 0.0)
+
+
+def _normalize(
+    values: Tensor, mean: Tensor, rest: Tensor | None, gain: Tensor, channel_dim: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Return what `normalize` returns, by one kernel that reads every value once."""
+    shape = [1] * values.dim()
+    if channel_dim is not None:
+        shape[channel_dim] = -1
+    work = values.to(mean.dtype) - mean.view(shape)
+    if rest is not None:
+        work = work - rest.view(shape)
+    return (work * gain.view(shape)).to(dtype)
+
+
+class FixedNormalizer(nn.Module):
+    """The normalisation of `OnlineInputNormMixin` with the statistics of one moment, for use without Lightning.
+
+    It has no parameters, and buffers only, in float32. It can be scripted, exported by `torch.export` and to ONNX, and
+    put in front of a trained network.
+
+    Args:
+        mean: In units of the input range, float64, shape `(C,)`.
+        gain: What the difference is multiplied by, in the same units, float64, shape `(C,)`.
+        channel_dim: Where the channels are. None takes all values as one channel.
+        input_range: What raw values are divided by; None divides uint8 by 255 and leaves others.
+
+    Example:
+        >>> normalizer = FixedNormalizer(torch.tensor([0.5]).double(), torch.tensor([2.0]).double(), input_range=None)
+        >>> normalizer(torch.tensor([[0], [255]], dtype=torch.uint8)).tolist(), normalizer(torch.ones(1, 1)).item()
+        ([[-1.0], [1.0]], 1.0)
+    """
+
+    byte_mean: Tensor
+    byte_rest: Tensor
+    byte_gain: Tensor
+    other_mean: Tensor
+    other_rest: Tensor
+    other_gain: Tensor
+
+    def __init__(
+        self, mean: Tensor, gain: Tensor, channel_dim: int | None = 1, input_range: float | None = None
+    ) -> None:
+        super().__init__()
+        self.channel_dim = 0 if channel_dim is None else channel_dim
+        self.one_channel = channel_dim is None
+        self.byte_range = 255.0 if input_range is None else input_range
+        self.other_range = 1.0 if input_range is None else input_range
+        for name, unit in (("byte", self.byte_range), ("other", self.other_range)):
+            rounded = (mean * unit).float()
+            self.register_buffer(f"{name}_mean", rounded)
+            self.register_buffer(f"{name}_rest", (mean * unit - rounded.double()).float())
+            self.register_buffer(f"{name}_gain", (gain / unit).float())
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Normalise a batch.
+
+        Args:
+            values: Raw values with the channels at `channel_dim`.
+
+        Returns:
+            The normalised values, float32.
+        """
+        if values.dtype == torch.uint8:
+            mean, rest, gain = self.byte_mean, self.byte_rest, self.byte_gain
+        else:
+            mean, rest, gain = self.other_mean, self.other_rest, self.other_gain
+        if not self.one_channel:
+            shape = [1] * values.dim()
+            shape[self.channel_dim] = -1
+            mean, rest, gain = mean.view(shape), rest.view(shape), gain.view(shape)
+        return (values.to(mean.dtype) - mean - rest) * gain
+
+
+def denormalize(values: Tensor, shift: Tensor, mean: Tensor, gain: Tensor, channel_dim: int | None) -> Tensor:
+    """Return `values / gain + mean`: what was normalised, in float32 or better.
+
+    Args:
+        values: Normalised values.
+        shift: A part of the mean, float64, shape `(C,)`.
+        mean: The other part, float64, shape `(C,)`.
+        gain: What the values were multiplied by, float64, shape `(C,)`.
+        channel_dim: Where the channels are. None takes all values as one channel.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    shape = [1] * values.dim()
+    if channel_dim is not None:
+        shape[channel_dim] = -1
+    inverse, middle = ((column).to(values.device, dtype).view(shape) for column in (1 / gain, shift + mean))
+    return values.to(dtype) * inverse + middle

@@ -1,0 +1,1 @@
+"""The DataModule mixin that standardises inputs, and its helpers."""

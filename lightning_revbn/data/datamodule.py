@@ -1,0 +1,434 @@
+"""The DataModule mixin: raw batches in, batches standardised with the statistics of the global batch out."""
+
+# pyright: reportPrivateImportUsage=false
+# Lightning's documented homes of rank_zero_* and MisconfigurationException re-export them without saying so.
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
+from lightning_revbn.core.fixed_normalizer import FixedNormalizer
+from lightning_revbn.core.input_norm import (
+    RELU_STD,
+    InputNorm,
+    InputStatistics,
+    MissingStatisticsError,
+    OnlineStandardizer,
+)
+from lightning_revbn.data.batches import replace_tensor, select_tensor
+from lightning_revbn.data.spawned_statistics import Letter
+from lightning_revbn.lightning_compat import callbacks_of, overrides, twins
+
+if TYPE_CHECKING:
+    _Base = LightningDataModule
+else:
+    _Base = object
+
+_STATE = "input_norm"
+_HOOKS = ("on_after_batch_transfer", "state_dict", "load_state_dict")
+_NO_STATISTICS = (
+    "there are no input statistics to evaluate with: {name} learns them from training batches. Fit first, pass a "
+    "checkpoint of such a run as ckpt_path, call load_input_statistics(path) on the datamodule (for a checkpoint that "
+    'was made with another class or is loaded into the model alone), or give constants with InputNorm(mode="fixed")'
+)
+_SINGLE_CHANNELS = 16
+"""Up to how many channels single ones are logged too."""
+
+
+class OnlineInputNormMixin(_Base):
+    """Standardise the input of every batch on the device, with statistics learned while training.
+
+    Put it before `LightningDataModule` among the bases, and hand raw batches over: uint8 images as they are on disk,
+    spectrograms, rows of a table. In training the input is normalised by the mean and standard deviation of the global
+    batch (mode `"batch"`; see `InputNorm` for others) and multiplied by a fixed scale. All ranks of a data parallel
+    strategy take part in one all-reduce a step. Validation, test and prediction use the statistics of all training
+    data seen so far, which are in the checkpoint, and communicate nothing.
+
+    No gradient flows through it. Batches keep their containers, and the input keeps its memory format; its dtype is
+    the one that the precision of the Trainer asks for. A hook `on_after_batch_transfer` of the LightningModule, which
+    Lightning would not call beside one of a DataModule, is called before. Override `select_input` and `replace_input`
+    where the input of a batch cannot be named by `InputNorm(key=...)`.
+
+    Logged, in units of the input range: `revbn/input/mean` and `revbn/input/std` of all training data so far, averaged
+    over the channels, and of up to 16 channels one by one as `revbn/input/mean_0` and so on.
+
+    Args:
+        *args: For the next class.
+        input_norm: The settings.
+        **kwargs: For the next class.
+
+    Raises:
+        TypeError: If `input_norm` is no `InputNorm`; when a class is made, if the mixin comes after
+            `LightningDataModule` or an overridden method does not call the mixin's.
+
+    Example::
+
+        class Data(OnlineInputNormMixin, L.LightningDataModule):
+            def __init__(self):
+                super().__init__(input_norm=InputNorm(num_features=3))
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        place = order.index(OnlineInputNormMixin)
+        if not {*twins(DataHooks)}.isdisjoint(order[:place]):
+            raise TypeError(
+                f"{cls.__name__}: OnlineInputNormMixin must come before LightningDataModule among the bases, or "
+                f"Lightning never calls it: class {cls.__name__}(OnlineInputNormMixin, LightningDataModule)"
+            )
+        for owner in order[:place]:
+            for hook in _HOOKS:
+                if hook in vars(owner) and not _calls_super(vars(owner)[hook]):
+                    raise TypeError(
+                        f"{owner.__name__}.{hook} must call super().{hook}(...), or OnlineInputNormMixin does nothing"
+                    )
+
+    def __init__(self, *args: Any, input_norm: InputNorm, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(input_norm, InputNorm):  # pyright: ignore[reportUnnecessaryIsInstance] # callers may be untyped
+            raise TypeError(f"input_norm must be an InputNorm, got {input_norm!r}")
+        self._standardizer = OnlineStandardizer(input_norm)
+        self._letter = Letter(input_norm.num_features)
+        self._knows_scale = False
+        self._loaded_scale: float | None = None
+        self._scaled_for: weakref.ref[Trainer] | None = None
+        self._logged_step: int | None = None
+        self._advised = False
+
+    @property
+    def input_norm(self) -> InputNorm:
+        """The settings."""
+        return self._online.settings
+
+    @property
+    def input_scale(self) -> float:
+        """What the standardised input is multiplied by at present."""
+        return self._online.scale
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Standardise the input of a batch; Lightning's hook.
+
+        Args:
+            batch: The batch on its device.
+            dataloader_idx: Which data loader it is from.
+
+        Returns:
+            A shallow copy of the batch with the input replaced.
+
+        Raises:
+            MisconfigurationException: If there are no statistics to evaluate with, or ranks cannot communicate.
+        """
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
+        trainer = self.trainer
+        if trainer is None or batch is None:
+            return batch
+        module = trainer.lightning_module
+        if overrides("on_after_batch_transfer", module):
+            batch = module.on_after_batch_transfer(batch, dataloader_idx)
+        online = self._online
+        if getattr(module, "_current_fx_name", None) != "batch_to_device":
+            return self._as_example(batch)
+        if not self._knows_scale:
+            self._settle_scale(trainer)
+        values, mask = self.select_input(batch), self.select_mask(batch)
+        dtype = trainer.precision_plugin.convert_input(torch.zeros((), dtype=torch.float32)).dtype
+        if trainer.training:
+            self._prepare(trainer)
+            group, ranks = (None, 1) if online.is_frozen else _data_parallel_group(trainer)
+            result = online.train(values, mask, dtype=dtype, group=group, ranks=ranks)
+            self._report(trainer, values)
+        elif trainer.sanity_checking:
+            result = online.preview(values, mask, dtype=dtype)
+        else:
+            try:
+                result = online.evaluate(values, mask, dtype=dtype)
+            except MissingStatisticsError as error:
+                raise MisconfigurationException(_NO_STATISTICS.format(name=type(self).__name__)) from error
+        return self.replace_input(batch, result)
+
+    def select_input(self, batch: Any) -> Tensor:
+        """Return the tensor of a batch that is to be standardised; override it for batches of other structure.
+
+        Args:
+            batch: A batch as the data loader makes it.
+
+        Returns:
+            The raw input.
+
+        Raises:
+            TypeError: If `InputNorm(key=...)` does not lead to a tensor.
+        """
+        return select_tensor(batch, self._online.settings.key, "key")
+
+    def replace_input(self, batch: Any, value: Tensor) -> Any:
+        """Return a batch with another input; override it together with `select_input`.
+
+        Args:
+            batch: The batch, which must not be changed.
+            value: What takes the place of the input.
+
+        Returns:
+            The new batch.
+        """
+        return replace_tensor(batch, self._online.settings.key, value)
+
+    def select_mask(self, batch: Any) -> Tensor | None:
+        """Return which values of a batch count, True where they do; override it where the mask must be computed.
+
+        Args:
+            batch: The batch.
+
+        Returns:
+            A boolean tensor that broadcasts to the input, or None if all values count.
+        """
+        key = self._online.settings.mask_key
+        return None if key is None else select_tensor(batch, key, "mask_key")
+
+    def input_statistics(self) -> InputStatistics:
+        """Return mean and standard deviation of all training data seen so far.
+
+        Returns:
+            float64 tensors of shape `(C,)` in units of the input range: for uint8 in [0, 1], as the `Normalize` of
+            torchvision wants them.
+
+        Raises:
+            MissingStatisticsError: If there are none yet.
+        """
+        return self._online.statistics()
+
+    def load_input_statistics(self, path: str | Path, *, weights_only: bool = True) -> None:
+        """Load the statistics from a checkpoint, whatever the name of the class that saved them.
+
+        Args:
+            path: A checkpoint of a Trainer; of a distributed one, the directory.
+            weights_only: Whether to refuse anything but tensors and plain values. Checkpoints with hyperparameters of
+                other types need False, which runs code from the file: only for files that you trust.
+
+        Raises:
+            ValueError: If the checkpoint has no input statistics or those of several DataModules.
+        """
+        file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
+        checkpoint: Any = torch.load(file, map_location="cpu", weights_only=weights_only)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"{file} is no checkpoint of a Trainer: it holds a {type(checkpoint).__name__}")
+        parts = cast("dict[str, Any]", checkpoint)
+        found: dict[str, Any] = {name: part[_STATE] for name, part in parts.items() if _has_statistics(part)}
+        if len(found) != 1:
+            having = f"of {len(found)} DataModules: {', '.join(found)}" if found else "no input statistics"
+            raise ValueError(
+                f"{file} has {having}; it must be a checkpoint of a run with one DataModule with OnlineInputNormMixin"
+            )
+        self._load(*found.values())
+
+    def export_normalizer(self) -> FixedNormalizer:
+        """Return the normalisation with the present statistics as a module that needs no Lightning.
+
+        Returns:
+            A module with buffers only, for TorchScript, `torch.export` and ONNX. It takes raw batches, and gives what
+            the network was validated with.
+
+        Raises:
+            MissingStatisticsError: If there are no statistics yet.
+        """
+        return self._online.normalizer()
+
+    def denormalize(self, values: Tensor) -> Tensor:
+        """Undo the normalisation with the present statistics, for pictures of what the network was given.
+
+        Args:
+            values: Standardised values.
+
+        Returns:
+            Values in units of the input range: what came as uint8 lies in [0, 1].
+
+        Raises:
+            MissingStatisticsError: If there are no statistics yet.
+        """
+        return self._online.denormalize(values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the DataModule with the input statistics, for a checkpoint."""
+        return {**super().state_dict(), _STATE: self._online.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the input statistics from a checkpoint.
+
+        Args:
+            state_dict: What `state_dict` returned.
+        """
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != _STATE})
+        if _STATE in state_dict:
+            self._load(state_dict[_STATE])
+
+    @property
+    def _online(self) -> OnlineStandardizer:
+        """The standardiser, with what a process that was spawned has learned meanwhile."""
+        if "_standardizer" not in vars(self):
+            raise MisconfigurationException(
+                f"{type(self).__name__}.__init__ must call super().__init__(input_norm=InputNorm(...)) before input "
+                "statistics are used"
+            )
+        learned = self._letter.take()
+        if learned is not None:
+            self._standardizer.load_state_dict(learned)
+        return self._standardizer
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._online.load_state_dict(state)
+        self._knows_scale = self._online.has_statistics  # a checkpoint from before the first step knows nothing
+        self._loaded_scale = float(state["scale"]) if self._knows_scale else None
+        self._scaled_for = self._logged_step = None
+
+    def _prepare(self, trainer: Trainer) -> None:
+        """Do what is to be done once in a fit: settle the scale, and tell it."""
+        if self._scaled_for is not None and self._scaled_for() is trainer:
+            return
+        self._scaled_for = weakref.ref(trainer)
+        self._logged_step = None
+        self._letter.send_at_end(trainer, self._standardizer.state_dict)
+        name = type(self).__name__
+        if _STATE not in self.state_dict():
+            raise MisconfigurationException(f"{name}.state_dict must keep what super().state_dict() returns")
+        origin = self._settle_scale(trainer)
+        scale = self._standardizer.scale
+        rank_zero_info(f"{name}: the standardised input is multiplied by {scale:g} ({origin})")
+        if self._loaded_scale not in (None, scale):
+            rank_zero_warn(
+                f"{name}: the checkpoint was made with an input scale of {self._loaded_scale:g}, this run has "
+                f"{scale:g}. From here on this run's applies."
+            )
+        self._loaded_scale = None
+
+    def _settle_scale(self, trainer: Trainer) -> str:
+        """Take the scale that the settings ask for, and return in words where it is from."""
+        self._knows_scale = True
+        if self._standardizer.settings.scale != "auto":
+            return "InputNorm(scale=...)"
+        ours = (found for found in callbacks_of(trainer) if isinstance(found, RevisitedBatchNorm))
+        callback = next((found for found in ours if found.enabled), None)
+        scale = None if callback is None else _first_scale(callback)
+        self._standardizer.set_scale(RELU_STD if scale is None else RELU_STD * scale)
+        if scale is None:
+            return f"{RELU_STD}, as there is no RevisitedBatchNorm in the Trainer"
+        return f"{RELU_STD} times the scale {scale:g} of RevisitedBatchNorm"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what belongs to this process."""
+        return {**vars(self), "_scaled_for": None}
+
+    def _report(self, trainer: Trainer, values: Tensor) -> None:
+        """Log the statistics at logging steps, and warn of data that ought to be given in another way."""
+        online = self._standardizer
+        if not online.has_statistics:
+            return
+        first = self._logged_step is None
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage] # the step axis of LearningRateMonitor
+        is_due = bool(trainer._logger_connector.should_update_logs) and step != self._logged_step  # pyright: ignore[reportPrivateUsage] # no public name
+        self._logged_step = step if is_due else -1 if first else self._logged_step
+        if is_due:
+            online.check(values)
+            metrics = self._metrics()
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
+        name = type(self).__name__
+        if first:
+            lost = online.lost_channels(values.dtype)
+            if lost:
+                rank_zero_warn(
+                    f"{name}: {values.dtype} cannot hold the spread of the input in channels {lost}, whose mean is too "
+                    "large. Hand it over as integers, or train with a mixed precision, which leaves it in float32"
+                )
+        if not self._advised and (is_due or values.device.type == "cpu"):
+            answer = online.looks_normalized()
+            self._advised = answer is not None
+            if answer:
+                rank_zero_warn(
+                    f"{name}: the input has mean 0 and standard deviation 1 already. Normalising it again does no "
+                    "harm, but one in the data set is not needed any more, and the statistics are not those of raw data"
+                )
+
+    def _metrics(self) -> dict[str, float]:
+        statistics = self._standardizer.statistics()
+        first = f"{self._standardizer.settings.prefix}/input" if self._standardizer.settings.prefix else "input"
+        metrics: dict[str, float] = {}
+        for name, values in (("mean", statistics.mean), ("std", statistics.std)):
+            metrics[f"{first}/{name}"] = values.mean().item()
+            if 1 < len(values) <= _SINGLE_CHANNELS:
+                metrics |= {f"{first}/{name}_{channel}": value.item() for channel, value in enumerate(values)}
+        return metrics
+
+    def _as_example(self, batch: Any) -> Any:
+        """Return an example input, which Lightning sends through this hook for summaries, graphs and exports.
+
+        It is meant for the network and passed on as it is, unless it is an image or another raw integer signal, which
+        no network takes.
+        """
+        values: Any = batch if isinstance(batch, Tensor) else next(iter(batch), None) if _is_sequence(batch) else None
+        if not isinstance(values, Tensor) or values.dtype not in (torch.uint8, torch.int8, torch.int16):
+            return batch
+        result = self._standardizer.preview(values)
+        return result if batch is values else replace_tensor(batch, 0, result)
+
+
+def _has_statistics(part: Any) -> bool:
+    return isinstance(part, dict) and _STATE in part
+
+
+def _is_sequence(batch: Any) -> bool:
+    return isinstance(batch, (tuple, list))
+
+
+def _calls_super(function: Any) -> bool:
+    """Tell whether the code of a method mentions `super` or the mixin."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return not isinstance(code, CodeType) or _mentions(code, {"super", OnlineInputNormMixin.__name__})
+
+
+def _mentions(code: CodeType, names: set[str]) -> bool:
+    nested = (part for part in code.co_consts if isinstance(part, CodeType))
+    return bool(names & set(code.co_names)) or any(_mentions(part, names) for part in nested)
+
+
+def _first_scale(callback: RevisitedBatchNorm) -> float | None:
+    """Return g: of a mapping by name, that of the first layer which has one and is not an input layer itself."""
+    if not isinstance(callback.scale, Mapping):
+        return callback.scale
+    return next(
+        (record.target for record in callback.report.records if record.target and record.state != "input"), None
+    )
+
+
+def _data_parallel_group(trainer: Trainer) -> tuple[Any, int]:
+    """Return the process group whose ranks hold different parts of a batch, and how many these are.
+
+    Raises:
+        MisconfigurationException: If the strategy has several ranks that torch.distributed does not know.
+    """
+    if trainer.world_size == 1:
+        return None, 1
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise MisconfigurationException(
+            f"OnlineInputNormMixin needs torch.distributed to add up the statistics of {trainer.world_size} ranks, "
+            f"which {type(trainer.strategy).__name__} does not use. Give constants with InputNorm(mode='fixed')"
+        )
+    mesh: Any = getattr(trainer.strategy, "device_mesh", None)
+    if mesh is not None and "data_parallel" in (mesh.mesh_dim_names or ()):
+        group = mesh["data_parallel"].get_group()
+        return group, torch.distributed.get_world_size(group)
+    return None, trainer.world_size

@@ -1,0 +1,1 @@
+"""Figures of layers, pairs and curves, drawn with matplotlib."""

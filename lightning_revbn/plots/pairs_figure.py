@@ -1,0 +1,55 @@
+"""Draws pairs of scores: a line from the baseline to the proposed run of every seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_revbn.plots import layers_figure as figure
+
+HIGHER, LOWER, TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: told apart by colour-blind readers too
+
+
+def save_pairs(baseline: Sequence[float], arms: Mapping[str, Sequence[float]], metric: str, path: Path) -> None:
+    """Write a figure with a panel for every proposed arm, all on the same axis.
+
+    Args:
+        baseline: Scores of the baseline, shape `(n,)`.
+        arms: Scores of the same seeds by label, each of shape `(n,)`.
+        metric: What the scores are called.
+        path: Its suffix says which format.
+    """
+    drawing: Any = Figure(figsize=(1.2 + 2.6 * len(arms), 3.6), layout="constrained")
+    panels = drawing.subplots(1, len(arms), sharey=True, squeeze=False)
+    for panel, (label, scores) in zip(panels[0], arms.items(), strict=True):
+        draw_pairs(panel, baseline, scores, label)
+    panels[0][0].set_ylabel(metric)
+    drawing.suptitle("A line per seed (blue: higher, orange: lower), black: mean", fontsize=figure.NORMAL)
+    figure.save(drawing, path)
+
+
+def draw_pairs(panel: Axes, baseline: Sequence[float], proposed: Sequence[float], label: str) -> None:
+    """Draw the pairs of one arm.
+
+    Args:
+        panel: Where.
+        baseline: Scores of the baseline, shape `(n,)`.
+        proposed: Scores of the same seeds, shape `(n,)`.
+        label: What the arm is called.
+    """
+    axes: Any = panel  # matplotlib types its keyword arguments in part
+    for before, after in zip(baseline, proposed, strict=True):
+        colour = TIE if before == after else HIGHER if after > before else LOWER
+        axes.plot((0, 1), (before, after), color=colour, alpha=0.6, linewidth=1.2, marker="o", markersize=4)
+    means = statistics.fmean(baseline), statistics.fmean(proposed)
+    axes.plot((0, 1), means, color="black", linewidth=2.5, marker="D", markersize=7)
+    for x, mean, side, offset in ((0, means[0], "right", -10), (1, means[1], "left", 10)):
+        axes.annotate(f"{mean:.4g}", (x, mean), (offset, 0), textcoords="offset points", ha=side, va="center")
+    axes.set_xticks((0, 1), ("Baseline", label))
+    axes.set_xlim(-0.45, 1.45)
+    axes.spines[["top", "right"]].set_visible(False)

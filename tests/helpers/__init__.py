@@ -1,0 +1,1 @@
+"""What the tests share: small models, data, a quiet Trainer, references computed by hand, readers of logs."""

@@ -1,0 +1,74 @@
+"""The cells of the matrix that matrix.py runs, and what Lightning allows of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import combinations, product
+from typing import Any, NamedTuple
+
+from helpers.sharded import RUNS_ON_CPU
+
+
+class Cell(NamedTuple):
+    """One combination of settings."""
+
+    strategy: str
+    precision: str
+    optimization: str
+    optimizers: int
+    accumulation: int
+    clipping: str
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether accumulation or clipping is done in the module, since Lightning leaves it to manual optimization."""
+        return self.optimization == "manual" and (self.accumulation > 1 or self.clipping != "off")
+
+    def __str__(self) -> str:
+        """Return the cell as the name of a folder."""
+        return re.sub(r"\W+", "-", "-".join(map(str, self)))
+
+
+AXES: dict[str, list[Any]] = {
+    "strategy": ["one device", "ddp", "ddp_spawn", "ddp_fork", *["fsdp2"] * RUNS_ON_CPU],
+    "precision": ["32-true", "bf16-mixed", "bf16-true", "16-mixed"],
+    "optimization": ["automatic", "manual"],
+    "optimizers": [1, 2],
+    "accumulation": [1, 3],
+    "clipping": ["off", "norm", "value"],
+}
+CELLS = [Cell(*values) for values in product(*AXES.values())]
+
+
+def impossible(cell: Cell) -> str | None:
+    """Return what Lightning's error says about a cell; None if it allows the cell."""
+    if cell.optimization == "automatic" and cell.optimizers > 1:
+        return "multiple optimizers is only supported with manual optimization"
+    return None
+
+
+def sample(cells: Iterable[Cell]) -> list[Cell]:
+    """Choose cells that have every pair of values of any two axes that a possible cell has, greedily.
+
+    Args:
+        cells: The cells to choose from.
+
+    Returns:
+        About as few cells as that takes, and for every strategy one of each kind that is impossible.
+    """
+    todo = {cell: _pairs(cell) for cell in cells}
+    chosen: list[Cell] = []
+    missing = set[Any]().union(*todo.values())
+    while missing:
+        best = max(todo, key=lambda cell: len(todo[cell] & missing))
+        missing -= todo.pop(best)
+        chosen.append(best)
+    return chosen
+
+
+def _pairs(cell: Cell) -> set[Any]:
+    reason = impossible(cell)
+    if reason is not None:
+        return {(cell.strategy, reason)}
+    return set(combinations(zip(AXES, cell, strict=True), 2))

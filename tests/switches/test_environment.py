@@ -1,0 +1,219 @@
+"""LIGHTNING_REVBN in the environment, with `lightning` and with `pytorch_lightning`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers.lit import LitNet, loader, quiet, rows, sgd, trainer
+from helpers.models import assert_same_parameters, residual_net
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lightning_revbn import InputNorm, OnlineInputNormMixin, RevisitedBatchNorm
+from lightning_revbn.switches.environment import callbacks
+from lightning_revbn.switches.environment_callback import RevisitedBatchNormFromEnvironment, callback_from
+
+
+@pytest.fixture
+def entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Trainers load the factory, whether or not the installed metadata is of this version."""
+    for package in (L, pl):
+        connector = sys.modules[f"{package.Trainer.__module__.rpartition('.')[0]}.connectors.callback_connector"]
+        monkeypatch.setattr(connector, "_load_external_callbacks", lambda group: callbacks())
+
+
+class PlNet(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = residual_net()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return sgd(self)
+
+
+def fit(
+    net: Any, path: Path, *own: Any, package: Any = L, data: Any = None, ckpt_path: Path | None = None, **options: Any
+) -> Any:
+    run = package.Trainer(
+        accelerator="cpu",
+        default_root_dir=path,
+        callbacks=list(own),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **{"logger": False, "enable_checkpointing": False, "max_epochs": 2, **options},
+    )
+    run.fit(net, data if data is not None else loader(), ckpt_path=ckpt_path)
+    return run
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "false", "off"])
+def test_switched_off_the_entry_point_gives_nothing_and_imports_nothing(value: str | None) -> None:
+    setting = "" if value is None else f"os.environ['LIGHTNING_REVBN'] = {value!r}"
+    code = (
+        f"import os, sys; os.environ.pop('LIGHTNING_REVBN', None); {setting or 'pass'}\n"
+        "from lightning_revbn.switches.environment import callbacks\n"
+        "assert callbacks() == []\nassert not {'torch', 'lightning', 'yaml'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.usefixtures("entry_point")
+def test_the_variable_trains_as_the_callback_in_the_script_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_script, by_variable = LitNet(), LitNet()
+    fit(by_script, tmp_path, quiet(scale=0.2, scale_lr_divisor=50))
+    monkeypatch.setenv("LIGHTNING_REVBN", "scale=0.2,scale_lr_divisor=50")
+    fit(by_variable, tmp_path, logger=CSVLogger(tmp_path, name="", version=""))
+    assert_same_parameters(by_script, by_variable)
+    assert any("revbn/scale_mean" in row for row in rows(tmp_path))
+
+
+@pytest.mark.usefixtures("entry_point")
+@pytest.mark.parametrize("first", ["script", "variable"])
+def test_a_run_of_either_way_is_resumed_by_the_other(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def callbacks_of(way: str) -> list[Any]:
+        if way == "variable":
+            monkeypatch.setenv("LIGHTNING_REVBN", "scale=0.2,monitor=false")
+            return []
+        monkeypatch.delenv("LIGHTNING_REVBN", raising=False)
+        return [quiet(scale=0.2)]
+
+    def zero_kept() -> LitNet:  # a layer that only the callback's state knows of, once it has trained
+        return LitNet(model=residual_net(zero_init_residual=True))
+
+    whole, half, resumed = zero_kept(), zero_kept(), zero_kept()
+    fit(whole, tmp_path, quiet(scale=0.2))
+    run = fit(half, tmp_path, *callbacks_of(first), max_epochs=1)
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    other = "script" if first == "variable" else "variable"
+    run = fit(resumed, tmp_path, *callbacks_of(other), ckpt_path=tmp_path / "half.ckpt")
+    assert_same_parameters(whole, resumed)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    states = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
+    assert {key for key in states if "Revisited" in key} == {"RevisitedBatchNorm"}
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_the_installed_package_tells_both_lightnings_of_the_factory(package: str) -> None:
+    (found,) = (
+        point for point in entry_points(group=f"{package}.callbacks_factory") if point.dist.name == "lightning-revbn"
+    )
+    assert found.load() is callbacks
+
+
+@pytest.mark.usefixtures("entry_point")
+def test_children_of_ddp_are_switched_on_too(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "processes" / "scripts" / "by_variable.py"),
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "LIGHTNING_REVBN": "scale=0.2"}
+    subprocess.run(command, check=True, timeout=300, env=environment)
+    for rank in range(2):
+        scales = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert all(torch.equal(scale, torch.full_like(scale, 0.2)) for scale in scales)
+
+
+@pytest.mark.usefixtures("entry_point")
+def test_the_callback_of_the_script_wins_over_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone, beside = LitNet(), LitNet()
+    fit(alone, tmp_path, quiet(scale=0.5))
+    monkeypatch.setenv("LIGHTNING_REVBN", "scale=0.2")
+    with caplog.at_level("INFO"):
+        fit(beside, tmp_path, quiet(scale=0.5))
+    assert_same_parameters(alone, beside)
+    assert caplog.text.count("LIGHTNING_REVBN has no effect") == 1
+
+
+def test_a_yaml_file_may_hold_patterns_and_the_monitor(tmp_path: Path) -> None:
+    file = tmp_path / "revbn.yaml"
+    file.write_text("scale: {'*.stem.*': 0.5, '*': 0.25}\nexclude: ['*.bn2']\nmonitor: {every_n_steps: 3}\n")
+    callback = callback_from(str(file), "LIGHTNING_REVBN")
+    assert isinstance(callback, RevisitedBatchNormFromEnvironment)
+    assert callback.scale == {"*.stem.*": 0.5, "*": 0.25}
+    assert callback.exclude == ("*.bn2",)
+    assert callback.monitor is not None
+    assert callback.monitor.every_n_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("scales=0.1", "unknown key 'scales'"),
+        ("scale=big", "got 'big'"),
+        ("scale=0", "scale"),
+        ("missing.yaml", "there is no file"),
+        ("maybe", "'maybe' is no key=value"),
+        ("monitor=3", "monitor must be true or false, got 3"),
+    ],
+)
+def test_a_bad_value_is_one_error_that_names_the_variable_and_the_keys(text: str, said: str) -> None:
+    with pytest.raises(MisconfigurationException) as raised:
+        callback_from(text, "LIGHTNING_REVBN")
+    assert f"LIGHTNING_REVBN={text!r}" in str(raised.value)
+    assert said in str(raised.value)
+    assert "scale_lr_divisor" in str(raised.value)
+
+
+def raw(base: type) -> Any:
+    class Raw(OnlineInputNormMixin, base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__(input_norm=InputNorm(num_features=3))
+
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    return Raw()
+
+
+@pytest.mark.usefixtures("entry_point")
+@pytest.mark.parametrize("by", ["script", "variable"])
+def test_pytorch_lightning_trains_as_lightning_does_with_callback_and_mixin(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = LitNet(), PlNet()
+    run = trainer(tmp_path, quiet())
+    run.fit(ours, raw(L.LightningDataModule))
+    own = [quiet()] if by == "script" else []
+    if by == "variable":
+        monkeypatch.setenv("LIGHTNING_REVBN", "monitor=false")
+    fit(theirs, tmp_path, *own, package=pl, data=raw(pl.LightningDataModule))
+    assert_same_parameters(ours, theirs)
+
+
+def test_the_mixin_behind_the_datamodule_of_pytorch_lightning_is_refused() -> None:
+    with pytest.raises(TypeError, match="must come before LightningDataModule"):
+
+        class Wrong(pl.LightningDataModule, OnlineInputNormMixin):
+            pass
+
+
+def test_tensorboard_of_pytorch_lightning_gets_the_layout_of_the_layers(tmp_path: Path) -> None:
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(tmp_path)
+    seen: list[Any] = []
+    logger.experiment.add_custom_scalars = seen.append
+    fit(PlNet(), tmp_path, RevisitedBatchNorm(), package=pl, logger=logger)
+    assert len(seen) == 1

@@ -2,7 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TextIO
+
+__all__ = ["plain_table", "print_table", "rich_table", "use_rich"]
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], summary: str) -> None:
+    """Print a table to stdout, by rich on a terminal, otherwise as plain text.
+
+    Args:
+        header: Names of the columns.
+        rows: The cells, as many in each row as there are columns.
+        summary: A sentence to close with.
+    """
+    if use_rich(sys.stdout):
+        from rich.console import Console
+
+        Console().print(rich_table(header, rows, summary))
+    else:
+        print(plain_table(header, rows, summary))  # noqa: T201
+
+
+def use_rich(stream: TextIO) -> bool:
+    """Tell whether rich draws for a stream.
+
+    Args:
+        stream: Such as `sys.stderr`.
+
+    Returns:
+        Whether the stream is a terminal and rich is installed.
+    """
+    return stream.isatty() and find_spec("rich") is not None
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], summary: str) -> str:

@@ -8,6 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+__all__ = [
+    "Alternative",
+    "PairedTTest",
+    "holm",
+    "least_detectable_effect",
+    "paired_t_test",
+    "wilcoxon_p_value",
+]
+
 Alternative: TypeAlias = Literal["greater", "less", "two-sided"]
 
 
@@ -72,47 +81,19 @@ def paired_t_test(
         >>> round(result.mean_difference, 3), round(result.p_value, 4)
         (0.4, 0.0371)
     """
-    first, second = _scores("proposed", proposed), _scores("baseline", baseline)
-    if len(first) != len(second):
-        raise ValueError(
-            f"a paired test needs one score a seed on both sides, got {len(first)} proposed and {len(second)} baseline"
-        )
-    n = len(first)
-    if n < 2:
-        raise ValueError(f"a paired test needs at least two pairs, got {n}: run more seeds")
+    first, second = _pairs(proposed, baseline)
     if alternative not in get_args(Alternative):
         raise ValueError(f"alternative={alternative!r} is unknown: use 'greater', 'less' or 'two-sided'")
     if not 0 < confidence_level < 1:
         raise ValueError(f"confidence_level={confidence_level!r} must be between 0 and 1")
     stats = _scipy_stats("paired_t_test")
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    mean = math.fsum(differences) / n
-    spread = math.hypot(*(difference - mean for difference in differences)) / math.sqrt(n - 1)
     # Equal differences of scores such as 97.6 still differ by rounding; metrics are float32, so by 2^-24 of the score.
     if max(differences) - min(differences) <= 2**-22 * max(map(abs, [*first, *second])):
         warnings.warn("all differences are equal: a t-test can say nothing about them", stacklevel=2)
-        nan = math.nan
+        n, mean, nan = len(differences), math.fsum(differences) / len(differences), math.nan
         return PairedTTest(n, mean, 0.0, nan, nan, (nan, nan), confidence_level, nan, alternative)
-    student = stats.t(df=n - 1)
-    error = spread / math.sqrt(n)
-    statistic = mean / error
-    tails = {
-        "greater": student.sf(statistic),
-        "less": student.cdf(statistic),
-        "two-sided": 2 * student.sf(abs(statistic)),
-    }
-    half = float(student.ppf((1 + confidence_level) / 2)) * error
-    return PairedTTest(
-        n=n,
-        mean_difference=mean,
-        std_difference=spread,
-        statistic=statistic,
-        p_value=float(tails[alternative]),
-        confidence_interval=(mean - half, mean + half),
-        confidence_level=confidence_level,
-        effect_size=mean / spread,
-        alternative=alternative,
-    )
+    return _students_t(differences, stats, alternative, confidence_level)
 
 
 def wilcoxon_p_value(
@@ -219,6 +200,46 @@ def least_detectable_effect(
     while lacking(highest) > 0:
         highest *= 2
     return float(optimizer.brentq(lacking, 0.0, highest))
+
+
+def _students_t(
+    differences: Sequence[float], stats: Any, alternative: Alternative, confidence_level: float
+) -> PairedTTest:
+    n = len(differences)
+    mean = math.fsum(differences) / n
+    spread = math.hypot(*(difference - mean for difference in differences)) / math.sqrt(n - 1)
+    student = stats.t(df=n - 1)
+    error = spread / math.sqrt(n)
+    statistic = mean / error
+    tails = {
+        "greater": student.sf(statistic),
+        "less": student.cdf(statistic),
+        "two-sided": 2 * student.sf(abs(statistic)),
+    }
+    half = float(student.ppf((1 + confidence_level) / 2)) * error
+    return PairedTTest(
+        n=n,
+        mean_difference=mean,
+        std_difference=spread,
+        statistic=statistic,
+        p_value=float(tails[alternative]),
+        confidence_interval=(mean - half, mean + half),
+        confidence_level=confidence_level,
+        effect_size=mean / spread,
+        alternative=alternative,
+    )
+
+
+def _pairs(proposed: Iterable[float], baseline: Iterable[float]) -> tuple[list[float], list[float]]:
+    """Return the scores of both sides, or raise if they are no pairs."""
+    first, second = _scores("proposed", proposed), _scores("baseline", baseline)
+    if len(first) != len(second):
+        raise ValueError(
+            f"a paired test needs one score a seed on both sides, got {len(first)} proposed and {len(second)} baseline"
+        )
+    if len(first) < 2:
+        raise ValueError(f"a paired test needs at least two pairs, got {len(first)}: run more seeds")
+    return first, second
 
 
 def _scipy_stats(caller: str) -> Any:

@@ -46,8 +46,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_revbn import InputNorm, OnlineInputNormMixin, RevisitedBatchNorm
-from lightning_revbn.cli.compare import compare, conclude, table
 from lightning_revbn.core.table import plain_table
+from lightning_revbn.runs.comparison import compare, conclude, table
 
 DATA_SETS = ("digits", "fashion-mnist", "cifar10")
 NETWORKS = ("cnn", "resnet18", "resnet34", "resnet50")

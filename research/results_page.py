@@ -19,8 +19,8 @@ from typing import Any
 
 from paper_protocol import by_arm, choose
 
-from lightning_revbn.cli.compare import POWER, Comparison, compare
 from lightning_revbn.compare import least_detectable_effect
+from lightning_revbn.runs.comparison import POWER, Comparison, compare
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 RUNS = PAGE.with_suffix("")

@@ -1,1 +1,1 @@
-"""The command `lightning-revbn`."""
+"""The command `lightning-revbn`: arguments in, text out. `main` starts `inspect`, `plot` and `compare`."""

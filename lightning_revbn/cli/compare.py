@@ -4,62 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
-import statistics
-import sys
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from lightning_revbn.cli.plot import PlotError, check_output, suffixes
-from lightning_revbn.compare import (
-    Alternative,
-    PairedTTest,
-    holm,
-    least_detectable_effect,
-    paired_t_test,
-    wilcoxon_p_value,
-)
-from lightning_revbn.core.table import plain_table, rich_table
+from lightning_revbn.cli.figure_file import check_output, matplotlib_needed, save_figure
+from lightning_revbn.cli.terminal import CommandError, progress_bar
+from lightning_revbn.compare import Alternative
+from lightning_revbn.core.table import print_table
+from lightning_revbn.runs.comparison import POWER, Comparison, compare, conclude, table, to_dict
 from lightning_revbn.runs.finished_runs import FinishedRun, check_pairs, read_finished
-from lightning_revbn.runs.logs import find_logs, one_line, progress_bar
+from lightning_revbn.runs.logs import find_logs
+from lightning_revbn.runs.names import one_line, suffixes
 
-POWER = 0.8
-FEWEST = 5
-"""With fewer pairs Wilcoxon's test cannot reach p = 0.05, and the t-test leans on a spread that is hardly known."""
+__all__ = ["CompareError", "add_parser"]
+
 _SIGNS = {"greater": "proposed > baseline", "less": "proposed < baseline", "two-sided": "either direction"}
 
 
-class CompareError(Exception):
+class CompareError(CommandError):
     """Runs that cannot be compared as asked; the message is one line and says why."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One proposed arm against the baseline.
-
-    Args:
-        label: What the arm is called.
-        seeds: The pairs, shape `(n,)`.
-        baseline: Scores of the baseline, shape `(n,)`.
-        proposed: Scores of the same seeds, shape `(n,)`.
-        test: The paired t-test.
-        wilcoxon: p-value of Wilcoxon's signed-rank test.
-        corrected: p-value of the t-test after Holm's correction for all arms.
-    """
-
-    label: str
-    seeds: tuple[int, ...]
-    baseline: tuple[float, ...]
-    proposed: tuple[float, ...]
-    test: PairedTTest
-    wilcoxon: float
-    corrected: float = math.nan
 
 
 def add_parser(commands: Any) -> None:
@@ -108,10 +75,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--any-length", action="store_true", help="allow runs that end at different steps")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the pairs: a .png, .svg or .pdf file")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     """Compare the runs and print what came of it.
 
     Args:
@@ -146,159 +113,10 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     header, rows = table(comparisons)
     title = f"{arguments.metric} of {len(baseline)} pairs, paired t-test: {_SIGNS[arguments.direction]}"
-    if sys.stdout.isatty() and find_spec("rich") is not None:
-        from rich.console import Console
-
-        Console().print(rich_table(header, rows, title))
-    else:
-        print(plain_table(header, rows, title))  # noqa: T201
+    print_table(header, rows, title)
     for line in conclude(comparisons, arguments.alpha):
         print(line)  # noqa: T201
     return 0
-
-
-def compare(
-    baseline: Mapping[int, float], arms: Mapping[str, Mapping[int, float]], direction: Alternative
-) -> list[Comparison]:
-    """Test every arm against the baseline.
-
-    Args:
-        baseline: Scores by seed.
-        arms: Scores by seed, of the same seeds, by label.
-        direction: What is claimed.
-
-    Returns:
-        A comparison for each arm, corrected for their number.
-    """
-    seeds = tuple(baseline)
-    before = tuple(baseline.values())
-    found: list[Comparison] = []
-    for label, scores in arms.items():
-        after = tuple(scores[seed] for seed in seeds)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of equal differences: `conclude` says it
-            test = paired_t_test(after, before, alternative=direction)
-        wilcoxon = wilcoxon_p_value(after, before, alternative=direction)
-        found.append(Comparison(label, seeds, before, after, test, wilcoxon))
-    corrected = holm([comparison.test.p_value for comparison in found])
-    return [replace(comparison, corrected=p) for comparison, p in zip(found, corrected, strict=True)]
-
-
-def table(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
-    """Return what is printed of the comparisons.
-
-    Args:
-        comparisons: All arms.
-
-    Returns:
-        The header, and a row for the baseline and each arm.
-    """
-    header = ["Arm", "n", "Mean", "std", "Difference", "95 % interval", "d_z", "p", "p (Wilcoxon)", "p (Holm)"]
-    rows = [_cells("baseline", comparisons[0].baseline) + [""] * 6]
-    for comparison in comparisons:
-        test = comparison.test
-        low, high = test.confidence_interval
-        rows.append(
-            [
-                *_cells(comparison.label, comparison.proposed),
-                f"{test.mean_difference:+.4g}",
-                f"{low:+.4g} to {high:+.4g}",
-                f"{test.effect_size:.2f}",
-                f"{test.p_value:.3g}",
-                f"{comparison.wilcoxon:.3g}",
-                f"{comparison.corrected:.3g}",
-            ]
-        )
-    if len(comparisons) == 1:  # one question needs no correction
-        return header[:-1], [row[:-1] for row in rows]
-    return header, rows
-
-
-def conclude(comparisons: Sequence[Comparison], alpha: float) -> list[str]:
-    """Say in words what the comparisons show, and what they cannot show.
-
-    Args:
-        comparisons: All arms.
-        alpha: Level of the tests.
-
-    Returns:
-        Lines of text.
-    """
-    lines = [f"{one_line(comparison.label)}: {_verdict(comparison, alpha)}" for comparison in comparisons]
-    test = comparisons[0].test
-    effect = least_detectable_effect(test.n, level=alpha, power=POWER, alternative=test.alternative)
-    spreads = ", ".join(f"{effect * comparison.test.std_difference:.3g}" for comparison in comparisons)
-    lines.append(
-        f"{test.n} pairs find an effect of d_z = {effect:.2f} in {POWER:.0%} of all experiments (here a difference of "
-        f"{spreads}); smaller ones are often missed."
-    )
-    if test.n < FEWEST:
-        lines.append(f"Warning: {test.n} pairs are too few to say anything. Run at least {FEWEST}, better 10 or more.")
-    if len(comparisons) > 1:
-        lines.append(
-            f"p (Holm) corrects for {len(comparisons)} arms. It does not judge an arm that was chosen as the "
-            "best here: choose on validation data."
-        )
-    return lines
-
-
-def to_dict(comparisons: Sequence[Comparison], metric: str, alpha: float) -> dict[str, Any]:
-    """Return everything as plain values, numbers that do not exist as None.
-
-    Args:
-        comparisons: All arms.
-        metric: The key of the score.
-        alpha: Level of the tests.
-
-    Returns:
-        What `--json` prints.
-    """
-    test = comparisons[0].test
-    effect = least_detectable_effect(test.n, level=alpha, power=POWER, alternative=test.alternative)
-    return {
-        "metric": metric,
-        "direction": test.alternative,
-        "alpha": alpha,
-        "n": test.n,
-        "seeds": list(comparisons[0].seeds),
-        "baseline": _summary(comparisons[0].baseline),
-        "least_detectable_d_z": effect,
-        "power": POWER,
-        "too_few_pairs": test.n < FEWEST,
-        "arms": [
-            {
-                "label": comparison.label,
-                **_summary(comparison.proposed),
-                "mean_difference": comparison.test.mean_difference,
-                "std_difference": comparison.test.std_difference,
-                "confidence_interval": [_known(bound) for bound in comparison.test.confidence_interval],
-                "confidence_level": comparison.test.confidence_level,
-                "effect_size": _known(comparison.test.effect_size),
-                "statistic": _known(comparison.test.statistic),
-                "p_value": _known(comparison.test.p_value),
-                "wilcoxon_p_value": _known(comparison.wilcoxon),
-                "holm_p_value": _known(comparison.corrected),
-                "least_detectable_difference": effect * comparison.test.std_difference,
-            }
-            for comparison in comparisons
-        ],
-    }
-
-
-def _summary(scores: Sequence[float]) -> dict[str, Any]:
-    return {"mean": statistics.fmean(scores), "std": statistics.stdev(scores), "scores": list(scores)}
-
-
-def _verdict(comparison: Comparison, alpha: float) -> str:
-    test = comparison.test
-    if math.isnan(test.p_value):
-        return f"all differences are {test.mean_difference:+.4g}; a test can say nothing about equal differences"
-    if comparison.corrected <= alpha:
-        claim = {"greater": "higher than", "less": "lower than", "two-sided": "different from"}[test.alternative]
-        return f"{claim} the baseline, p = {comparison.corrected:.3g}"
-    against = test.alternative != "two-sided" and 1 - test.p_value <= alpha
-    where = " The difference is clearly in the other direction." if against else ""
-    return f"no effect in the declared direction shown, p = {comparison.corrected:.3g}.{where}"
 
 
 def _labels(arguments: argparse.Namespace) -> list[str]:
@@ -335,22 +153,8 @@ def _read_arms(arguments: argparse.Namespace) -> list[dict[int, FinishedRun]]:
         return [read_finished(arm, arguments.metric, pattern, advance) for arm in logs]
 
 
-def _cells(label: str, scores: Sequence[float]) -> list[str]:
-    mean, std = statistics.fmean(scores), statistics.stdev(scores)
-    return [one_line(label, 60), str(len(scores)), f"{mean:.5g}", f"{std:.3g}"]
-
-
 def _draw(comparisons: Sequence[Comparison], arguments: argparse.Namespace) -> None:
-    try:
+    with matplotlib_needed():
         from lightning_revbn.plots import pairs_figure
-    except ImportError as error:
-        raise PlotError('figures need matplotlib: pip install "lightning-revbn[plots]"') from error
     arms = {comparison.label: comparison.proposed for comparison in comparisons}
-    try:
-        pairs_figure.save_pairs(comparisons[0].baseline, arms, arguments.metric, arguments.output)
-    except OSError as error:
-        raise PlotError(f"{one_line(arguments.output)} cannot be written: {error.strerror or error}") from error
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    save_figure(pairs_figure.draw(comparisons[0].baseline, arms, arguments.metric), arguments.output)

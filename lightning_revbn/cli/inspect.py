@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_revbn.cli.targets import resolve
-from lightning_revbn.core.affine_statistics import AffineStatistics
-from lightning_revbn.core.initialization import InitReport
-from lightning_revbn.core.layers import find_batch_norms
-from lightning_revbn.core.table import plain_table, rich_table
+from lightning_revbn.core.metric_keys import AFFINE_KINDS, affine_quantity, metric_key
+from lightning_revbn.core.table import print_table
 
-SHOWN = ("mean", "std", "min", "max")
-SORT_KEYS = ("model", "name", "channels", "verdict", *(f"{kind}_{s}" for kind in ("scale", "shift") for s in SHOWN))
+# torch takes seconds to import, and neither --help nor the other commands need it: functions here import it.
+if TYPE_CHECKING:
+    from lightning_revbn.core.initialization import InitReport
+
+__all__ = ["add_parser"]
+
+_SHOWN = ("mean", "std", "min", "max")
+_SORT_KEYS = (
+    *("model", "name", "channels", "verdict"),
+    *(affine_quantity(kind, statistic) for kind in AFFINE_KINDS for statistic in _SHOWN),
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -36,15 +40,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--sort",
-        choices=SORT_KEYS,
+        choices=_SORT_KEYS,
         default="model",
         metavar="KEY",
-        help=f"one of {', '.join(SORT_KEYS)} (default: model)",
+        help=f"one of {', '.join(_SORT_KEYS)} (default: model)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     """Show the layers.
 
     Args:
@@ -56,8 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         TargetError: If the target cannot be read.
     """
+    from lightning_revbn.cli.targets import resolve
+    from lightning_revbn.core.initialization import InitReport
+    from lightning_revbn.core.layers import find_batch_norms
+
     report = InitReport(tuple(find_batch_norms(resolve(arguments.target))))
-    layers = describe(report, arguments.sort)
+    layers = _describe(report, arguments.sort)
     if arguments.json:
         print(json.dumps({"target": arguments.target, "counts": report.counts, "layers": layers}, indent=2))  # noqa: T201
         return 0
@@ -65,33 +73,30 @@ def run(arguments: argparse.Namespace) -> int:
     summary = f"{arguments.target}: {len(layers)} batch norm layers" + (f" ({counts})" if counts else "")
     header = ("Layer", "Type", "Channels", "Scale", "std", "min", "max", "Shift", "std", "min", "max", "Verdict", "Why")
     rows = [_row(layer) for layer in layers]
-    if sys.stdout.isatty() and find_spec("rich") is not None:
-        from rich.console import Console
-
-        Console().print(rich_table(header, rows, summary))
-    else:
-        print(plain_table(header, rows, summary))  # noqa: T201
+    print_table(header, rows, summary)
     return 0
 
 
-def describe(report: InitReport, sort: str = "model") -> list[dict[str, Any]]:
+def _describe(report: InitReport, sort: str = "model") -> list[dict[str, Any]]:
     """Return every layer of a report with the statistics of its scale and shift.
 
     Args:
         report: The report.
-        sort: One of `SORT_KEYS`; names and verdicts ascend, numbers descend, layers without the number come last.
+        sort: One of `_SORT_KEYS`; names and verdicts ascend, numbers descend, layers without the number come last.
 
     Returns:
         The layers of `report.to_dict()` with `"scale"` and `"shift"`, each a dict of mean, standard deviation, least
         and greatest, or None.
     """
+    from lightning_revbn.core.affine_statistics import AffineStatistics
+
     values = AffineStatistics(report.records).compute() if report.records else {}
     layers: list[dict[str, Any]] = report.to_dict()["layers"]
     for layer in layers:
-        prefix = f"{layer['name']}/" if layer["name"] else ""
-        for kind in ("scale", "shift"):
-            known = f"{prefix}{kind}_std" in values
-            layer[kind] = {s: values[f"{prefix}{kind}_{s}"] for s in SHOWN} if known else None
+        for kind in AFFINE_KINDS:
+            keys = {statistic: metric_key("", layer["name"], affine_quantity(kind, statistic)) for statistic in _SHOWN}
+            known = keys["std"] in values
+            layer[kind] = {statistic: values[key] for statistic, key in keys.items()} if known else None
     if sort in ("name", "verdict"):
         layers.sort(key=lambda layer: layer[sort])
     elif sort == "channels":
@@ -103,8 +108,6 @@ def describe(report: InitReport, sort: str = "model") -> list[dict[str, Any]]:
 
 
 def _row(layer: dict[str, Any]) -> tuple[str, ...]:
-    numbers = [
-        f"{layer[kind][statistic]:.4g}" if layer[kind] else "-" for kind in ("scale", "shift") for statistic in SHOWN
-    ]
+    numbers = [f"{layer[kind][statistic]:.4g}" if layer[kind] else "-" for kind in AFFINE_KINDS for statistic in _SHOWN]
     name = layer["name"] or "(the model)"
     return (name, layer["class"], str(layer["channels"]), *numbers, layer["verdict"], layer["reason"])

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from lightning_revbn.cli import compare, inspect, plot
-from lightning_revbn.cli.compare import CompareError
-from lightning_revbn.cli.plot import PlotError
-from lightning_revbn.cli.targets import TargetError
-from lightning_revbn.runs.logs import LogError
+from lightning_revbn.cli.terminal import CommandError, tell
+from lightning_revbn.runs.scalars import LogError
+
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except (TargetError, LogError, PlotError, CompareError) as error:
-        print(f"lightning-revbn: {error}", file=sys.stderr)  # noqa: T201
+    except (CommandError, LogError) as error:
+        tell(error)
         return 1
 
 

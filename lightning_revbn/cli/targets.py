@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -15,12 +14,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+from lightning_revbn.cli.terminal import CommandError
+from lightning_revbn.core.arguments import nearest_names
+
+__all__ = ["BatchNorm", "TargetError", "from_state_dict", "load_state_dict", "resolve"]
+
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 """Where checkpoints keep the model: Lightning's and timm's, torch tutorials', torchvision's references'."""
 
 
-class TargetError(Exception):
-    """A target that cannot be read; the message is one line and says why."""
+class TargetError(CommandError):
+    """A target that cannot be read."""
 
 
 def resolve(target: str) -> nn.Module:
@@ -73,11 +77,13 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     top = _as_dict(content)
     if top is None:
         raise TargetError(f"{path} holds a {type(content).__name__}, not a model's state_dict")
-    inner = (_as_dict(top.get(key)) for key in STATE_DICT_KEYS)
+    inner = (_as_dict(top.get(key)) for key in _STATE_DICT_KEYS)
     named = next((found for found in inner if found is not None), top)
     tensors = {key: value for key, value in named.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise TargetError(f"{path} holds no model: no tensor by name, at the top or under {', '.join(STATE_DICT_KEYS)}")
+        raise TargetError(
+            f"{path} holds no model: no tensor by name, at the top or under {', '.join(_STATE_DICT_KEYS)}"
+        )
     return tensors
 
 
@@ -156,8 +162,8 @@ def _library(module: str) -> Any:
 
 def _check_name(library: str, name: str, known: list[str]) -> None:
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-        raise TargetError(f"{library} has no model {name!r}; the nearest names are {', '.join(nearest)}")
+        nearest = ", ".join(nearest_names(name, known))
+        raise TargetError(f"{library} has no model {name!r}; the nearest names are {nearest}")
 
 
 def _call(module: str, name: str) -> nn.Module:

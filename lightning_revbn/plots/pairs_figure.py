@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_revbn.plots import layers_figure as figure
+from lightning_revbn.plots.output import NORMAL
 
-HIGHER, LOWER, TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: told apart by colour-blind readers too
+__all__ = ["draw", "draw_pairs"]
+
+_HIGHER, _LOWER, _TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: told apart by colour-blind readers too
 
 
-def save_pairs(baseline: Sequence[float], arms: Mapping[str, Sequence[float]], metric: str, path: Path) -> None:
-    """Write a figure with a panel for every proposed arm, all on the same axis.
+def draw(baseline: Sequence[float], arms: Mapping[str, Sequence[float]], metric: str) -> Figure:
+    """Draw a panel for every proposed arm, all on the same axis.
 
     Args:
         baseline: Scores of the baseline, shape `(n,)`.
         arms: Scores of the same seeds by label, each of shape `(n,)`.
         metric: What the scores are called.
-        path: Its suffix says which format.
+
+    Returns:
+        The figure.
     """
-    drawing: Any = Figure(figsize=(1.2 + 2.6 * len(arms), 3.6), layout="constrained")
-    panels = drawing.subplots(1, len(arms), sharey=True, squeeze=False)
+    figure: Any = Figure(figsize=(1.2 + 2.6 * len(arms), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)
     for panel, (label, scores) in zip(panels[0], arms.items(), strict=True):
         draw_pairs(panel, baseline, scores, label)
     panels[0][0].set_ylabel(metric)
-    drawing.suptitle("A line per seed (blue: higher, orange: lower), black: mean", fontsize=figure.NORMAL)
-    figure.save(drawing, path)
+    figure.suptitle("A line per seed (blue: higher, orange: lower), black: mean", fontsize=NORMAL)
+    return figure
 
 
 def draw_pairs(panel: Axes, baseline: Sequence[float], proposed: Sequence[float], label: str) -> None:
@@ -44,7 +47,7 @@ def draw_pairs(panel: Axes, baseline: Sequence[float], proposed: Sequence[float]
     """
     axes: Any = panel  # matplotlib types its keyword arguments in part
     for before, after in zip(baseline, proposed, strict=True):
-        colour = TIE if before == after else HIGHER if after > before else LOWER
+        colour = _TIE if before == after else _HIGHER if after > before else _LOWER
         axes.plot((0, 1), (before, after), color=colour, alpha=0.6, linewidth=1.2, marker="o", markersize=4)
     means = statistics.fmean(baseline), statistics.fmean(proposed)
     axes.plot((0, 1), means, color="black", linewidth=2.5, marker="D", markersize=7)

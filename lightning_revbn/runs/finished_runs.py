@@ -8,7 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_revbn.runs.logs import Advance, Log, LogError, one_line, read_scalars
+from lightning_revbn.runs.logs import Log, read_scalars
+from lightning_revbn.runs.names import one_line
+from lightning_revbn.runs.scalars import Advance, LogError
+
+__all__ = ["FinishedRun", "check_pairs", "read_finished"]
 
 _SEED_IN_PATH = re.compile(r"(?:^|[^a-z])seed[^0-9a-z]{0,2}([0-9]+)(?![0-9])", re.IGNORECASE)
 _SEED_IN_YAML = re.compile(r"^\s*(?:seed|seed_everything):\s*([0-9]+)\s*$", re.MULTILINE)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import math
 import random
 import shutil
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.lit import LitNet, loader, trainer
-from helpers.models import BATCH_NORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -20,16 +18,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_revbn import BatchNormMonitor
-from lightning_revbn.runs.logs import (
-    Log,
-    LogError,
-    Scalars,
-    batch_norm_run,
-    find_logs,
-    find_prefix,
-    progress_bar,
-    read_scalars,
-)
+from lightning_revbn.runs.logs import Log, find_logs, read_scalars
+from lightning_revbn.runs.scalars import LogError, Scalars
 
 Events = Iterable[tuple[int, Mapping[str, float]]]
 
@@ -106,39 +96,6 @@ def test_all_scalars_of_a_real_run_are_read_back(kind: str, tmp_path: Path) -> N
     assert found["revbn/model.bn1/normalized_absmax"].keys() == set(range(6))
 
 
-@pytest.mark.parametrize(
-    ("kind", "order"), [("csv", sorted(BATCH_NORMS)), ("both", BATCH_NORMS), ("events", BATCH_NORMS)]
-)
-def test_layers_are_in_the_order_of_the_model_if_event_files_tell(kind: str, order: list[str], tmp_path: Path) -> None:
-    loggers = [
-        CSVLogger(tmp_path / "run", name="", version=""),
-        TensorBoardLogger(tmp_path / "run", name="", version=""),
-    ]
-    chosen = {"csv": loggers[:1], "events": loggers[1:], "both": loggers}[kind]
-    trainer(tmp_path, BatchNormMonitor(every_n_steps=1), logger=chosen).fit(LitNet(), loader(1))
-    run = batch_norm_run("run", read(tmp_path / "run"))
-    assert run.layers == tuple(f"model.{name}" for name in order)
-    assert run.by_depth == (kind != "csv")
-
-
-def test_layers_without_an_order_are_sorted_with_numbers_by_value(tmp_path: Path) -> None:
-    names = ["layer10.bn", "layer9.bn", "layer9.10", "layer9.9"]
-    write_csv(tmp_path, [(0, {f"revbn/{name}/scale_mean": 1.0 for name in names})])
-    assert batch_norm_run("", read(tmp_path)).layers == ("layer9.9", "layer9.10", "layer9.bn", "layer10.bn")
-
-
-def test_layers_that_have_different_quantities_are_sorted_too(tmp_path: Path) -> None:
-    keys = ["a/scale_mean", "b/normalized_absmax", "c/normalized_absmax"]
-    write_csv(tmp_path, [(0, {f"revbn/{key}": 1.0 for key in keys})])
-    assert batch_norm_run("", read(tmp_path)).layers == ("a", "b", "c")
-
-
-def test_layers_without_a_scale_keep_their_place(tmp_path: Path) -> None:
-    keys = ["b/scale_mean", "d/scale_mean", *(f"{layer}/normalized_absmax" for layer in "abcd")]
-    write_events(tmp_path, [(0, {f"revbn/{key}": 1.0 for key in keys})])
-    assert batch_norm_run("", read(tmp_path)).layers == ("a", "b", "c", "d")
-
-
 @pytest.mark.parametrize("write", [write_csv, write_events])
 def test_the_last_value_of_a_step_counts_and_steps_are_sorted(write: Any, tmp_path: Path) -> None:
     write(tmp_path, [(5, {"a": 1.0}), (3, {"a": 2.0}), (5, {"a": 3.0}), (4, {"a": math.nan}), (6, {"a": -math.inf})])
@@ -150,15 +107,6 @@ def test_the_last_value_of_a_step_counts_and_steps_are_sorted(write: Any, tmp_pa
 def test_steps_that_no_run_can_reach_are_left_out(tmp_path: Path) -> None:
     write_events(tmp_path, [(2**60, {"a": 1.0}), (2**53, {"a": 2.0})])
     assert points(read(tmp_path)) == {"a": {2**53: 2.0}}
-
-
-def test_a_resumed_run_replaces_what_was_logged_after_its_checkpoint(tmp_path: Path) -> None:
-    write_events(tmp_path, [(step, {"a": 1.0, "b": 1.0}) for step in (0, 10, 20, 30)])
-    write_events(tmp_path, [(step, {"a": 2.0}) for step in (15, 25)])
-    assert points(read(tmp_path)) == {
-        "a": {0: 1.0, 10: 1.0, 15: 2.0, 25: 2.0},
-        "b": {0: 1.0, 10: 1.0, 20: 1.0, 30: 1.0},
-    }
 
 
 def test_values_are_those_of_the_csv_file_unless_the_event_files_begin_earlier(tmp_path: Path) -> None:
@@ -280,69 +228,6 @@ def test_an_empty_file_beside_a_log_does_no_harm(tmp_path: Path) -> None:
     assert scalars.warnings == (f"{tmp_path / 'metrics.csv'} is empty; read the event files instead",)
 
 
-def test_a_csv_file_cut_off_anywhere_gives_its_whole_lines(tmp_path: Path) -> None:
-    path = write_csv(tmp_path, [(step, {"a": step / 7, "b": step / 3}) for step in range(3)])
-    content = path.read_bytes()
-    assert content.count(b"\n") == 4
-    for length in range(1, len(content)):
-        path.write_bytes(content[:length])
-        lines = content[:length].count(b"\r") - 1
-        if lines < 1:
-            with pytest.raises(LogError):
-                read(path)
-            continue
-        scalars = read(path)
-        assert points(scalars) == {"a": {s: s / 7 for s in range(lines)}, "b": {s: s / 3 for s in range(lines)}}
-        cut = not content[:length].endswith((b"\r", b"\n"))
-        assert scalars.warnings == (f"{path}: ends in the middle of a line, which was left out",) * cut
-
-
-def test_rows_without_a_step_are_left_out_and_counted(tmp_path: Path) -> None:
-    path = text(tmp_path / "metrics.csv", "a,step\n1,0\n2,\n3,nan\n4,1e300\n5\n,\n6,2.0\n")
-    scalars = read(path)
-    assert points(scalars) == {"a": {0: 1.0, 2: 6.0}}
-    assert scalars.warnings == (f"{path}: rows without a step were left out: 4",)
-
-
-def test_an_event_file_cut_off_anywhere_gives_what_is_before(tmp_path: Path) -> None:
-    path = write_events(tmp_path, COUNTING)
-    content = path.read_bytes()
-    whole = points(read(path))
-    lengths = [*range(1, len(content), 5)]
-    counts: list[int] = []
-    for length in lengths:
-        path.write_bytes(content[:length])
-        scalars = read_or_error(path)
-        if isinstance(scalars, str):
-            assert "tfevents" in scalars or "holds no values" in scalars
-            counts.append(0)
-            continue
-        found = points(scalars)
-        assert all(found[key].items() <= whole[key].items() for key in found)
-        counts.append(sum(map(len, found.values())))
-        assert all("is damaged or cut off at byte" in warning for warning in scalars.warnings)
-    assert counts == sorted(counts)
-    assert set(counts) == set(range(12))
-
-
-def test_an_event_file_with_damage_inside_gives_what_is_before_and_says_so(tmp_path: Path) -> None:
-    path = write_events(tmp_path, COUNTING)
-    content = path.read_bytes()
-    for at in range(0, len(content), 3):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
-        scalars = read_or_error(path)
-        if isinstance(scalars, str):
-            assert len(scalars.splitlines()) == 1
-        else:
-            assert sum(len(own) for own in points(scalars).values()) <= 12
-            assert len(scalars.warnings) <= 1
-    middle = len(content) // 2
-    path.write_bytes(content[:middle] + bytes(40) + content[middle + 40 :])
-    scalars = read(path)
-    assert points(scalars)["b"].keys() == {0, 1, 2}
-    assert [warning.split(" is ")[1].split(" at ")[0] for warning in scalars.warnings] == ["damaged or cut off"]
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     content=st.binary(max_size=200)
@@ -364,92 +249,6 @@ def test_no_bytes_whatever_make_it_fail_in_another_way(content: bytes, name: str
         for series in scalars.series.values():
             assert (np.diff(series.steps) > 0).all()
             assert len(series.steps) == len(series.values) > 0
-
-
-@pytest.mark.parametrize(
-    ("keys", "prefix"),
-    [
-        (["loss", "revbn/scale_mean", "revbn/a/scale_mean", "other/scale_mean"], "revbn"),
-        (["bn/affine/scale_mean", "bn/affine/a.b/scale_mean", "bn/loss"], "bn/affine"),
-        (["revbn/own/scale_mean", "revbn/own/a/scale_std"], "revbn/own"),
-        (["bn/a/scale_mean", "bn/b/scale_mean"], "bn"),
-        (["scale_mean", "a/scale_mean"], ""),
-        (["loss"], "revbn"),
-    ],
-)
-def test_the_prefix_is_found(keys: list[str], prefix: str) -> None:
-    assert find_prefix(keys) == prefix
-
-
-def test_several_prefixes_are_an_error_that_names_them() -> None:
-    with pytest.raises(LogError, match="under one, two: choose by --prefix"):
-        find_prefix(["one/scale_mean", "one/a/scale_mean", "two/scale_mean"])
-
-
-@pytest.mark.parametrize("prefix", ["revbn", "bn/affine", ""])
-def test_runs_with_any_prefix_are_found_without_being_told(prefix: str, tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path / "run", name="", version="")
-    trainer(tmp_path, BatchNormMonitor(every_n_steps=1, prefix=prefix), logger=logger).fit(LitNet(), loader(1))
-    scalars = read(tmp_path / "run")
-    for given_prefix in (None, prefix):
-        run = batch_norm_run("run", scalars, given_prefix)
-        assert set(run.layers) == {f"model.{name}" for name in BATCH_NORMS}
-        first = f"{prefix}/" if prefix else ""
-        assert run.series["model.bn1", "scale_mean"] is scalars.series[f"{first}model.bn1/scale_mean"]
-
-
-def test_a_run_with_per_layer_false_is_one_of_the_whole_model(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path / "run", name="", version="")
-    monitor = BatchNormMonitor(every_n_steps=1, per_layer=False)
-    trainer(tmp_path, monitor, logger=logger).fit(LitNet(), loader(1))
-    run = batch_norm_run("run", read(tmp_path / "run"))
-    assert (run.layers, run.whole_model) == (("",), True)
-    assert {quantity for _, quantity in run.series} == {"scale_mean", "scale_drift", "shift_drift"}
-
-
-def test_a_model_that_is_one_batch_norm_layer_has_an_empty_name(tmp_path: Path) -> None:
-    keys = [f"revbn/{kind}_{s}" for kind in ("scale", "shift") for s in ("mean", "std", "min", "max", "drift")]
-    write_csv(tmp_path, [(0, {**dict.fromkeys(keys, 1.0), "revbn/scale_lr": 0.1})])
-    run = batch_norm_run("run", read(tmp_path))
-    assert (run.layers, run.whole_model) == (("",), False)
-    assert set(run.series) == {("", key.removeprefix("revbn/")) for key in keys}
-
-
-def test_a_log_without_batch_norm_layers_says_what_to_do(tmp_path: Path) -> None:
-    write_csv(tmp_path, [(0, {f"loss_{letter}": 1.0 for letter in "abcdefg"})])
-    with pytest.raises(LogError) as error:
-        batch_norm_run("version_0", read(tmp_path))
-    assert str(error.value) == (
-        "the log of version_0 has no keys revbn/... of batch norm layers (it has loss_a, loss_b, loss_c, loss_d, "
-        "loss_e, ...): add BatchNormMonitor() to the Trainer's callbacks"
-    )
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(("terminal", "wait", "shown"), [(True, 0, True), (True, 60, False), (False, 0, False)])
-def test_the_progress_bar_shows_on_terminals_and_when_it_takes_long(
-    terminal: bool, wait: float, shown: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
-    monkeypatch.setenv("TERM", "xterm")
-    with progress_bar("Reading logs", 10, wait) as advance:
-        advance(5)
-        advance(5)
-    output = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert ("Reading logs" in output) == shown
-    assert output.endswith("\x1b[2K") == shown
-
-
-def test_there_is_no_progress_bar_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setitem(sys.modules, "rich", None)
-    with progress_bar("Reading logs", 10, 0) as advance:
-        advance(10)
-    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
 
 
 def test_progress_counts_the_bytes_of_the_files(tmp_path: Path) -> None:

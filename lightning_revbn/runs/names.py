@@ -1,0 +1,80 @@
+"""Names of runs, layers and metrics: in natural order, without shared beginnings, short enough for an error's line.
+
+Nothing is imported here but Python's own library.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["natural", "one_line", "shared_parts", "suffixes"]
+
+
+def one_line(text: object, limit: int = 400) -> str:
+    """Return a text from outside such that it fits into an error's one line.
+
+    Args:
+        text: A path, or a key out of a file.
+        limit: Characters at most; what is longer loses its middle.
+
+    Returns:
+        The text without characters that do not print.
+    """
+    line = "".join(char if char.isprintable() else "?" for char in str(text))
+    return line if len(line) <= limit else f"{line[: limit // 2 - 1]}...{line[2 - limit // 2 :]}"
+
+
+def natural(text: str) -> tuple[tuple[int, str], ...]:
+    """Return a key that sorts numbers inside texts by value.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The key.
+
+    Example:
+        >>> sorted(["layer10", "layer9"], key=natural)
+        ['layer9', 'layer10']
+    """
+    parts = re.split(r"([0-9]+)", text)
+    # A number is compared by its length first, which no limit on the digits of an int can stop.
+    return tuple((len(part.lstrip("0")), part.lstrip("0")) if i % 2 else (0, part) for i, part in enumerate(parts))
+
+
+def shared_parts(names: Sequence[Sequence[str]]) -> list[str]:
+    """Return the leading parts that all names share.
+
+    Args:
+        names: Names in parts.
+
+    Returns:
+        The parts.
+
+    Example:
+        >>> shared_parts([["layer1", "0", "bn1"], ["layer1", "10", "bn1"]])
+        ['layer1']
+    """
+    return [parts[0] for parts in itertools.takewhile(lambda parts: len({*parts}) == 1, zip(*names, strict=False))]
+
+
+def suffixes(paths: Sequence[Path]) -> list[str]:
+    """Name paths by their ends.
+
+    Args:
+        paths: All different.
+
+    Returns:
+        As many of the last parts of each as it takes to tell them apart.
+
+    Example:
+        >>> suffixes([Path("/logs/baseline/version_0"), Path("/logs/revisited/version_0")])
+        ['baseline/version_0', 'revisited/version_0']
+    """
+    parts = [(path.resolve() if ".." in path.parts else path.absolute()).parts for path in paths]
+    longest = max(map(len, parts))
+    names = [["/".join(part[-count:]) for part in parts] for count in range(1, longest + 1)]
+    return next((ends for ends in names if len(set(ends)) == len(ends)), names[-1])

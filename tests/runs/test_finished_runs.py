@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from test_logs import write_csv, write_events
+
+from lightning_revbn.runs.finished_runs import check_pairs, read_finished
+from lightning_revbn.runs.logs import find_logs
+from lightning_revbn.runs.scalars import LogError
+
+BASELINE = [0.9722, 0.9733, 0.9711, 0.9744, 0.9700, 0.9755]
+BETTER = [0.9788, 0.9733, 0.9766, 0.9800, 0.9777, 0.9744]
+
+
+def write_arm(folder: Path, scores: Sequence[float], steps: int = 20) -> Path:
+    """Write a run for every score, seeds from 1; training loss at two steps, the score at the end."""
+    for seed, score in enumerate(scores, start=1):
+        events = [(0, {"loss": 2.0}), (steps, {"loss": 1.0, "test_acc": score})]
+        write_csv(folder / f"seed_{seed:02}", events)
+    return folder
+
+
+def scores(folder: Path, seed_pattern: str | None = None) -> dict[int, float]:
+    pattern = None if seed_pattern is None else re.compile(seed_pattern)
+    runs = read_finished(find_logs([folder]), "test_acc", pattern, advance=lambda size: None)
+    return {seed: run.score for seed, run in runs.items()}
+
+
+def read_pairs(baseline: Path, proposed: Path) -> None:
+    arms = [
+        read_finished(find_logs([folder]), "test_acc", None, advance=lambda size: None)
+        for folder in (baseline, proposed)
+    ]
+    check_pairs(*arms, proposed.name, any_length=False)
+
+
+def test_event_files_and_seeds_of_hyperparameters_are_read(tmp_path: Path) -> None:
+    for index, score in enumerate(BASELINE):
+        write_events(tmp_path / "events" / f"version_{index}", [(20, {"loss": 1.0, "test_acc": score})])
+        (tmp_path / "events" / f"version_{index}" / "hparams.yaml").write_text(f"lr: 0.1\nseed: {index + 1}\n")
+        logger = CSVLogger(tmp_path / "tables", name="", version=9 - index)  # in another order
+        logger.log_hyperparams({"model": {"seed": index + 1}, "lr": 0.1})
+        logger.log_metrics({"loss": 1.0, "test_acc": BETTER[index]}, step=20)
+        logger.save()
+    assert scores(tmp_path / "tables") == dict(enumerate(BETTER, start=1))
+    read = scores(tmp_path / "events")
+    assert list(read) == [1, 2, 3, 4, 5, 6]
+    assert list(read.values()) == pytest.approx(BASELINE, rel=1e-6)  # event files hold float32
+
+
+def test_a_pattern_finds_seeds_in_paths(tmp_path: Path) -> None:
+    for index, score in enumerate(BASELINE):
+        write_csv(tmp_path / f"run{index}-seed7", [(20, {"test_acc": score})])
+    with pytest.raises(LogError, match="seed 7 has two runs"):
+        scores(tmp_path)
+    assert scores(tmp_path, r"run(\d+)") == dict(enumerate(BASELINE))
+
+
+def remove_seed(folder: Path) -> None:
+    (folder / "seed_03" / "metrics.csv").unlink()
+
+
+def end_in_nan(folder: Path) -> None:
+    write_csv(folder / "seed_03", [(20, {"test_acc": math.nan})])
+
+
+def end_early(folder: Path) -> None:
+    write_csv(folder / "seed_03", [(10, {"test_acc": 0.9})])
+
+
+def never_test(folder: Path) -> None:
+    write_csv(folder / "seed_03", [(20, {"test_loss": 0.9})])
+
+
+def run_twice(folder: Path) -> None:
+    write_csv(folder / "again" / "seed_3", [(20, {"test_acc": 0.9})])
+
+
+def lose_the_seed(folder: Path) -> None:
+    write_csv(folder / "third", [(20, {"test_acc": 0.9})])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_seed, "seed 3 of baseline has no partner in b"),
+        (end_in_nan, "seed_03 ends with test_acc=nan: a run that failed has no score to compare"),
+        (end_early, "seed_03 ends at step 10, the longest run at 20: unfinished? Where runs stop by themselves"),
+        (never_test, "seed_03 has no test_acc: unfinished, or logged by another name; it has test_loss"),
+        (run_twice, "seed 3 has two runs"),
+        (lose_the_seed, "is not known: there is no 'seed: N' in its hparams.yaml and no 'seed_N' in its path"),
+    ],
+)
+def test_runs_that_are_no_pairs_are_refused_in_one_line(damage: Any, message: str, tmp_path: Path) -> None:
+    arms = write_arm(tmp_path / "a", BASELINE), write_arm(tmp_path / "b", BETTER)
+    damage(arms[1])
+    with pytest.raises(LogError) as error:
+        read_pairs(*arms)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1

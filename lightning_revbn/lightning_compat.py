@@ -1,11 +1,64 @@
-"""The classes of `lightning.pytorch` under their other name: `pytorch_lightning` has copies that share no base."""
+"""Everything of Lightning that is private, or differs between its versions or its two packages; nothing elsewhere.
+
+Lightning is published as `lightning.pytorch` and as `pytorch_lightning`, whose classes share no base. Private names may
+go in any release. A fit that can do without one goes on, with one warning that says what is missing:
+
+| private name of Lightning | without it |
+|---|---|
+| `epoch_loop._batches_that_stepped` | steps are counted by `trainer.global_step` |
+| `_logger_connector.should_update_logs` | a step is logged if `log_every_n_steps` divides its number |
+| `epoch_loop._should_accumulate` | `accumulate_grad_batches` tells which batches are accumulated |
+| `module._current_fx_name` | a batch that equals `example_input_array` is taken for the example |
+| `strategy._layer_sync` | `sync_batchnorm` and `BatchNormSync` are not checked |
+| the live dicts `callback_metrics`, `progress_bar_metrics` | callbacks and the progress bar do not see the metrics |
+
+`launcher` and the parsers of LightningCLI are reached by public names alone.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# Lightning's documented homes of these names re-export them without saying so.
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, strategies
+from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from lightning.pytorch.utilities import exceptions, rank_zero
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+__all__ = [
+    "MisconfigurationException",
+    "XLAStrategy",
+    "accumulates",
+    "adopt",
+    "callbacks_of",
+    "is_example",
+    "is_logging_step",
+    "layer_sync",
+    "logs_hyperparameters",
+    "overrides",
+    "publish",
+    "rank_zero_info",
+    "rank_zero_only",
+    "rank_zero_warn",
+    "stepped_batches",
+    "twins",
+]
+
+MisconfigurationException = exceptions.MisconfigurationException
+XLAStrategy = strategies.XLAStrategy
+rank_zero_info = rank_zero.rank_zero_info
+rank_zero_only = rank_zero.rank_zero_only
+rank_zero_warn = rank_zero.rank_zero_warn
+
+_GONE = object()
+_warned: set[str] = set()
 
 
 def twins(kind: type) -> tuple[type, ...]:
@@ -60,3 +113,131 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
         Its own list, in the order in which they are called.
     """
     return getattr(trainer, "callbacks")  # noqa: B009 # made in a connector, where no type checker looks
+
+
+def stepped_batches(trainer: Trainer) -> int:
+    """Return how many batches ended in an optimizer step: the step axis of Lightning's loggers.
+
+    Args:
+        trainer: The Trainer, in a fit.
+
+    Returns:
+        The number; `global_step` counts the steps of every optimizer, so it runs ahead where there are several.
+    """
+    count = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", _GONE)
+    if isinstance(count, int):
+        return count
+    _warn_without("_batches_that_stepped", "steps of batch norm metrics are counted by trainer.global_step")
+    return trainer.global_step // max(1, len(trainer.optimizers))
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Tell whether Lightning logs at the present step.
+
+    Args:
+        trainer: The Trainer, in a fit, before or in a batch.
+
+    Returns:
+        Whether it does.
+    """
+    wanted = getattr(getattr(trainer, "_logger_connector", None), "should_update_logs", _GONE)
+    if wanted is not _GONE:
+        return bool(wanted)
+    _warn_without("should_update_logs", "batch norm metrics are logged every log_every_n_steps steps")
+    every: int = getattr(trainer, "log_every_n_steps", 50)
+    return bool(every) and ((stepped_batches(trainer) + 1) % every == 0 or trainer.should_stop)
+
+
+def accumulates(trainer: Trainer, batch_idx: int) -> bool:
+    """Tell whether no optimizer step follows the present batch, since gradients are accumulated over several.
+
+    Args:
+        trainer: The Trainer, in a fit, after a batch.
+        batch_idx: Number of the batch in its epoch.
+
+    Returns:
+        Whether they are.
+    """
+    ask: Any = getattr(trainer.fit_loop.epoch_loop, "_should_accumulate", None)
+    if ask is not None:
+        return bool(ask())
+    _warn_without("_should_accumulate", "accumulate_grad_batches alone tells which batches share an optimizer step")
+    return (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch
+
+
+def is_example(module: LightningModule, batch: Any) -> bool:
+    """Tell whether a batch is an example input.
+
+    Lightning sends example inputs through the hooks of batches too: for summaries, graphs and exports, on rank 0 alone.
+
+    Args:
+        module: The LightningModule.
+        batch: What a hook was given.
+
+    Returns:
+        Whether it is.
+    """
+    hook = getattr(module, "_current_fx_name", _GONE)
+    if hook is not _GONE:
+        return hook != "batch_to_device"  # in which alone a loop's batches come
+    _warn_without("_current_fx_name", "a batch counts as the example input if it equals example_input_array")
+    example: Any = getattr(module, "example_input_array", None)
+    return (
+        isinstance(example, Tensor)
+        and isinstance(batch, Tensor)
+        and example.shape == batch.shape
+        and torch.equal(example.to(batch), batch)
+    )
+
+
+def layer_sync(strategy: Strategy) -> LayerSync | None:
+    """Return the plugin that synchronises batch norm layers.
+
+    Args:
+        strategy: The Trainer's strategy.
+
+    Returns:
+        The plugin; None where there is none.
+    """
+    plugin = getattr(strategy, "_layer_sync", _GONE)
+    if plugin is not _GONE:
+        return plugin  # pyright: ignore[reportReturnType] # not typed
+    if isinstance(strategy, twins(ParallelStrategy)):
+        _warn_without("_layer_sync", "whether sync_batchnorm or BatchNormSync suit the model is not checked")
+    return None
+
+
+def logs_hyperparameters(trainer: Trainer) -> bool:
+    """Tell whether the user wants hyperparameters in the logs.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        True unless `enable_autolog_hparams` is off; Lightning 2.5.0 has no such switch.
+    """
+    return bool(getattr(trainer, "enable_autolog_hparams", True))
+
+
+def publish(trainer: Trainer, metrics: Mapping[str, float], *, progress_bar: bool = False) -> None:
+    """Show metrics to other callbacks, such as ModelCheckpoint and EarlyStopping.
+
+    Args:
+        trainer: The Trainer.
+        metrics: Their values by key.
+        progress_bar: Whether to show them in the progress bar too.
+    """
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+    if metrics.keys() - trainer.callback_metrics.keys():
+        _warn_without("a live callback_metrics", "callbacks cannot monitor batch norm metrics")
+    if progress_bar:
+        trainer.progress_bar_metrics.update(metrics)
+        if metrics.keys() - trainer.progress_bar_metrics.keys():
+            _warn_without("live progress_bar_metrics", "the progress bar does not show batch norm metrics")
+
+
+def _warn_without(name: str, instead: str) -> None:
+    """Say once a process that a private name is gone from Lightning."""
+    if name not in _warned:
+        _warned.add(name)
+        rank_zero_warn(f"this version of Lightning has no {name}: {instead}. Please report it to lightning-revbn")

@@ -1,8 +1,5 @@
 """Hands the settings in force to the loggers as hyperparameters, beside those of the user."""
 
-# pyright: reportPrivateImportUsage=false
-# Lightning's documented home of rank_zero_warn re-exports it without saying so.
-
 from __future__ import annotations
 
 import json
@@ -12,10 +9,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_revbn.callbacks.next_call import NextCall
-from lightning_revbn.lightning_compat import twins
+from lightning_revbn.lightning_compat import logs_hyperparameters, rank_zero_warn, twins
 
 
 def announce(trainer: Trainer, settings: Mapping[str, Any]) -> list[NextCall]:
@@ -62,8 +58,7 @@ def _entries(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _takers(trainer: Trainer) -> list[Logger]:
     """List the loggers; none on other ranks than the first, and where the user switched hyperparameters off."""
-    wanted = getattr(trainer, "enable_autolog_hparams", True)  # Lightning 2.5.0 has no such switch
-    return trainer.loggers if wanted and trainer.is_global_zero else []
+    return trainer.loggers if logs_hyperparameters(trainer) and trainer.is_global_zero else []
 
 
 def _log(logger: Logger, entries: dict[str, Any], **options: Any) -> None:

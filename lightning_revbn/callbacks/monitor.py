@@ -1,8 +1,5 @@
 """Logs how the scales and shifts of batch norm layers develop, for a baseline run as well as a revisited one."""
 
-# pyright: reportPrivateImportUsage=false
-# Lightning's documented homes of rank_zero_warn re-exports it without saying so.
-
 from __future__ import annotations
 
 import math
@@ -16,7 +13,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -34,7 +30,14 @@ from lightning_revbn.core.metric_keys import (
     metric_key,
 )
 from lightning_revbn.core.update_rule import scale_learning_rates
-from lightning_revbn.lightning_compat import twins
+from lightning_revbn.lightning_compat import (
+    accumulates,
+    is_logging_step,
+    publish,
+    rank_zero_warn,
+    stepped_batches,
+    twins,
+)
 
 
 @dataclass
@@ -155,7 +158,7 @@ class BatchNormMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage] # the step axis of LearningRateMonitor
+        step = stepped_batches(trainer)
         due = self._is_due(trainer, step)
         if due and self._fit is None:
             self._begin(trainer, pl_module)
@@ -175,7 +178,7 @@ class BatchNormMonitor(Callback):
         if self._fit is not None and self._fit.event is not None:
             self._fit.unhook()
             # Where gradients are accumulated, the activations of all batches of the step belong to the event.
-            if not trainer.fit_loop.epoch_loop._should_accumulate():  # pyright: ignore[reportPrivateUsage] # no public name
+            if not accumulates(trainer, batch_idx):
                 self._finish(trainer, self._fit, has_run=True)
 
     @override
@@ -212,7 +215,7 @@ class BatchNormMonitor(Callback):
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         if self.every_n_steps is None:
-            return bool(trainer._logger_connector.should_update_logs)  # pyright: ignore[reportPrivateUsage] # no public name
+            return is_logging_step(trainer)
         return step % self.every_n_steps == 0
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -278,9 +281,7 @@ class BatchNormMonitor(Callback):
             _log(logger, replace(event, metrics=metrics))
         whole_model = (metric_key(self.prefix, "", quantity) for quantity in WHOLE_MODEL_QUANTITIES)
         summary = {key: metrics[key] for key in whole_model if key in metrics}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in summary.items()})
-        if self.progress_bar:
-            trainer.progress_bar_metrics.update(summary)
+        publish(trainer, summary, progress_bar=self.progress_bar)
 
     def _activation_metrics(
         self, records: Sequence[BatchNormRecord], metric: NormalizedActivations

@@ -22,6 +22,7 @@ __all__ = [
     "WHOLE_MODEL_QUANTITIES",
     "affine_quantity",
     "first_part",
+    "input_key",
     "metric_key",
 ]
 
@@ -104,3 +105,20 @@ def first_part(prefix: str) -> str:
         The prefix with its slash, or nothing.
     """
     return f"{prefix}/" if prefix else ""
+
+
+def input_key(prefix: str, quantity: str) -> str:
+    """Build the key of a statistic of the network's input.
+
+    Args:
+        prefix: First part; may be empty.
+        quantity: `"mean"` or `"std"`, of a single channel with its number, as in `"mean_0"`.
+
+    Returns:
+        The key.
+
+    Example:
+        >>> input_key("revbn", "std_2")
+        'revbn/input/std_2'
+    """
+    return metric_key(prefix, "input", quantity)

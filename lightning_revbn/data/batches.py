@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+__all__ = ["Key", "is_sequence", "replace_tensor", "select_tensor"]
+
 Key = int | str | None
 
 
@@ -52,7 +54,7 @@ def replace_tensor(batch: Any, key: Key, value: Tensor) -> Any:
     """
     if isinstance(batch, Tensor):
         return value
-    if _is_sequence(batch) and not isinstance(key, str):
+    if is_sequence(batch) and not isinstance(key, str):
         items = [*batch]
         items[key or 0] = value
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
@@ -69,11 +71,23 @@ def replace_tensor(batch: Any, key: Key, value: Tensor) -> Any:
     return changed
 
 
+def is_sequence(batch: Any) -> bool:
+    """Tell whether a batch is a tuple or a list.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        Whether it is.
+    """
+    return isinstance(batch, (tuple, list))
+
+
 def _at(batch: Any, key: Key) -> Any:
     if key is None:
         if _is_mapping(batch):
             return batch.get(_only_tensor(batch))
-        return batch[0] if _is_sequence(batch) and len(batch) else batch
+        return batch[0] if is_sequence(batch) and len(batch) else batch
     if isinstance(key, str) and not _is_mapping(batch):
         return getattr(batch, key)
     return batch[key]
@@ -89,15 +103,11 @@ def _is_mapping(batch: Any) -> bool:
     return isinstance(batch, Mapping)
 
 
-def _is_sequence(batch: Any) -> bool:
-    return isinstance(batch, (tuple, list))
-
-
 def _describe(batch: Any) -> str:
     """Say what a batch is."""
     name = type(batch).__name__
     if _is_mapping(batch):
         return f"a {name} with the keys {', '.join(map(repr, batch))}"
-    if _is_sequence(batch):
+    if is_sequence(batch):
         return f"a {name} of ({', '.join(type(part).__name__ for part in batch)})"
     return f"a {name}"

@@ -1,23 +1,15 @@
 """The DataModule mixin: raw batches in, batches standardised with the statistics of the global batch out."""
 
-# pyright: reportPrivateImportUsage=false
-# Lightning's documented homes of rank_zero_* and MisconfigurationException re-export them without saying so.
-
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from types import CodeType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
@@ -29,24 +21,38 @@ from lightning_revbn.core.input_norm import (
     MissingStatisticsError,
     OnlineStandardizer,
 )
-from lightning_revbn.data.batches import replace_tensor, select_tensor
-from lightning_revbn.data.spawned_statistics import Letter
-from lightning_revbn.lightning_compat import callbacks_of, overrides, twins
+from lightning_revbn.data.batches import is_sequence, replace_tensor, select_tensor
+from lightning_revbn.data.input_log import InputLog
+from lightning_revbn.data.saved_statistics import STATE_NAME, read_input_statistics
+from lightning_revbn.data.spawned_statistics import SharedStatistics
+from lightning_revbn.data.subclass_checks import check_subclass
+from lightning_revbn.lightning_compat import (
+    MisconfigurationException,
+    callbacks_of,
+    is_example,
+    overrides,
+    rank_zero_info,
+    rank_zero_warn,
+)
 
 if TYPE_CHECKING:
     _Base = LightningDataModule
 else:
     _Base = object
 
-_STATE = "input_norm"
 _HOOKS = ("on_after_batch_transfer", "state_dict", "load_state_dict")
+_NOT_INITIALIZED = (
+    "{name}.__init__ must call super().__init__(input_norm=InputNorm(...)) before input statistics are used"
+)
+_OTHER_SCALE = (
+    "{name}: the checkpoint was made with an input scale of {loaded:g}, this run has {scale:g}. From here on this "
+    "run's applies."
+)
 _NO_STATISTICS = (
     "there are no input statistics to evaluate with: {name} learns them from training batches. Fit first, pass a "
     "checkpoint of such a run as ckpt_path, call load_input_statistics(path) on the datamodule (for a checkpoint that "
     'was made with another class or is loaded into the model alone), or give constants with InputNorm(mode="fixed")'
 )
-_SINGLE_CHANNELS = 16
-"""Up to how many channels single ones are logged too."""
 
 
 class OnlineInputNormMixin(_Base):
@@ -84,31 +90,18 @@ class OnlineInputNormMixin(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        order = cls.__mro__
-        place = order.index(OnlineInputNormMixin)
-        if not {*twins(DataHooks)}.isdisjoint(order[:place]):
-            raise TypeError(
-                f"{cls.__name__}: OnlineInputNormMixin must come before LightningDataModule among the bases, or "
-                f"Lightning never calls it: class {cls.__name__}(OnlineInputNormMixin, LightningDataModule)"
-            )
-        for owner in order[:place]:
-            for hook in _HOOKS:
-                if hook in vars(owner) and not _calls_super(vars(owner)[hook]):
-                    raise TypeError(
-                        f"{owner.__name__}.{hook} must call super().{hook}(...), or OnlineInputNormMixin does nothing"
-                    )
+        check_subclass(cls, OnlineInputNormMixin, _HOOKS)
 
     def __init__(self, *args: Any, input_norm: InputNorm, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(input_norm, InputNorm):  # pyright: ignore[reportUnnecessaryIsInstance] # callers may be untyped
             raise TypeError(f"input_norm must be an InputNorm, got {input_norm!r}")
         self._standardizer = OnlineStandardizer(input_norm)
-        self._letter = Letter(input_norm.num_features)
+        self._shared = SharedStatistics(input_norm.num_features)
         self._knows_scale = False
         self._loaded_scale: float | None = None
         self._scaled_for: weakref.ref[Trainer] | None = None
-        self._logged_step: int | None = None
-        self._advised = False
+        self._log = InputLog(type(self).__name__)
 
     @property
     def input_norm(self) -> InputNorm:
@@ -141,8 +134,8 @@ class OnlineInputNormMixin(_Base):
         if overrides("on_after_batch_transfer", module):
             batch = module.on_after_batch_transfer(batch, dataloader_idx)
         online = self._online
-        if getattr(module, "_current_fx_name", None) != "batch_to_device":
-            return self._as_example(batch)
+        if is_example(module, batch):
+            return _normalized_example(batch, online)
         if not self._knows_scale:
             self._settle_scale(trainer)
         values, mask = self.select_input(batch), self.select_mask(batch)
@@ -151,7 +144,7 @@ class OnlineInputNormMixin(_Base):
             self._prepare(trainer)
             group, ranks = (None, 1) if online.is_frozen else _data_parallel_group(trainer)
             result = online.train(values, mask, dtype=dtype, group=group, ranks=ranks)
-            self._report(trainer, values)
+            self._log.after_batch(trainer, online, values)
         elif trainer.sanity_checking:
             result = online.preview(values, mask, dtype=dtype)
         else:
@@ -222,18 +215,7 @@ class OnlineInputNormMixin(_Base):
         Raises:
             ValueError: If the checkpoint has no input statistics or those of several DataModules.
         """
-        file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
-        checkpoint: Any = torch.load(file, map_location="cpu", weights_only=weights_only)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"{file} is no checkpoint of a Trainer: it holds a {type(checkpoint).__name__}")
-        parts = cast("dict[str, Any]", checkpoint)
-        found: dict[str, Any] = {name: part[_STATE] for name, part in parts.items() if _has_statistics(part)}
-        if len(found) != 1:
-            having = f"of {len(found)} DataModules: {', '.join(found)}" if found else "no input statistics"
-            raise ValueError(
-                f"{file} has {having}; it must be a checkpoint of a run with one DataModule with OnlineInputNormMixin"
-            )
-        self._load(*found.values())
+        self._load(read_input_statistics(Path(path), weights_only=weights_only))
 
     def export_normalizer(self) -> FixedNormalizer:
         """Return the normalisation with the present statistics as a module that needs no Lightning.
@@ -263,7 +245,7 @@ class OnlineInputNormMixin(_Base):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the DataModule with the input statistics, for a checkpoint."""
-        return {**super().state_dict(), _STATE: self._online.state_dict()}
+        return {**super().state_dict(), STATE_NAME: self._online.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the input statistics from a checkpoint.
@@ -271,19 +253,16 @@ class OnlineInputNormMixin(_Base):
         Args:
             state_dict: What `state_dict` returned.
         """
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != _STATE})
-        if _STATE in state_dict:
-            self._load(state_dict[_STATE])
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != STATE_NAME})
+        if STATE_NAME in state_dict:
+            self._load(state_dict[STATE_NAME])
 
     @property
     def _online(self) -> OnlineStandardizer:
         """The standardiser, with what a process that was spawned has learned meanwhile."""
         if "_standardizer" not in vars(self):
-            raise MisconfigurationException(
-                f"{type(self).__name__}.__init__ must call super().__init__(input_norm=InputNorm(...)) before input "
-                "statistics are used"
-            )
-        learned = self._letter.take()
+            raise MisconfigurationException(_NOT_INITIALIZED.format(name=type(self).__name__))
+        learned = self._shared.take()
         if learned is not None:
             self._standardizer.load_state_dict(learned)
         return self._standardizer
@@ -292,26 +271,24 @@ class OnlineInputNormMixin(_Base):
         self._online.load_state_dict(state)
         self._knows_scale = self._online.has_statistics  # a checkpoint from before the first step knows nothing
         self._loaded_scale = float(state["scale"]) if self._knows_scale else None
-        self._scaled_for = self._logged_step = None
+        self._scaled_for = None
+        self._log.begin()
 
     def _prepare(self, trainer: Trainer) -> None:
         """Do what is to be done once in a fit: settle the scale, and tell it."""
         if self._scaled_for is not None and self._scaled_for() is trainer:
             return
         self._scaled_for = weakref.ref(trainer)
-        self._logged_step = None
-        self._letter.send_at_end(trainer, self._standardizer.state_dict)
+        self._log.begin()
+        self._shared.send_at_end(trainer, self._standardizer.state_dict)
         name = type(self).__name__
-        if _STATE not in self.state_dict():
+        if STATE_NAME not in self.state_dict():
             raise MisconfigurationException(f"{name}.state_dict must keep what super().state_dict() returns")
         origin = self._settle_scale(trainer)
         scale = self._standardizer.scale
         rank_zero_info(f"{name}: the standardised input is multiplied by {scale:g} ({origin})")
         if self._loaded_scale not in (None, scale):
-            rank_zero_warn(
-                f"{name}: the checkpoint was made with an input scale of {self._loaded_scale:g}, this run has "
-                f"{scale:g}. From here on this run's applies."
-            )
+            rank_zero_warn(_OTHER_SCALE.format(name=name, loaded=self._loaded_scale, scale=scale))
         self._loaded_scale = None
 
     def _settle_scale(self, trainer: Trainer) -> str:
@@ -319,90 +296,36 @@ class OnlineInputNormMixin(_Base):
         self._knows_scale = True
         if self._standardizer.settings.scale != "auto":
             return "InputNorm(scale=...)"
-        ours = (found for found in callbacks_of(trainer) if isinstance(found, RevisitedBatchNorm))
-        callback = next((found for found in ours if found.enabled), None)
-        scale = None if callback is None else _first_scale(callback)
-        self._standardizer.set_scale(RELU_STD if scale is None else RELU_STD * scale)
-        if scale is None:
-            return f"{RELU_STD}, as there is no RevisitedBatchNorm in the Trainer"
-        return f"{RELU_STD} times the scale {scale:g} of RevisitedBatchNorm"
+        scale, origin = _automatic_scale(trainer)
+        self._standardizer.set_scale(scale)
+        return origin
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
         return {**vars(self), "_scaled_for": None}
 
-    def _report(self, trainer: Trainer, values: Tensor) -> None:
-        """Log the statistics at logging steps, and warn of data that ought to be given in another way."""
-        online = self._standardizer
-        if not online.has_statistics:
-            return
-        first = self._logged_step is None
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage] # the step axis of LearningRateMonitor
-        is_due = bool(trainer._logger_connector.should_update_logs) and step != self._logged_step  # pyright: ignore[reportPrivateUsage] # no public name
-        self._logged_step = step if is_due else -1 if first else self._logged_step
-        if is_due:
-            online.check(values)
-            metrics = self._metrics()
-            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=step)
-        name = type(self).__name__
-        if first:
-            lost = online.lost_channels(values.dtype)
-            if lost:
-                rank_zero_warn(
-                    f"{name}: {values.dtype} cannot hold the spread of the input in channels {lost}, whose mean is too "
-                    "large. Hand it over as integers, or train with a mixed precision, which leaves it in float32"
-                )
-        if not self._advised and (is_due or values.device.type == "cpu"):
-            answer = online.looks_normalized()
-            self._advised = answer is not None
-            if answer:
-                rank_zero_warn(
-                    f"{name}: the input has mean 0 and standard deviation 1 already. Normalising it again does no "
-                    "harm, but one in the data set is not needed any more, and the statistics are not those of raw data"
-                )
 
-    def _metrics(self) -> dict[str, float]:
-        statistics = self._standardizer.statistics()
-        first = f"{self._standardizer.settings.prefix}/input" if self._standardizer.settings.prefix else "input"
-        metrics: dict[str, float] = {}
-        for name, values in (("mean", statistics.mean), ("std", statistics.std)):
-            metrics[f"{first}/{name}"] = values.mean().item()
-            if 1 < len(values) <= _SINGLE_CHANNELS:
-                metrics |= {f"{first}/{name}_{channel}": value.item() for channel, value in enumerate(values)}
-        return metrics
+def _normalized_example(batch: Any, online: OnlineStandardizer) -> Any:
+    """Return an example input, which Lightning sends through this hook for summaries, graphs and exports.
 
-    def _as_example(self, batch: Any) -> Any:
-        """Return an example input, which Lightning sends through this hook for summaries, graphs and exports.
-
-        It is meant for the network and passed on as it is, unless it is an image or another raw integer signal, which
-        no network takes.
-        """
-        values: Any = batch if isinstance(batch, Tensor) else next(iter(batch), None) if _is_sequence(batch) else None
-        if not isinstance(values, Tensor) or values.dtype not in (torch.uint8, torch.int8, torch.int16):
-            return batch
-        result = self._standardizer.preview(values)
-        return result if batch is values else replace_tensor(batch, 0, result)
+    It is meant for the network and passed on as it is, unless it is an image or another raw integer signal, which no
+    network takes.
+    """
+    values: Any = batch if isinstance(batch, Tensor) else next(iter(batch), None) if is_sequence(batch) else None
+    if not isinstance(values, Tensor) or values.dtype not in (torch.uint8, torch.int8, torch.int16):
+        return batch
+    result = online.preview(values)
+    return result if batch is values else replace_tensor(batch, 0, result)
 
 
-def _has_statistics(part: Any) -> bool:
-    return isinstance(part, dict) and _STATE in part
-
-
-def _is_sequence(batch: Any) -> bool:
-    return isinstance(batch, (tuple, list))
-
-
-def _calls_super(function: Any) -> bool:
-    """Tell whether the code of a method mentions `super` or the mixin."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return not isinstance(code, CodeType) or _mentions(code, {"super", OnlineInputNormMixin.__name__})
-
-
-def _mentions(code: CodeType, names: set[str]) -> bool:
-    nested = (part for part in code.co_consts if isinstance(part, CodeType))
-    return bool(names & set(code.co_names)) or any(_mentions(part, names) for part in nested)
+def _automatic_scale(trainer: Trainer) -> tuple[float, str]:
+    """Return the scale of the input that suits the callback of a Trainer, and in words where it is from."""
+    ours = (found for found in callbacks_of(trainer) if isinstance(found, RevisitedBatchNorm))
+    callback = next((found for found in ours if found.enabled), None)
+    scale = None if callback is None else _first_scale(callback)
+    if scale is None:
+        return RELU_STD, f"{RELU_STD}, as there is no RevisitedBatchNorm in the Trainer"
+    return RELU_STD * scale, f"{RELU_STD} times the scale {scale:g} of RevisitedBatchNorm"
 
 
 def _first_scale(callback: RevisitedBatchNorm) -> float | None:

@@ -14,12 +14,14 @@ from typing_extensions import override
 from lightning_revbn.core.moments import Kind
 from lightning_revbn.lightning_compat import callbacks_of
 
+__all__ = ["SharedStatistics"]
+
 _COLUMNS = ("count", "mean", "m2", "average_weight", "average_mean", "average_variance", "shift")
 _HEADER = 5
 
 
-class Letter:
-    """A piece of shared memory by which rank 0 sends input statistics to the process that spawned it.
+class SharedStatistics:
+    """Shared memory by which rank 0 sends input statistics to the process that spawned it.
 
     With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, Lightning trains in child processes and brings home the model, the
     metrics and the state of the Trainer, but not the DataModule. Shared memory stays shared when it is sent to a child.
@@ -29,21 +31,21 @@ class Letter:
     """
 
     def __init__(self, channels: int) -> None:
-        # The number of the letter, samples, kind, input range and scale; then the columns.
-        self._paper = torch.zeros(_HEADER + len(_COLUMNS) * channels, dtype=torch.float64)
-        self._paper.share_memory_()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        # How often it was written, samples, kind, input range and scale; then the columns.
+        self._buffer = torch.zeros(_HEADER + len(_COLUMNS) * channels, dtype=torch.float64)
+        self._buffer.share_memory_()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
         self._read = 0
 
     def send_at_end(self, trainer: Trainer, state: Callable[[], dict[str, Any]]) -> None:
-        """Arrange for a letter at the end of training if this is rank 0 of the children of a launcher.
+        """Arrange for writing at the end of training if this is rank 0 of the children of a launcher.
 
         Args:
             trainer: The Trainer; that of a child is thrown away when the child ends.
             state: Returns the state of an `OnlineStandardizer`.
         """
-        is_child = multiprocessing.parent_process() is not None and hasattr(trainer.strategy.launcher, "_start_method")
+        is_child = multiprocessing.parent_process() is not None and trainer.strategy.launcher is not None
         if is_child and trainer.is_global_zero:
-            callbacks_of(trainer).append(_Sender(self, state))
+            callbacks_of(trainer).append(_Writer(self, state))
 
     def write(self, state: dict[str, Any]) -> None:
         """Send a state.
@@ -51,19 +53,19 @@ class Letter:
         Args:
             state: What `OnlineStandardizer.state_dict` returned.
         """
-        self._read = int(self._paper[0]) + 1
+        self._read = int(self._buffer[0]) + 1
         header = [self._read, state["samples"], Kind[state["kind"]], state["input_range"], state["scale"]]
         columns = [cast("Tensor", state[name]) for name in _COLUMNS]
-        self._paper.copy_(torch.cat([torch.tensor(header, dtype=torch.float64), *columns]))
+        self._buffer.copy_(torch.cat([torch.tensor(header, dtype=torch.float64), *columns]))
 
     def take(self) -> dict[str, Any] | None:
-        """Return the state in a letter that was not read yet; None if there is no such letter."""
-        number = int(self._paper[0])
+        """Return the state that was written since the last call; None if there is none."""
+        number = int(self._buffer[0])
         if number == self._read:
             return None
         self._read = number
-        samples, kind, input_range, scale = cast("list[float]", self._paper[1:_HEADER].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-        columns = self._paper[_HEADER:].clone().view(len(_COLUMNS), -1)
+        samples, kind, input_range, scale = cast("list[float]", self._buffer[1:_HEADER].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        columns = self._buffer[_HEADER:].clone().view(len(_COLUMNS), -1)
         return {
             "samples": torch.tensor(samples, dtype=torch.float64),
             "kind": Kind(int(kind)).name,
@@ -73,13 +75,13 @@ class Letter:
         }
 
 
-class _Sender(Callback):
-    """Writes the letter."""
+class _Writer(Callback):
+    """Writes the state at the end of training."""
 
-    def __init__(self, letter: Letter, state: Callable[[], dict[str, Any]]) -> None:
-        self._letter = letter
+    def __init__(self, shared: SharedStatistics, state: Callable[[], dict[str, Any]]) -> None:
+        self._shared = shared
         self._state = state
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._letter.write(self._state())
+        self._shared.write(self._state())

@@ -1,8 +1,5 @@
 """The plugin: synchronises batch norm layers while the Trainer fits; and what to say of `sync_batchnorm=True`."""
 
-# pyright: reportPrivateImportUsage=false
-# Lightning's documented homes of rank_zero_* and MisconfigurationException re-export them without saying so.
-
 from __future__ import annotations
 
 import inspect
@@ -10,15 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from lightning.pytorch.plugins import LayerSync, TorchSyncBatchNorm
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy, XLAStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from typing_extensions import override
 
 from lightning_revbn.core.arguments import check_patterns
 from lightning_revbn.core.batch_norm_sync import damaged_by_conversion, restore_batch_norms, synchronize_batch_norms
-from lightning_revbn.lightning_compat import twins
+from lightning_revbn.lightning_compat import MisconfigurationException, XLAStrategy, layer_sync, rank_zero_warn, twins
 
 _SHOWN = 3
 
@@ -92,7 +87,7 @@ def refuse_damage(strategy: Strategy, model: nn.Module) -> None:
     Raises:
         MisconfigurationException: If so, with the layers and the remedy.
     """
-    plugin = _layer_sync(strategy)
+    plugin = layer_sync(strategy)
     converters: list[object] = [vars(kind)["apply"] for kind in twins(TorchSyncBatchNorm)]
     if _ignores_layer_sync(strategy) or inspect.getattr_static(plugin, "apply", None) not in converters:
         return
@@ -113,17 +108,13 @@ def warn_if_ignored(strategy: Strategy) -> None:
     Args:
         strategy: The Trainer's strategy.
     """
-    plugin = _layer_sync(strategy)
+    plugin = layer_sync(strategy)
     if plugin is not None and _ignores_layer_sync(strategy):
         asked = "sync_batchnorm=True" if isinstance(plugin, twins(TorchSyncBatchNorm)) else type(plugin).__name__
         rank_zero_warn(
             f"{type(strategy).__name__} ignores {asked}: each rank normalises by its own batch. To synchronise, call "
             f"lightning_revbn.core.batch_norm_sync.synchronize_batch_norms on the model in configure_model."
         )
-
-
-def _layer_sync(strategy: Strategy) -> LayerSync | None:
-    return getattr(strategy, "_layer_sync", None)
 
 
 def _ignores_layer_sync(strategy: Strategy) -> bool:

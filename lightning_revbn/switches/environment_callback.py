@@ -1,8 +1,5 @@
 """The callback that a variable of the environment switches on, in a script that does not know of it."""
 
-# pyright: reportPrivateImportUsage=false
-# Lightning's documented homes of rank_zero_* and MisconfigurationException re-export them without saying so.
-
 from __future__ import annotations
 
 import ast
@@ -13,13 +10,11 @@ from typing import Any, cast
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
-from lightning_revbn.lightning_compat import callbacks_of
+from lightning_revbn.lightning_compat import MisconfigurationException, callbacks_of, rank_zero_info
 
 _KEYS = tuple(inspect.signature(RevisitedBatchNorm).parameters)
 _WORDS = {"true": True, "false": False, "none": None, "null": None}

@@ -72,6 +72,7 @@ class RevBNCLIMixin(_Base):
             parser: The parser of a subcommand.
         """
         super().add_core_arguments_to_parser(parser)
+        self._revbn_parsers = [*getattr(self, "_revbn_parsers", []), parser]
         _add_group(parser)
         parser.set_defaults({f"{_GROUP}.enabled": False})
 
@@ -107,14 +108,14 @@ class RevBNCLIMixin(_Base):
         settings = self._of(self.config_init, _GROUP)
         if settings["enabled"]:
             own = _as_list({**self._of(self.config_init, "trainer"), **kwargs}.get("callbacks"))
-            parser = self._parser(self.subcommand)
-            grouped = [self._of(self.config_init, key) for key in parser.callback_keys]
+            # All subcommands have the same groups of callbacks.
+            grouped = [self._of(self.config_init, key) for key in self._revbn_parsers[0].callback_keys]
             # A second one would have the same key in checkpoints, which Lightning refuses without naming the flag.
             if any(
                 isinstance(callback, RevisitedBatchNorm)
                 for callback in [*own, *grouped, *_as_list(self.trainer_defaults.get("callbacks"))]
             ):
-                parser.error(
+                self.parser.error(
                     f"two callbacks: {_GROUP}.enabled is true, and the Trainer has a RevisitedBatchNorm of its own, "
                     f"from trainer.callbacks or the program. Set {_GROUP}.enabled to false, or remove the other one"
                 )

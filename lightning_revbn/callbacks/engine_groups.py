@@ -1,0 +1,106 @@
+"""Groups that `scale_param_groups` has made, in optimizers on which no update rule can be put.
+
+An engine such as DeepSpeed trains flat copies of the parameters, in which scales cannot be found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any, cast
+
+from lightning.pytorch import Trainer
+
+from lightning_revbn.core.layers import Selection
+from lightning_revbn.core.update_rule import GROUP_MARK, WeightDecayExempt, scale_param_groups
+from lightning_revbn.lightning_compat import MisconfigurationException
+
+__all__ = ["check_engine_groups", "permanent_groups", "what_groups_miss"]
+
+
+def permanent_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """List the groups that `scale_param_groups` has made.
+
+    Args:
+        optimizer: An optimizer of any kind.
+
+    Returns:
+        The groups.
+    """
+    return [group for group in optimizer.param_groups if GROUP_MARK in group]
+
+
+def what_groups_miss(optimizer: Any, weight_decay_exempt: WeightDecayExempt | None) -> str:
+    """Say what groups made by `scale_param_groups` leave to be done.
+
+    Args:
+        optimizer: An optimizer of any kind.
+        weight_decay_exempt: What takes no weight decay.
+
+    Returns:
+        The end of a sentence; nothing where there are no such groups.
+    """
+    if not permanent_groups(optimizer):
+        return ""
+    return (
+        "; it has such groups, but not every scale is in one, or some decay: call scale_param_groups on the whole "
+        f"module, with weight_decay_exempt={weight_decay_exempt!r}"
+    )
+
+
+def check_engine_groups(
+    owner: str,
+    optimizer: Any,
+    trainer: Trainer,
+    selection: Selection,
+    divisor: float,
+    weight_decay_exempt: WeightDecayExempt | None,
+) -> None:
+    """Look for groups of `scale_param_groups` in the optimizer of an engine.
+
+    Args:
+        owner: What the user calls the callback, for the message.
+        optimizer: The engine's optimizer.
+        trainer: The Trainer.
+        selection: The settings that decide on every layer.
+        divisor: The constant c.
+        weight_decay_exempt: What takes no weight decay.
+
+    Raises:
+        MisconfigurationException: If there is none; the message has the code to add.
+    """
+    if permanent_groups(optimizer):
+        return
+    inner = cast("type[object]", type(getattr(optimizer, "optimizer", optimizer)))
+    name = f"torch.optim.{inner.__name__}" if inner.__module__.startswith("torch.optim.") else inner.__name__
+    arguments = _arguments(optimizer.param_groups[0], selection, divisor, weight_decay_exempt)
+    config: object = getattr(trainer.strategy, "config", None)
+    in_config = isinstance(config, Mapping) and "optimizer" in config
+    replaced = ", and remove the optimizer from DeepSpeed's configuration, which takes its place" if in_config else ""
+    raise MisconfigurationException(
+        f"{owner}: {type(optimizer).__name__} trains copies of the parameters, among which no batch "
+        "norm scale can be told. Make groups for them, by these two lines in configure_optimizers:\n\n"
+        "    from lightning_revbn import scale_param_groups\n"
+        f"    return {name}(scale_param_groups(self, "
+        f"{', '.join(f'{key}={value!r}' for key, value in arguments.items())}))\n\n"
+        f"with the other arguments of {inner.__name__} that you use{replaced}. "
+        "To train without lr / c: scale_lr_divisor=1, weight_decay_exempt=None."
+    )
+
+
+def _arguments(
+    group: Mapping[str, Any], selection: Selection, divisor: float, weight_decay_exempt: WeightDecayExempt | None
+) -> dict[str, Any]:
+    """Return the arguments that make `scale_param_groups` do what the callback's settings ask for."""
+    settings: dict[str, Any] = {
+        "divisor": divisor,
+        "weight_decay_exempt": weight_decay_exempt,
+        "include": selection.include,
+        "exclude": selection.exclude,
+    }
+    defaults = signature(scale_param_groups).parameters
+    return {
+        "lr": float(group.get("initial_lr", group["lr"])),
+        "weight_decay": group.get("weight_decay", 0.0),
+        **{name: value for name, value in settings.items() if value != defaults[name].default},
+    }

@@ -1,0 +1,44 @@
+"""Finds the input statistics in a checkpoint, whatever the name of the DataModule that saved them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+__all__ = ["STATE_NAME", "read_input_statistics"]
+
+STATE_NAME = "input_norm"
+"""Where the state of a DataModule keeps the statistics."""
+
+
+def read_input_statistics(path: Path, *, weights_only: bool) -> dict[str, Any]:
+    """Read the state of a standardiser.
+
+    Args:
+        path: A checkpoint of a Trainer; of a distributed one, the directory.
+        weights_only: Whether to refuse anything but tensors and plain values.
+
+    Returns:
+        What `OnlineStandardizer.state_dict` returned when the checkpoint was saved.
+
+    Raises:
+        ValueError: If the checkpoint has no input statistics, or those of several DataModules.
+    """
+    file = path / "meta.pt" if path.is_dir() else path
+    checkpoint: Any = torch.load(file, map_location="cpu", weights_only=weights_only)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file} is no checkpoint of a Trainer: it holds a {type(checkpoint).__name__}")
+    parts = cast("dict[str, Any]", checkpoint)
+    found = {name: part[STATE_NAME] for name, part in parts.items() if _has_statistics(part)}
+    if len(found) != 1:
+        having = f"of {len(found)} DataModules: {', '.join(found)}" if found else "no input statistics"
+        raise ValueError(
+            f"{file} has {having}; it must be a checkpoint of a run with one DataModule with OnlineInputNormMixin"
+        )
+    return next(iter(found.values()))
+
+
+def _has_statistics(part: Any) -> bool:
+    return isinstance(part, dict) and STATE_NAME in part

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lightning_revbn.core.input_batch_norm import InputBatchNorm
     from lightning_revbn.core.input_norm import InputNorm
     from lightning_revbn.core.layers import find_batch_norms
-    from lightning_revbn.core.update_rule import ScaleUpdateRule, scale_param_groups
+    from lightning_revbn.core.param_groups import scale_param_groups
+    from lightning_revbn.core.update_rule import ScaleUpdateRule
     from lightning_revbn.data.datamodule import OnlineInputNormMixin
     from lightning_revbn.switches.lightning_cli import RevBNCLI, RevBNCLIMixin
 
@@ -46,7 +47,7 @@ _HOMES = {
     "find_batch_norms": "lightning_revbn.core.layers",
     "init_batch_norms": "lightning_revbn.core.initialization",
     "paired_t_test": "lightning_revbn.compare",
-    "scale_param_groups": "lightning_revbn.core.update_rule",
+    "scale_param_groups": "lightning_revbn.core.param_groups",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from lightning.pytorch import Trainer
 
 from lightning_revbn.core.layers import Selection
-from lightning_revbn.core.update_rule import GROUP_MARK, WeightDecayExempt, scale_param_groups
+from lightning_revbn.core.param_groups import GROUP_MARK, WeightDecayExempt, scale_param_groups
 from lightning_revbn.lightning_compat import MisconfigurationException
 
 __all__ = ["check_engine_groups", "permanent_groups", "what_groups_miss"]

@@ -18,7 +18,7 @@ from lightning_revbn.callbacks.telling import tell
 from lightning_revbn.core.arguments import TrainedPolicy, ZeroScalePolicy, check_choice, check_divisor
 from lightning_revbn.core.initialization import InitReport
 from lightning_revbn.core.layers import Selection
-from lightning_revbn.core.update_rule import WeightDecayExempt
+from lightning_revbn.core.param_groups import WeightDecayExempt
 from lightning_revbn.lightning_compat import callbacks_of, overrides, rank_zero_warn
 from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignored
 

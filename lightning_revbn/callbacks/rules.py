@@ -10,7 +10,8 @@ from lightning_revbn.callbacks.engine_groups import check_engine_groups, what_gr
 from lightning_revbn.callbacks.rewriting import Rewriting
 from lightning_revbn.core.initialization import rule_scales
 from lightning_revbn.core.layers import Selection
-from lightning_revbn.core.update_rule import ScaleUpdateRule, WeightDecayExempt, exempt_parameters, is_divided
+from lightning_revbn.core.param_groups import WeightDecayExempt, exempt_parameters, is_divided
+from lightning_revbn.core.update_rule import ScaleUpdateRule
 from lightning_revbn.lightning_compat import MisconfigurationException
 
 __all__ = ["UpdateRules"]

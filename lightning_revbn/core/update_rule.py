@@ -9,27 +9,21 @@ optimizer itself, so none of them can ever meet a divided group, whatever happen
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from operator import is_
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_revbn.core.arguments import check_choice, check_divisor
-from lightning_revbn.core.gathered import gathered
-from lightning_revbn.core.initialization import rule_scales
-from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms
+from lightning_revbn.core.arguments import check_divisor
+from lightning_revbn.core.group_parts import GroupPlan
+from lightning_revbn.core.param_groups import GROUP_MARK, Group, divide_lr
 
-WeightDecayExempt: TypeAlias = Literal["scale", "norm", "vectors"]
-Group: TypeAlias = "dict[str, Any]"
-
-GROUP_MARK = "scale_lr_divisor"
-"""Key that `scale_param_groups` sets in a group whose learning rate is already divided."""
+__all__ = ["ScaleUpdateRule", "active_rule", "scale_learning_rates"]
 
 
 class ScaleUpdateRule:
@@ -58,6 +52,7 @@ class ScaleUpdateRule:
             (the message names it), it has a rule already, or a group with scales has no learning rate.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> with ScaleUpdateRule(optimizer, [model[1].weight], divisor=100.0):
@@ -86,8 +81,8 @@ class ScaleUpdateRule:
         self._scales = _by_id("scales", scales) if self.divisor > 1 else {}
         self._exempt = _by_id("weight_decay_exempt", weight_decay_exempt)
         self._warn_if_unused = warn_if_unused
-        self._plans: list[_Plan] = []
-        self._parts: list[Group] | None = None
+        self._plans: list[GroupPlan] = []
+        self._shown: list[Group] | None = None
         self._was_read = False
         self._probe: tuple[Tensor, Tensor] | None = None
         for index, group in enumerate(optimizer.param_groups):
@@ -149,7 +144,7 @@ class ScaleUpdateRule:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if optimizer is not self._optimizer:
             return None  # a subclass that calls super().step(): the view is in place already
-        self._parts = None
+        self._shown = None
         if not self._was_read:
             self._probe = self._take_probe()
         view = object.__new__(self._view_class)
@@ -163,7 +158,7 @@ class ScaleUpdateRule:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer is not self._optimizer:
             return
-        self._fold()
+        self._write_back()
         if self._was_read or self._probe is None:
             return
         # A step that does nothing at all is the optimizer's right; one that updates must have read its groups.
@@ -185,222 +180,46 @@ class ScaleUpdateRule:
     def _wrap(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Let the closure run before the groups are divided, since it may change learning rates or add groups."""
 
-        def fold_and_run(*args: Any, **kwargs: Any) -> Any:
-            self._fold()
+        def write_back_and_run(*args: Any, **kwargs: Any) -> Any:
+            self._write_back()
             return closure(*args, **kwargs)
 
-        return fold_and_run
+        return write_back_and_run
 
     def _read_groups(self) -> list[Group]:
         """Return what the view shows as `param_groups`: the same objects until the next closure or step."""
         self._was_read, self._probe = True, None
-        if self._parts is None:
-            self._parts = self._divide()
-        return self._parts
+        if self._shown is None:
+            self._shown = self._copy_groups()
+        return self._shown
 
-    def _divide(self) -> list[Group]:
+    def _copy_groups(self) -> list[Group]:
+        """Return the groups with every group that holds covered parameters copied into its parts."""
         groups = self._optimizer.param_groups
         del self._plans[len(groups) :]
-        parts: list[Group] = []
+        shown: list[Group] = []
         for index, group in enumerate(groups):
             if index == len(self._plans):
-                self._plans.append(_Plan(group, self._scales, self._exempt))
+                self._plans.append(GroupPlan(group, self._scales, self._exempt))
             elif not self._plans[index].fits(group):
-                self._plans[index] = _Plan(group, self._scales, self._exempt)
-            parts += self._plans[index].divide(group, self.divisor)
+                self._plans[index] = GroupPlan(group, self._scales, self._exempt)
+            shown += self._plans[index].copy_into_parts(group, self.divisor)
         if self._warn_if_unused and (self._scales or self._exempt):
             self._warn_if_unused = False
-            if all(plan.untouched for plan in self._plans):
+            if all(plan.is_plain for plan in self._plans):
                 warnings.warn(
                     f"{self!r} has no effect: the optimizer holds none of these parameters. Was the model moved or "
                     "wrapped after the scales were taken from it?",
                     stacklevel=2,
                 )
-        return parts
+        return shown
 
-    def _fold(self) -> None:
-        """Carry over what the optimizer wrote into its groups (step counts, say), and forget the division."""
-        if self._parts is not None:
+    def _write_back(self) -> None:
+        """Carry over to the groups what the optimizer wrote into their copies, and drop the copies."""
+        if self._shown is not None:
             for plan in self._plans:
-                plan.fold()
-            self._parts = None
-
-
-class _Plan:
-    """How one parameter group is divided: computed once, and again only when the group's parameters change."""
-
-    def __init__(self, group: Group, scales: dict[int, Tensor], exempt: dict[int, Tensor]) -> None:
-        self._params: list[Tensor] = list(group["params"])
-        self._marked = marked = GROUP_MARK in group
-        kinds: dict[tuple[bool, bool], list[int]] = {}
-        for position, parameter in enumerate(self._params):
-            kind = id(parameter) in scales and not marked, id(parameter) in exempt
-            kinds.setdefault(kind, []).append(position)
-        # The part that learns as the group says comes first: it is the one whose writes are carried over.
-        self._kinds = sorted(kinds.items())
-        self._members = [[self._params[position] for position in positions] for _, positions in self._kinds]
-        self._plain = set(kinds) <= {(False, False)}
-        self.untouched = self._plain and not marked
-        self._lead: tuple[Group, Group, frozenset[str]] | None = None
-
-    def fits(self, group: Group) -> bool:
-        params = group["params"]
-        return (
-            len(params) == len(self._params)
-            and all(map(is_, params, self._params))
-            and (GROUP_MARK in group) == self._marked
-        )
-
-    def divide(self, group: Group, divisor: float) -> list[Group]:
-        if self._plain:
-            return [group]
-        parts: list[Group] = []
-        for ((is_divided, is_exempt), positions), members in zip(self._kinds, self._members, strict=True):
-            part = group.copy()
-            part["params"] = members
-            if "param_names" in part:
-                part["param_names"] = [group["param_names"][position] for position in positions]
-            if parts:  # a tensor that the optimizer updates in place must not be updated once for every part
-                part.update({key: value.clone() for key, value in part.items() if isinstance(value, Tensor)})
-            if is_divided:
-                part["lr"] = divide_lr(group.get("lr"), divisor, "a parameter group")
-            if is_exempt and "weight_decay" in part:
-                part["weight_decay"] = 0.0
-            parts.append(part)
-        (lead_divided, lead_exempt), _ = self._kinds[0]
-        own = ["params", "param_names", *["lr"] * lead_divided, *["weight_decay"] * lead_exempt]
-        self._lead = group, parts[0], frozenset(own)
-        return parts
-
-    def fold(self) -> None:
-        if self._lead is None:
-            return
-        group, part, own = self._lead
-        self._lead = None
-        for key, value in part.items():
-            if key not in own and (key not in group or group[key] is not value):
-                group[key] = value
-
-
-def scale_param_groups(
-    module: nn.Module,
-    lr: float | Tensor,
-    weight_decay: float = 0.0,
-    divisor: float = 100.0,
-    weight_decay_exempt: WeightDecayExempt | None = "scale",
-    *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-) -> list[Group]:
-    """Sort a model's parameters into permanent groups, the batch norm scales with lr / c.
-
-    For engines that take the parameters away from the optimizer, such as DeepSpeed, and for those who want to see the
-    groups. Everywhere else `ScaleUpdateRule` is the better choice: schedules that write one number into every group
-    (OneCycleLR and CyclicLR with a scalar, SWALR, CosineAnnealingLR with `eta_min`) destroy the ratio of permanent
-    groups, and a checkpoint with other groups cannot be resumed.
-
-    With `weight_decay_exempt="vectors"` these are the paper's groups: weight decay on convolutions and linear layers
-    alone. Scales that are 0 in every channel when this is called keep the full learning rate (see
-    `InitReport.scales`); so call it on a model that has not been trained yet, or name those layers in `exclude`.
-
-    Args:
-        module: The model.
-        lr: Learning rate of everything but the scales.
-        weight_decay: Weight decay of what is not exempt.
-        divisor: The constant c; values up to 1 leave the learning rate alone.
-        weight_decay_exempt: What takes no weight decay: `"scale"`, `"norm"` (scales and shifts of batch norm),
-            `"vectors"` (batch norm and every bias) or None.
-        include: `fnmatch` patterns on dotted names of the layers whose scale is divided.
-        exclude: Patterns of layers whose scale is not; stronger than `include`.
-
-    Returns:
-        One to four groups for `torch.optim` optimizers, each parameter in exactly one, empty groups left out. The
-        groups of the scales carry the key `scale_lr_divisor`, by which `RevisitedBatchNorm` knows them.
-
-    Raises:
-        ValueError: If the divisor is not finite and positive, or a pattern or choice is unknown.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-        >>> for group in scale_param_groups(model, lr=0.1, weight_decay=1e-4):
-        ...     print(len(group["params"]), group["lr"], group["weight_decay"])
-        3 0.1 0.0001
-        1 0.001 0.0
-    """
-    divisor = check_divisor(divisor)
-    with gathered(module, fsdp=False):
-        records = find_batch_norms(module, include=include, exclude=exclude)
-    scales = {id(scale) for scale in rule_scales(records)} if divisor > 1 else set[int]()
-    exempt = {id(parameter) for parameter in exempt_parameters(module, records, weight_decay_exempt)}
-    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in module.parameters():
-        kinds.setdefault((id(parameter) in scales, id(parameter) in exempt), []).append(parameter)
-    groups: list[Group] = []
-    for (is_divided, is_exempt), parameters in sorted(kinds.items()):
-        group: Group = {
-            "params": parameters,
-            "lr": divide_lr(lr, divisor, "lr") if is_divided else lr,
-            "weight_decay": 0.0 if is_exempt else weight_decay,
-        }
-        if is_divided:
-            group[GROUP_MARK] = divisor
-        groups.append(group)
-    return groups
-
-
-def exempt_parameters(
-    module: nn.Module, records: Sequence[BatchNormRecord], weight_decay_exempt: WeightDecayExempt | None
-) -> list[nn.Parameter]:
-    """List the parameters that take no weight decay.
-
-    Args:
-        module: The model.
-        records: Its batch norm layers; those that patterns leave out count as any other module.
-        weight_decay_exempt: `"scale"`, `"norm"`, `"vectors"` or None, as in `scale_param_groups`.
-
-    Returns:
-        The parameters, each once. Scales kept at a deliberate zero are among the scales.
-
-    Raises:
-        ValueError: If the choice is unknown.
-    """
-    check_choice("weight_decay_exempt", weight_decay_exempt, [*get_args(WeightDecayExempt), None])
-    if weight_decay_exempt is None:
-        return []
-    found: dict[int, nn.Parameter] = {}
-    for record in records:
-        if record.target is None:
-            continue
-        for parameter in (record.scale, None if weight_decay_exempt == "scale" else record.shift):
-            if parameter is not None:
-                found[id(parameter)] = parameter
-    if weight_decay_exempt == "vectors":
-        for name, parameter in module.named_parameters():
-            attribute = name.rpartition(".")[2]
-            if attribute == "bias" or attribute.startswith("bias_") or attribute.endswith("_bias"):
-                found[id(parameter)] = parameter
-    return list(found.values())
-
-
-def divide_lr(lr: Any, divisor: float, where: str) -> Any:
-    """Divide a learning rate; a tensor gives a new tensor, since one tensor may serve all groups.
-
-    Args:
-        lr: A number or a tensor.
-        divisor: The constant c.
-        where: What holds the learning rate, for the message.
-
-    Returns:
-        lr / c, of the type of `lr`.
-
-    Raises:
-        ValueError: If there is no learning rate to divide.
-    """
-    if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)):
-        raise ValueError(
-            f"{where} has lr={lr!r}: lr / c needs a number or a tensor, so give the optimizer an explicit lr"
-        )
-    return lr / divisor
+                plan.write_back()
+            self._shown = None
 
 
 def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list[float]:
@@ -422,27 +241,6 @@ def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list
         for group in optimizer.param_groups
         if GROUP_MARK in group or any(id(parameter) in ids for parameter in group["params"])
     ]
-
-
-def is_divided(optimizer: object, scales: Iterable[Tensor], exempt: Iterable[Tensor]) -> bool:
-    """Tell whether an optimizer's own groups, made by `scale_param_groups`, do what a rule would do.
-
-    Args:
-        optimizer: The optimizer, of any kind.
-        scales: The scales that are to learn with lr / c.
-        exempt: The parameters that are to take no weight decay.
-
-    Returns:
-        True if it has such groups, every scale that it holds is in one, and no exempt parameter decays.
-    """
-    groups: list[Group] = getattr(optimizer, "param_groups", [])
-    divided, undecayed = {id(scale) for scale in scales}, {id(parameter) for parameter in exempt}
-    return any(GROUP_MARK in group for group in groups) and not any(
-        (id(parameter) in divided and GROUP_MARK not in group)
-        or (id(parameter) in undecayed and group.get("weight_decay", 0.0) != 0.0)
-        for group in groups
-        for parameter in group["params"]
-    )
 
 
 def active_rule(optimizer: Optimizer) -> ScaleUpdateRule | None:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from lightning_revbn import ScaleUpdateRule, scale_param_groups
-from lightning_revbn.core.update_rule import is_divided
+from lightning_revbn.core.param_groups import is_divided
 
 NEED_CUDA = ("bnb", "fused")  # bitsandbytes and apex
 SECOND_ORDER = {"adahessian"}  # needs backward(create_graph=True)

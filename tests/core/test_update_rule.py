@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as sched
 
 from lightning_revbn import ScaleUpdateRule, scale_param_groups
-from lightning_revbn.core.update_rule import active_rule, exempt_parameters, scale_learning_rates
+from lightning_revbn.core.param_groups import exempt_parameters
+from lightning_revbn.core.update_rule import active_rule, scale_learning_rates
 
 LR, C, STEPS = 0.05, 100.0, 20
 

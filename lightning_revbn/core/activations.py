@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the one base of all BN classes
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_revbn.core.batch_norm_sync import shared_batch
 from lightning_revbn.core.layers import BatchNormRecord
+from lightning_revbn.core.torch_compat import BatchNormBase, is_functorch_wrapped
 
 THRESHOLD = 3.0
 """From which `|x_hat|` on a value counts as large; of normally distributed values 0.27 % are."""
@@ -123,7 +123,7 @@ class ActivationHooks:
             layer, measure = record.module, _Measure(metric, index)
             self._handles.append(
                 layer.register_forward_pre_hook(measure.before, with_kwargs=True)
-                if type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+                if type(layer).forward in (BatchNormBase.forward, nn.SyncBatchNorm.forward)
                 else layer.register_forward_hook(measure.after, with_kwargs=True)
             )
 
@@ -180,7 +180,7 @@ def normalize(layer: nn.Module, inputs: Tensor) -> Tensor:
     values = inputs.detach()
     values = values if values.dtype == torch.float64 else values.float()
     running = cast("list[Tensor | None]", [getattr(layer, name, None) for name in ("running_mean", "running_var")])
-    if running[0] is None or running[1] is None or (isinstance(layer, _BatchNorm) and layer.training):
+    if running[0] is None or running[1] is None or (isinstance(layer, BatchNormBase) and layer.training):
         mean, variance = _batch_moments(layer, values)
     else:
         mean, variance = (statistic.detach().to(values) for statistic in (running[0], running[1]))
@@ -238,5 +238,4 @@ def _is_near(values: Tensor, others: Tensor, tolerance: float) -> bool:
 
 def _stands_for_others(tensor: Tensor) -> bool:
     """Tell whether a tensor stands for other values than it holds: in a transform of torch.func, or as a DTensor."""
-    functorch = cast("Any", torch._C)._functorch  # pyright: ignore[reportPrivateUsage] # no public name
-    return hasattr(tensor, "full_tensor") or bool(functorch.is_functorch_wrapped_tensor(tensor))
+    return hasattr(tensor, "full_tensor") or is_functorch_wrapped(tensor)

@@ -17,7 +17,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the one base of all BN classes
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
@@ -26,12 +25,12 @@ from typing_extensions import override
 from lightning_revbn.core.arguments import check_patterns, check_patterns_match
 from lightning_revbn.core.global_batch_norm import normalize, ranks_in, update_running
 from lightning_revbn.core.moments import Kind, global_moments
+from lightning_revbn.core.torch_compat import BatchNormBase, has_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _HARMLESS = {"__init__", "__repr__", "_check_input_dim", "extra_repr", "reset_parameters"}
 """What a subclass may define without losing anything when it is converted."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def synchronize_batch_norms(model: Model, process_group: Any = None, exclude: Sequence[str] = ()) -> Model:
@@ -142,14 +141,14 @@ def _losses(layer: nn.Module) -> list[str]:
         losses.append("its parametrisation")
     else:
         losses += [f"its child {name!r}" for name, _ in layer.named_children()]
-    if any(vars(layer)[name] for name in _HOOKS) and not isinstance(layer, LazyModuleMixin):  # which is made by hooks
+    if has_hooks(layer) and not isinstance(layer, LazyModuleMixin):  # which is made by hooks
         losses.append("its hooks")
     return losses
 
 
 def _batch_norms(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
-    return [(name, layer) for name, layer in modules if isinstance(layer, _BatchNorm)]
+    return [(name, layer) for name, layer in modules if isinstance(layer, BatchNormBase)]
 
 
 class _Synchronized:

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the one base of all BN classes
 
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
+from lightning_revbn.core.torch_compat import BatchNormBase
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def _parameters(model: nn.Module) -> list[nn.Parameter]:
-    layers = (layer for layer in model.modules() if isinstance(layer, (_BatchNorm, InputBatchNorm)))
+    layers = (layer for layer in model.modules() if isinstance(layer, (BatchNormBase, InputBatchNorm)))
     return [parameter for layer in layers for parameter in layer.parameters()]
 
 

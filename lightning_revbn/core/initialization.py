@@ -16,6 +16,7 @@ from lightning_revbn.core.arguments import ScaleSpec, TrainedPolicy, ZeroScalePo
 from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.layers import BatchNormRecord, Verdict, find_batch_norms
 from lightning_revbn.core.table import plain_table, rich_table
+from lightning_revbn.core.torch_compat import forward_pre_hooks
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,7 @@ def forget_lazy(record: BatchNormRecord) -> None:
     Args:
         record: The layer.
     """
-    hooks = cast("dict[int, Any]", vars(record.module)["_forward_pre_hooks"])
-    for hook in list(hooks.values()):
+    for hook in forward_pre_hooks(record.module):
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, _WhenMade):
             owner.remove()

@@ -14,7 +14,6 @@ from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the one base of all BN classes
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
@@ -29,10 +28,9 @@ from lightning_revbn.core.arguments import (
 )
 from lightning_revbn.core.gathered import is_partitioned
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
+from lightning_revbn.core.torch_compat import WRAPPER_LEVELS, BatchNormBase
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Levels that `torch.compile`, FSDP1 and activation checkpointing put into paths."""
 
 Verdict: TypeAlias = Literal["rewrite", "skip", "refuse"]
 State: TypeAlias = Literal[
@@ -248,7 +246,7 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
     modules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
     for path, layer in modules:
         name = _name(path)
-        if isinstance(layer, (_BatchNorm, InputBatchNorm)) or _is_frozen_batch_norm(layer):
+        if isinstance(layer, (BatchNormBase, InputBatchNorm)) or _is_frozen_batch_norm(layer):
             names.add(name)
             parameter = _parameter(layer, "weight")
             if parameter is not None and id(parameter) in seen:
@@ -263,9 +261,9 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
 
 def _name(path: str) -> str:
     """Return the name that a module has where nothing is compiled or wrapped."""
-    if not any(wrapper in path for wrapper in _WRAPPERS):
+    if not any(wrapper in path for wrapper in WRAPPER_LEVELS):
         return path
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in path.split(".") if part not in WRAPPER_LEVELS)
 
 
 def _belongs_to(name: str, batch_norms: set[str]) -> bool:
@@ -289,7 +287,7 @@ def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> t
         return "unsupported", f"{reason}; wrap with use_orig_params=True, which is what FSDPStrategy does by itself"
     if isinstance(layer, InputBatchNorm):
         return "input", "the input layer starts at a scale of its own"
-    if not isinstance(layer, _BatchNorm):
+    if not isinstance(layer, BatchNormBase):
         return "frozen", "frozen: its scale is a buffer"
     if is_parametrized(layer, "weight"):
         obstacle = _obstacle(layer)

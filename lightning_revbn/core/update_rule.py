@@ -22,6 +22,7 @@ from typing_extensions import Self
 from lightning_revbn.core.arguments import check_divisor
 from lightning_revbn.core.group_parts import GroupPlan
 from lightning_revbn.core.param_groups import GROUP_MARK, Group, divide_lr
+from lightning_revbn.core.torch_compat import runs_step_hooks, step_pre_hooks
 
 __all__ = ["ScaleUpdateRule", "active_rule", "scale_learning_rates"]
 
@@ -252,8 +253,7 @@ def active_rule(optimizer: Optimizer) -> ScaleUpdateRule | None:
     Returns:
         The rule, or None.
     """
-    hooks: dict[int, Any] = getattr(optimizer, "_optimizer_step_pre_hooks", {})
-    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in step_pre_hooks(optimizer))
     return next((owner for owner in owners if isinstance(owner, ScaleUpdateRule)), None)
 
 
@@ -287,7 +287,7 @@ def _refuse_unsupported(optimizer: object) -> None:
             f"groups that {name} starts from with scale_param_groups; or, in a loop of your own, give the optimizer "
             "inside to ScaleUpdateRule"
         )
-    if not getattr(type(optimizer).step, "hooked", False):
+    if not runs_step_hooks(optimizer):
         raise ValueError(
             f"{name}.step() does not run torch's step hooks (it does not call Optimizer.__init__): "
             "use scale_param_groups for this optimizer"

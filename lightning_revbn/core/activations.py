@@ -16,7 +16,9 @@ from lightning_revbn.core.batch_norm_sync import shared_batch
 from lightning_revbn.core.layers import BatchNormRecord
 from lightning_revbn.core.torch_compat import BatchNormBase, is_functorch_wrapped
 
-THRESHOLD = 3.0
+__all__ = ["ActivationHooks", "NormalizedActivations", "NormalizedExtremes", "compute_x_hat"]
+
+_THRESHOLD = 3.0
 """From which `|x_hat|` on a value counts as large; of normally distributed values 0.27 % are."""
 
 
@@ -72,7 +74,7 @@ class NormalizedActivations(Metric):
             return
         size = normalized.detach().abs()
         self.absmax[layer] = torch.maximum(self.absmax[layer], size.amax().to(self.absmax))
-        self.over[layer] += (size > THRESHOLD).sum().to(self.over)
+        self.over[layer] += (size > _THRESHOLD).sum().to(self.over)
         self.count[layer] += size.numel()
 
     @override
@@ -121,6 +123,8 @@ class ActivationHooks:
         self._handles: list[RemovableHandle] = []
         for index, record in enumerate(records):
             layer, measure = record.module, _Measure(metric, index)
+            # Of torch's own forward the input tells everything. A forward of a subclass may normalise by other
+            # statistics, which show in its output alone.
             self._handles.append(
                 layer.register_forward_pre_hook(measure.before, with_kwargs=True)
                 if type(layer).forward in (BatchNormBase.forward, nn.SyncBatchNorm.forward)
@@ -161,13 +165,13 @@ class _Measure:
         if not isinstance(inputs, Tensor) or inputs.dim() < 2 or _stands_for_others(inputs):
             return
         with torch.no_grad():
-            x_hat = normalize(layer, inputs)
+            x_hat = compute_x_hat(layer, inputs)
             if isinstance(output, Tensor) and output.shape == inputs.shape and output.numel():
-                x_hat = _correct(layer, x_hat, output)
+                x_hat = _corrected_by_output(layer, x_hat, output)
             self._metric.update(self._index, x_hat)
 
 
-def normalize(layer: nn.Module, inputs: Tensor) -> Tensor:
+def compute_x_hat(layer: nn.Module, inputs: Tensor) -> Tensor:
     """Compute x_hat of a batch norm layer, as it would be in the next forward pass; change nothing.
 
     Args:
@@ -178,6 +182,7 @@ def normalize(layer: nn.Module, inputs: Tensor) -> Tensor:
         `(inputs - mean) / sqrt(var + eps)`, of the same shape, in float32 or better.
     """
     values = inputs.detach()
+    # torch's kernels compute in float32 too where values have half precision.
     values = values if values.dtype == torch.float64 else values.float()
     running = cast("list[Tensor | None]", [getattr(layer, name, None) for name in ("running_mean", "running_var")])
     if running[0] is None or running[1] is None or (isinstance(layer, BatchNormBase) and layer.training):
@@ -193,7 +198,7 @@ def _batch_moments(layer: nn.Module, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance per channel: of this rank's batch, or of all ranks' where the layer synchronises."""
     others = [dim for dim in range(values.dim()) if dim != 1]
     channels = values.shape[1]
-    if values.numel():
+    if values.numel():  # a rank without samples still takes part in the collective below
         variance, mean = torch.var_mean(values, others, correction=0)
     else:
         mean = variance = values.new_zeros(channels)
@@ -205,34 +210,44 @@ def _batch_moments(layer: nn.Module, values: Tensor) -> tuple[Tensor, Tensor]:
     gathered = [torch.empty_like(own) for _ in range(ranks)]
     torch.distributed.all_gather(gathered, own, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
     counts, means, variances = torch.stack(gathered).unbind(1)
+    # Variances of ranks add up only together with how far the ranks' means lie apart.
     shares = counts / counts.sum(0)
     mean = (means * shares).sum(0)
     variance = ((variances + (means - mean).square()) * shares).sum(0)
     return mean.to(values), variance.to(values)
 
 
-def _correct(layer: nn.Module, x_hat: Tensor, output: Tensor) -> Tensor:
-    """Return x_hat as the output tells it, if that is an affine function of x_hat other than scale and shift."""
+def _corrected_by_output(layer: nn.Module, x_hat: Tensor, output: Tensor) -> Tensor:
+    """Return the x_hat that an output reveals, where the layer has normalised by other statistics than expected.
+
+    A layer computes `output = x_hat * scale + shift`, so `revealed = (output - shift) / scale` is the x_hat that it
+    used. With other statistics that is `a * x_hat + b`, with an `a` and a `b` for each channel. Where the output
+    reveals anything else, an activation or dropout follows inside the layer, and the x_hat of the input stands.
+    """
     shape = [1, -1] + [1] * (x_hat.dim() - 2)
     affine = cast("list[Tensor | None]", [getattr(layer, name, None) for name in ("weight", "bias")])
     scale = x_hat.new_ones(1) if affine[0] is None else affine[0].to(x_hat)
     shift = x_hat.new_zeros(1) if affine[1] is None else affine[1].to(x_hat)
     scale, shift = scale.reshape(shape), shift.reshape(shape)
     observed = output.to(x_hat)
+    # A few roundings in the precision of the output, which may be half of that of x_hat.
     tolerance = 30 * torch.finfo(output.dtype).eps
     if _is_near(observed, x_hat * scale + shift, tolerance):
         return x_hat
-    told = torch.where(scale == 0, x_hat, (observed - shift) / scale)
+    # A channel with scale 0 gives its shift for every input: its output reveals nothing.
+    revealed = torch.where(scale == 0, x_hat, (observed - shift) / scale)
     others = [dim for dim in range(x_hat.dim()) if dim != 1]
-    centred, mean = x_hat - x_hat.mean(others, keepdim=True), told.mean(others, keepdim=True)
+    # The straight line through the points (x_hat, revealed) of a channel, by least squares. A channel without spread
+    # has no slope to fit; any slope describes its one point.
+    centred, mean = x_hat - x_hat.mean(others, keepdim=True), revealed.mean(others, keepdim=True)
     spread = centred.square().sum(others, keepdim=True)
-    slope = torch.where(spread == 0, 0.0, (centred * told).sum(others, keepdim=True) / spread)
-    # Where an activation follows inside the layer, the output is no straight line over the input.
-    return told if _is_near(told, centred * slope + mean, 10 * tolerance) else x_hat
+    slope = torch.where(spread == 0, 0.0, (centred * revealed).sum(others, keepdim=True) / spread)
+    # The shift was subtracted, which magnifies the roundings of the output: hence the wider tolerance.
+    return revealed if _is_near(revealed, centred * slope + mean, 10 * tolerance) else x_hat
 
 
 def _is_near(values: Tensor, others: Tensor, tolerance: float) -> bool:
-    """Tell whether tensors are equal up to rounding, in proportion to the size of the first."""
+    """Tell whether tensors are equal up to rounding, in proportion to the greatest value of the first."""
     return bool((values - others).abs().amax() <= tolerance * values.abs().amax())
 
 

@@ -23,17 +23,19 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_revbn.core.arguments import check_patterns, check_patterns_match
-from lightning_revbn.core.global_batch_norm import normalize, ranks_in, update_running
+from lightning_revbn.core.global_batch_norm import global_batch_norm, ranks_in, update_running
 from lightning_revbn.core.moments import Kind, global_moments
 from lightning_revbn.core.torch_compat import BatchNormBase, has_hooks
 
-Model = TypeVar("Model", bound=nn.Module)
+__all__ = ["damaged_by_conversion", "restore_batch_norms", "shared_batch", "synchronize_batch_norms"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 _HARMLESS = {"__init__", "__repr__", "_check_input_dim", "extra_repr", "reset_parameters"}
 """What a subclass may define without losing anything when it is converted."""
 
 
-def synchronize_batch_norms(model: Model, process_group: Any = None, exclude: Sequence[str] = ()) -> Model:
+def synchronize_batch_norms(model: _Model, process_group: Any = None, exclude: Sequence[str] = ()) -> _Model:
     """Let batch norm layers normalise by the batch of all ranks while they train, without replacing any of them.
 
     Classes, parameters, hooks, training flags and the keys of `state_dict` stay. In training mode, with a process group
@@ -69,7 +71,7 @@ def synchronize_batch_norms(model: Model, process_group: Any = None, exclude: Se
     return model
 
 
-def restore_batch_norms(model: Model) -> Model:
+def restore_batch_norms(model: _Model) -> _Model:
     """Undo `synchronize_batch_norms`.
 
     Args:
@@ -175,7 +177,8 @@ class _Synchronized:
         return self._run(*args, **kwargs)
 
     def _run_synchronized(self, *args: Any, **kwargs: Any) -> Any:
-        with _GlobalBatch(self.group) as mode:
+        # The layer's own forward runs, with all that a subclass adds to it; the mode catches the one call inside.
+        with _GlobalStatisticsMode(self.group) as mode:
             output = self.__wrapped__(*args, **kwargs)
         if not mode.was_used:
             raise RuntimeError(
@@ -198,10 +201,11 @@ class _Synchronized:
         return duplicate
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., Any]]]:
+        # No process group can be pickled. A partial of the forward alone is read back without this package.
         return functools.partial, (self.__wrapped__,)
 
 
-class _GlobalBatch(TorchFunctionMode):
+class _GlobalStatisticsMode(TorchFunctionMode):
     """Answers calls of batch norm with batch statistics by those of the batch of all ranks."""
 
     def __init__(self, group: Any) -> None:
@@ -212,6 +216,7 @@ class _GlobalBatch(TorchFunctionMode):
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # Some layers call torch's operator rather than the function, which takes the same arguments in another order.
         if func is torch.batch_norm:
             self.was_used = True
             return self._batch_norm_of_torch(*args, **kwargs)
@@ -248,9 +253,10 @@ class _GlobalBatch(TorchFunctionMode):
     ) -> Tensor:
         if not training:
             return nn.functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        # Ranks need not agree on the kind of numbers, since batch norm takes floating-point values alone.
         values, ranks = input.detach(), ranks_in(self._group)
         batch = global_moments(values, kind=Kind.FLOAT, group=self._group, ranks=ranks)
         moments = batch.moments.moved(batch.shift)
         if running_mean is not None and running_var is not None:
             update_running(running_mean, running_var, moments, momentum)
-        return normalize(input, moments, weight, bias, eps, self._group)
+        return global_batch_norm(input, moments, weight, bias, eps, self._group)

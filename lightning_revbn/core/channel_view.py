@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["ChannelView", "channel_view", "dense", "pieces"]
+
 _CACHED = 5 << 17
 """Elements that a piece has on a CPU for every thread: few enough for its caches, enough to be worth the calls."""
 _LAUNCHED = 1 << 23
@@ -24,6 +26,10 @@ class ChannelView:
     Where the values of one channel lie side by side, width is the number of channels. Where channels alternate (as in
     tables, and in images with the channels last), several rows are joined: inner is 1, and width a multiple of the
     number of channels.
+
+    The point of it: a reduction over `outer` and `inner` reads memory from its beginning to its end, whatever the rank,
+    the memory format and the position of the channels, so sums and elementwise loops need one code and run at the speed
+    of memory.
 
     Attributes:
         parts: One or two views that together hold every element once.
@@ -57,6 +63,7 @@ class ChannelView:
         Returns:
             Shape `(M, C)`: the M values of each channel.
         """
+        # Columns run through: joined rows, then channels, then the neighbours of one channel.
         rows = values.reshape(-1, self.channels, self.repeat)
         return rows.transpose(1, 2).reshape(-1, self.channels)
 
@@ -85,22 +92,22 @@ def channel_view(values: Tensor, channel_dim: int | None, like: Tensor | None = 
         The view.
     """
     order = _memory_order(values if like is None else like)
-    if channel_dim is None:
-        channels, at = 1, len(order)
-    else:
-        channel_dim %= values.dim()
-        channels, at = values.shape[channel_dim], order.index(channel_dim)
+    # In the order of memory a dense tensor is contiguous, so `reshape` below gives views and copies nothing.
     permuted = values.permute(order)
     sizes = list(permuted.shape)
-    outer, inner = (
-        (math.prod(sizes[:at]), math.prod(sizes[at + 1 :])) if channel_dim is not None else (1, values.numel())
-    )
+    if channel_dim is None:
+        outer, channels, inner = 1, 1, values.numel()
+    else:
+        at = order.index(channel_dim % values.dim())
+        outer, channels, inner = math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :])
     if inner >= _NARROW or not values.numel():
         return ChannelView((permuted.reshape(outer, channels, inner),), channels, 1)
+    # A loop over a handful of values costs more to start than to run. So many short rows become few long rows, each of
+    # `joined` periods: along a row the channels come round every `period` columns.
     period = channels * inner
     joined = max(1, min(outer, _NARROW * 16 // period))
     rows = permuted.reshape(outer, period)
-    whole = outer - outer % joined
+    whole = outer - outer % joined  # the rows that are left over are the second part
     parts = [rows[:whole].reshape(-1, period * joined, 1)]  # a view, unless it is a mask that was expanded
     if whole < outer:
         parts.append(rows[whole:].unsqueeze(2))
@@ -121,6 +128,8 @@ def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, s
     outer, width, inner = part.shape
     if not part.numel():
         return
+    # As many whole rows as fit. Where not even two pieces hold one row, rows are cut as well, but never into runs so
+    # short that the loop over a run costs more to start than to run.
     rows = max(1, size // (width * inner))
     columns = inner if width * inner <= 2 * size else max(256, size // width // 256 * 256)
     for row in range(0, outer, rows):

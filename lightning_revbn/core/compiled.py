@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 
 import torch
 
-Function = TypeVar("Function", bound=Callable[..., object])
+__all__ = ["compile_once"]
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
-def compile_once(function: Function) -> Function:
+def compile_once(function: _Function) -> _Function:
     """Return `torch.compile(function)`, one for the whole process, so that nothing is compiled twice.
 
     Args:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lightning_revbn.core.channel_view import channel_view, dense, pieces
 from lightning_revbn.core.compiled import compile_once
 
+__all__ = ["Constants", "FixedNormalizer", "arithmetic_dtype", "denormalize", "standardize"]
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -43,7 +45,7 @@ class Constants:
         """
         rounded = (shift + mean).to(dtype)
         rest = (shift - rounded.double()) + mean
-        # To find this out on an accelerator would mean to wait for it.
+        # On an accelerator the comparison would make the host wait; there the rest is always subtracted.
         small = rest.device.type == "cpu" and bool((rest * gain).abs().le(size * 2.0**-21).all())
         return cls(rounded, None if small else rest.to(dtype), gain.to(dtype))
 
@@ -61,7 +63,7 @@ def arithmetic_dtype(values: torch.dtype) -> torch.dtype:
     return torch.float64 if values in wide else torch.float32
 
 
-def normalize(
+def standardize(
     values: Tensor,
     constants: Constants,
     channel_dim: int | None,
@@ -85,9 +87,10 @@ def normalize(
     values = dense(values)
     if compile:
         columns = constants.mean, constants.rest, constants.gain
-        result = compile_once(_normalize)(values, *columns, channel_dim, dtype)
+        result = compile_once(_standardize_in_one_kernel)(values, *columns, channel_dim, dtype)
         return result if mask is None else result.masked_fill_(~mask, 0.0)
-    # With the strides of `values` its parts are views, as theirs are, and what is written there arrives.
+    # With the strides of `values` the views of the result have the same shapes as the views of `values`, piece by
+    # piece, and what is written into them arrives in the result.
     result = torch.empty_strided(values.shape, values.stride(), dtype=dtype, device=values.device)
     source = channel_view(values, channel_dim)
     target = channel_view(result, channel_dim)
@@ -97,6 +100,7 @@ def normalize(
         rest = None if constants.rest is None else source.spread(constants.rest, from_part)
         for at in pieces(from_part, None if values.device.type == "cpu" else values.numel()):
             part = to_part[at]
+            # One copy into the precision of the arithmetic, then in place: each temporary costs a pass over memory.
             work = part.copy_(from_part[at]) if exact else from_part[at].to(mean.dtype, copy=True)
             work.sub_(mean)
             if rest is not None:
@@ -107,10 +111,10 @@ def normalize(
     return result if mask is None else result.masked_fill_(~mask, 0.0)
 
 
-def _normalize(
+def _standardize_in_one_kernel(
     values: Tensor, mean: Tensor, rest: Tensor | None, gain: Tensor, channel_dim: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return what `normalize` returns, by one kernel that reads every value once."""
+    """Return what `standardize` returns, by one kernel that reads every value once."""
     shape = [1] * values.dim()
     if channel_dim is not None:
         shape[channel_dim] = -1

@@ -13,6 +13,8 @@ from torch import nn
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
 from lightning_revbn.core.torch_compat import BatchNormBase
 
+__all__ = ["gathered", "is_partitioned"]
+
 
 @contextmanager
 def gathered(model: nn.Module, *, write: bool = False, fsdp: bool = True) -> Generator[None]:

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from lightning_revbn.core.moments import Moments
 
+__all__ = ["global_batch_norm", "ranks_in", "update_running"]
+
 
 def ranks_in(group: Any) -> int:
     """Return how many ranks share a batch: 1 without a process group, and for a process that is not in it.
@@ -33,15 +35,16 @@ def update_running(running_mean: Tensor, running_var: Tensor, batch: Moments, mo
         batch: The moments of the batch of all ranks.
         momentum: Weight of the batch.
     """
+    # As in torch the running variance is the unbiased estimate, although the batch is normalised by the biased one.
     unbiased = batch.m2 / (batch.count - 1).clamp(min=1)
     for running, newest in ((running_mean, batch.mean), (running_var, unbiased)):
         running.copy_(torch.where(batch.count > 0, torch.lerp(running.double(), newest, momentum), running))
 
 
-def normalize(
+def global_batch_norm(
     values: Tensor, batch: Moments, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
 ) -> Tensor:
-    """Normalise a rank's part of a batch by the moments of the whole.
+    """Apply batch norm to a rank's part of a batch, by the moments of the whole batch.
 
     The gradient of the values has parts from all ranks: one collective backwards, if they need it. Those of scale and
     shift are this rank's part of the sum, as data parallel training expects.
@@ -58,16 +61,17 @@ def normalize(
         The same shape and dtype; computed in float32 or better.
     """
     constants = (batch.mean, (batch.variance + eps).rsqrt(), batch.count)
-    output: Tensor = _Normalize.apply(values, weight, bias, *constants, group)  # pyright: ignore[reportUnknownMemberType, reportAssignmentType] # torch does not type it
+    output: Tensor = _GlobalBatchNorm.apply(values, weight, bias, *constants, group)  # pyright: ignore[reportUnknownMemberType, reportAssignmentType] # torch does not type it
     return output
 
 
-class _Normalize(torch.autograd.Function):
+class _GlobalBatchNorm(torch.autograd.Function):
     """Batch norm with mean and variance of several ranks, the gradient of which has parts from all of them."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         values, weight, bias, mean, invstd, count, group = args
+        # x_hat is computed again in `backward`: kept, it would take twice the memory of values in half precision.
         ctx.save_for_backward(values, weight, mean, invstd, count)
         ctx.group = group
         output = _x_hat(values, weight, mean, invstd)
@@ -88,8 +92,11 @@ class _Normalize(torch.autograd.Function):
         grad_weight, grad_bias = sums[1].to(parameter), sums[0].to(parameter)
         grad_values = None
         if ctx.needs_input_grad[0]:
-            total = sums.clone()  # float64 gradients are views of this rank's own
+            # The gradients of parameters in float64 are views of `sums`, and must stay this rank's part.
+            total = sums.clone()
             torch.distributed.all_reduce(total, group=ctx.group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+            # Mean and variance depend on the values of every rank, and so take a part of the gradient of every rank:
+            # d values = (grad - mean(grad) - x_hat * mean(grad * x_hat)) * scale / std, means over the whole batch.
             means = total / count.clamp(min=1)
             centred = grad - _by_channel(means[0], grad) - x_hat.mul_(_by_channel(means[1], grad))
             slope = invstd if weight is None else weight * invstd

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from typing_extensions import Self, override
 
-from lightning_revbn.core.global_batch_norm import normalize, ranks_in, update_running
+from lightning_revbn.core.global_batch_norm import global_batch_norm, ranks_in, update_running
 from lightning_revbn.core.moments import Kind, global_moments
+
+__all__ = ["InputBatchNorm"]
 
 
 class InputBatchNorm(nn.Module):
@@ -116,11 +118,12 @@ class InputBatchNorm(nn.Module):
         moments = batch.moments.moved(batch.shift).scaled(unit)
         update_running(self.running_mean, self.running_var, moments, self.momentum)
         weight, bias = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
-        return normalize(values, moments, weight, bias, self.eps, self.process_group)
+        return global_batch_norm(values, moments, weight, bias, self.eps, self.process_group)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the running statistics in float32 where everything else becomes a half."""
+        # `half`, `to` and the rest all end in this private method of torch, and call nothing public for each tensor.
         kept = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
         for name, before in kept.items():

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 import torch
 from torch import Tensor
 
-from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize, normalize
+from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize, standardize
 from lightning_revbn.core.layers import check_choice
 from lightning_revbn.core.moments import OUT_OF_RANGE, GlobalBatch, Kind, Moments, global_moments
 
@@ -510,7 +510,7 @@ class OnlineStandardizer:
 
     def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
-            return normalize(values, constants, self.settings.channel_dim, dtype, mask, self.settings.compile)
+            return standardize(values, constants, self.settings.channel_dim, dtype, mask, self.settings.compile)
 
     def _unit(self, kind: Kind) -> float:
         """Return what raw values are divided by."""

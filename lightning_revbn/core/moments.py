@@ -16,12 +16,10 @@ import torch.distributed
 from torch import Tensor
 
 from lightning_revbn.core.channel_view import ChannelView, channel_view, dense, pieces
-from lightning_revbn.core.compiled import compile_once
+from lightning_revbn.core.integer_sums import OUT_OF_RANGE, integer_sums, moments_of_sums
 
-OUT_OF_RANGE = "integers beyond 32 bits cannot be summed exactly: convert them to float64"
+__all__ = ["OUT_OF_RANGE", "GlobalBatch", "Kind", "Moments", "global_moments", "moments"]
 
-_ROW = 256
-"""How many squares of 8-bit integers float32 adds exactly: 256 * 255^2 < 2^24."""
 _HEADER = 5
 """Samples, three faults and the kind, before the sums that a rank sends."""
 
@@ -214,7 +212,7 @@ def _own_row(
     """
     channels = 1 if channel_dim is None else values.shape[channel_dim]
     row = torch.zeros(_HEADER + 4 * channels, dtype=torch.int64, device=values.device)
-    row[0] = count_samples(values, channel_dim)
+    row[0] = _count_samples(values, channel_dim)
     if kind is Kind.UNKNOWN or not values.numel():
         return row
     tidy = dense(values)
@@ -229,11 +227,11 @@ def _own_row(
         row[1] = ~body.isfinite().all()
         row[_HEADER:] = body.flatten().view(torch.int64)
     else:
-        row[_HEADER:], row[2] = _integer_sums(view, valid, compile)
+        row[_HEADER:], row[2] = integer_sums(view, valid, compile)
     return row
 
 
-def count_samples(values: Tensor, channel_dim: int | None) -> int:
+def _count_samples(values: Tensor, channel_dim: int | None) -> int:
     """Return the size of the batch dimension: the first that holds no channels.
 
     Args:
@@ -287,99 +285,8 @@ def _from_table(table: Tensor, kind: Kind) -> GlobalBatch:
         mean = torch.where(count > 0, mean + (shifts - shift), 0.0)
         joined = _join(count, mean, m2)
     else:
-        joined, shift = _from_integers(*body.sum(0)), zero
+        joined, shift = Moments(*moments_of_sums(*body.sum(0))), zero
     return GlobalBatch(joined, shift, kind, table[:, 0].sum().double(), faults)
-
-
-def _from_integers(count: Tensor, total: Tensor, squares: Tensor, upper: Tensor) -> Moments:
-    """Return moments from exact sums, each int64 of shape `(C,)`: rounded once.
-
-    With the integer q nearest to the mean, m2 = sum((x - q)^2) - n (mean - q)^2, of which the second is never more than
-    half of the first. The first is known modulo 2^64 from wrapping arithmetic, and nearly from floating-point numbers;
-    together these determine it.
-    """
-    filled = count.clamp(min=1)
-    nearest = torch.div(total, filled, rounding_mode="floor")
-    rest = total - nearest * filled
-    above = (2 * rest >= filled).long()
-    nearest, rest = nearest + above, rest - above * filled
-    wrapped = squares - 2 * nearest * total + count * nearest * nearest
-    n, q = filled.double(), nearest.double()
-    nearly = upper.double() * 2.0**32 - 2 * q * total.double() + n * q * q
-    deviations = wrapped.double() + torch.round((nearly - wrapped.double()) / 2.0**64) * 2.0**64
-    return Moments(count.double(), q + rest.double() / n, deviations - rest.double().square() / n)
-
-
-def _integer_sums(view: ChannelView, valid: ChannelView | None, compile: bool) -> tuple[Tensor, Tensor]:
-    """Return count, sum, sum of squares modulo 2^64 and its upper half, flattened; and whether a value is too large."""
-    sums: list[Tensor] = []
-    beyond = torch.zeros((), dtype=torch.bool, device=view.parts[0].device)
-    for index, part in enumerate(view.parts):
-        compiled = compile and valid is None and part.dtype in (torch.uint8, torch.int8)
-        add_bytes = compile_once(_byte_sums) if compiled else _ByteSums()
-        for at in pieces(part, part.numel() if compiled else None):
-            piece = part[at]
-            count = torch.full((part.shape[1],), piece.shape[0] * piece.shape[2], device=part.device)
-            if valid is not None:
-                keep = valid.parts[index][at]
-                count = keep.sum((0, 2))
-                piece = torch.where(keep, piece if piece.dtype != torch.bool else piece.byte(), 0)
-            if part.element_size() == 1:
-                total, squares = add_bytes(piece)
-            elif part.element_size() == 2:
-                exact = piece.double()
-                total, squares = exact.sum((0, 2)).long(), exact.square_().sum((0, 2)).long()
-            else:
-                exact = piece.long()
-                least, greatest = torch.aminmax(exact)
-                beyond |= (least < -(2**31)) | (greatest > 2**31)
-                total, square = exact.sum((0, 2)), exact * exact
-                sums.append(
-                    torch.stack(
-                        [
-                            view.fold(column).sum(0)
-                            for column in (count, total, square.sum((0, 2)), (square >> 32).sum((0, 2)))
-                        ]
-                    )
-                )
-                continue
-            sums.append(torch.stack([view.fold(column).sum(0) for column in (count, total, squares, squares >> 32)]))
-    return torch.stack(sums).sum(0).flatten(), beyond
-
-
-def _byte_sums(part: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `_ByteSums` returns, by a kernel that reads every byte once."""
-    values = part.int()
-    return values.sum(2, dtype=torch.int64).sum(0), (values * values).sum(2, dtype=torch.int64).sum(0)
-
-
-class _ByteSums:
-    """Adds 8-bit integers and their squares exactly in float32, in memory that is used again."""
-
-    def __init__(self) -> None:
-        self._values = torch.empty(0)
-
-    def __call__(self, piece: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sum and sum of squares per column, int64, of a piece of shape `(outer, width, inner)`."""
-        outer, width, inner = piece.shape
-        side_by_side = inner > 1
-        rows, length = (outer * width, inner) if side_by_side else (width, outer)
-        padded = -(-length // _ROW) * _ROW
-        shape = (rows, padded // _ROW, _ROW) if side_by_side else (padded // _ROW, _ROW, width)
-        if self._values.shape != shape:
-            self._values = torch.zeros(shape, device=piece.device)
-        flat = self._values.view(rows, padded).t() if side_by_side else self._values.view(padded, width)
-        flat[:length].copy_(piece.reshape(rows, length).t() if side_by_side else piece.squeeze(2))
-        flat[length:] = 0  # what a longer piece may have left
-        total = self._add(outer if side_by_side else None)
-        self._values.square_()
-        return total, self._add(outer if side_by_side else None)
-
-    def _add(self, outer: int | None) -> Tensor:
-        """Return the sum of every column: at most 256 values in float32, and what comes of that in float64."""
-        if outer is None:
-            return self._values.sum(1).sum(0, dtype=torch.float64).long()
-        return self._values.sum(2).sum(1, dtype=torch.float64).view(outer, -1).sum(0).long()
 
 
 def _float_moments(view: ChannelView, valid: ChannelView | None, shift: Tensor, ignore_nan: bool) -> Moments:

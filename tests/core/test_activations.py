@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_revbn import find_batch_norms
-from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations, normalize
+from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations, compute_x_hat
 
 
 def seen(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[float], list[float]]:
@@ -111,7 +111,7 @@ def test_x_hat_is_what_the_layer_multiplies_with_its_scale() -> None:
     inputs = torch.randn(16, 4, 5, 5).mul(3).add(100).to(memory_format=torch.channels_last)
     for layer in (nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False).eval(), nn.BatchNorm2d(4, eps=0.1)):
         nn.init.normal_(layer.weight)
-        x_hat = normalize(layer, inputs)
+        x_hat = compute_x_hat(layer, inputs)
         by_layer = layer(inputs) / layer.weight[:, None, None]
         assert torch.allclose(x_hat, by_layer, atol=1e-4)
 

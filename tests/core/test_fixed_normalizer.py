@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_revbn import InputNorm
-from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, normalize
+from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, standardize
 from lightning_revbn.core.input_norm import OnlineStandardizer
 from lightning_revbn.core.moments import moments
 
@@ -30,7 +30,7 @@ def test_every_dtype_and_shape_equals_float64(dtype: torch.dtype, shape: tuple[i
     values = torch.randint(0, 255, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = values.clone()
     for result_dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 1e-6)):
-        result = normalize(values, constants(values.dtype), channel_dim, result_dtype)
+        result = standardize(values, constants(values.dtype), channel_dim, result_dtype)
         assert result.dtype == result_dtype
         torch.testing.assert_close(result.double(), expected(values, channel_dim), rtol=tolerance, atol=tolerance)
     assert torch.equal(values, before)
@@ -39,11 +39,11 @@ def test_every_dtype_and_shape_equals_float64(dtype: torch.dtype, shape: tuple[i
 def test_the_memory_format_is_kept() -> None:
     values = torch.randint(0, 255, (4, 3, 20, 9)).float()
     for other in (values, values.to(memory_format=torch.channels_last), values.transpose(2, 3)):
-        result = normalize(other, constants(torch.float32), 1, torch.float32)
+        result = standardize(other, constants(torch.float32), 1, torch.float32)
         assert result.stride() == other.stride()
         torch.testing.assert_close(result.double(), expected(other, 1), rtol=1e-6, atol=1e-6)
     cropped = values[:, :, 2:-2, 3:]  # has gaps in its memory
-    result = normalize(cropped, constants(torch.float32), 1, torch.float32)
+    result = standardize(cropped, constants(torch.float32), 1, torch.float32)
     torch.testing.assert_close(result.double(), expected(cropped, 1), rtol=1e-6, atol=1e-6)
 
 
@@ -61,7 +61,7 @@ def test_every_layout_of_memory_gives_the_same(data: st.DataObject) -> None:
     chosen = Constants.of(torch.zeros_like(mean), mean, 1 / (1 + mean), torch.float32)
     along = [1] * rank
     along[channel_dim] = -1
-    result = normalize(values, chosen, channel_dim, torch.float32)
+    result = standardize(values, chosen, channel_dim, torch.float32)
     wanted = (values.double() - mean.view(along)) / (1 + mean.view(along))
     torch.testing.assert_close(result.double(), wanted, rtol=1e-6, atol=1e-6)
     measured = moments(values, channel_dim)
@@ -76,17 +76,17 @@ def test_a_large_mean_keeps_the_precision_of_the_values() -> None:
     chosen = Constants.of(torch.zeros(1).double(), mean, gain, torch.float32)
     assert chosen.rest is not None
     torch.testing.assert_close(
-        normalize(values, chosen, 1, torch.float32).double(), values.double() - mean, rtol=1e-6, atol=1e-8
+        standardize(values, chosen, 1, torch.float32).double(), values.double() - mean, rtol=1e-6, atol=1e-8
     )
 
 
 def test_masked_values_become_zero_and_nothing_stays_nothing() -> None:
     values = torch.randint(0, 255, (4, 3, 20)).float()
     mask = torch.rand(4, 1, 20) < 0.5
-    result = normalize(values, constants(torch.float32), 1, torch.float32, mask)
+    result = standardize(values, constants(torch.float32), 1, torch.float32, mask)
     assert (result[~mask.expand_as(result)] == 0).all()
     torch.testing.assert_close(result.double(), expected(values, 1) * mask, rtol=1e-6, atol=1e-6)
-    assert normalize(values[:0], constants(torch.float32), 1, torch.float32).shape == (0, 3, 20)
+    assert standardize(values[:0], constants(torch.float32), 1, torch.float32).shape == (0, 3, 20)
 
 
 @pytest.mark.parametrize("channel_dim", [1, -1, None])

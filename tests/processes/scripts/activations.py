@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_revbn import BatchNormMonitor, find_batch_norms
-from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations, normalize
+from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations, compute_x_hat
 
 GLOBAL_BATCH = 16
 
@@ -43,7 +43,7 @@ def main(devices: int, folder: Path) -> None:
     # The first batch once more, by hand. SyncBatchNorm runs on GPUs alone, but what it normalises to can be computed.
     first = inputs[:GLOBAL_BATCH]
     metric = NormalizedActivations(1)
-    metric.update(0, normalize(nn.SyncBatchNorm(3), first[rank::devices]))
+    metric.update(0, compute_x_hat(nn.SyncBatchNorm(3), first[rank::devices]))
     tables = {"SyncBatchNorm": torch.stack(metric.compute())}
     if devices == 1:  # what two ranks see where layers are not synchronised
         tables["rank by rank"] = seen(residual_net_of(nn.BatchNorm2d).double(), [first[::2], first[1::2]])

@@ -18,7 +18,7 @@ from helpers.raw import Collectives
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d
 from torch import Tensor, nn
 
-from lightning_revbn.core.activations import normalize
+from lightning_revbn.core.activations import compute_x_hat
 from lightning_revbn.core.batch_norm_sync import restore_batch_norms, synchronize_batch_norms
 
 IMAGES = (8, 3, 5, 6)
@@ -188,7 +188,7 @@ def aside(rank: int) -> dict[str, Any]:
     before = layer.running_mean.clone(), layer.running_var.clone()
     layer(inputs[:0])
     empty = {"before": before, "after": (layer.running_mean, layer.running_var)}
-    x_hat = normalize(layer, inputs)
+    x_hat = compute_x_hat(layer, inputs)
     return {
         "collectives": counts,
         "empty": empty,

@@ -64,8 +64,9 @@ def _sums_of_piece(
     if piece.element_size() == 1:
         total, squares = add_bytes(piece)
     else:
-        # float64 adds whole numbers exactly up to 2^53: 2^21 squares of 16 bits, more than a piece has in a column.
-        exact = piece.double()
+        # float64 adds faster than int64, and whole numbers exactly up to 2^53: that is 2^21 squares of 16 bits. A piece
+        # of one channel may have more.
+        exact = piece.double() if piece.shape[0] * piece.shape[2] <= 2**21 else piece.long()
         total, squares = exact.sum((0, 2)).long(), exact.square_().sum((0, 2)).long()
     return total, squares, squares >> 32
 

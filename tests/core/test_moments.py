@@ -96,6 +96,14 @@ def test_the_largest_integers_are_exact(values: Tensor, expected: Fraction) -> N
     assert moments(values).m2.item() == float(expected)
 
 
+@pytest.mark.parametrize("count", [2_600_000, 9_999_999])
+def test_millions_of_16_bit_values_of_one_channel_are_exact(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "_CACHED", count)  # a piece has them all, as on a CPU with many threads
+    values = torch.full((count, 1), 2**16 - 1, dtype=torch.int32).to(torch.uint16)
+    values[0] = 2**16 - 2
+    assert moments(values, None).m2.item() == pytest.approx(float(Fraction(count - 1, count)), rel=1e-15)
+
+
 def test_a_rare_value_does_not_cancel() -> None:
     values = torch.ones(1_000_000, 1, dtype=torch.uint8)
     values[123] = 0

@@ -83,12 +83,14 @@ def moments_of_sums(count: Tensor, total: Tensor, squares: Tensor, upper: Tensor
         count: Number of values, int64, shape `(C,)`, as everything here.
         total: Their sum.
         squares: The sum of their squares, modulo 2^64.
-        upper: The sum of the upper halves of their squares, each the square divided by 2^32 and rounded down.
+        upper: The sum of their squares divided by 2^32, rounded down as a whole or square by square.
 
     Returns:
         Count, mean and sum of squared deviations from the mean, float64, shape `(C,)` each.
     """
     filled = count.clamp(min=1)
+    # Integer division, since float64 could not hold the sum. The rounded-down quotient becomes the nearest one, so the
+    # rest that is left for floating-point numbers lies within half of the count.
     nearest = torch.div(total, filled, rounding_mode="floor")
     rest = total - nearest * filled
     above = (2 * rest >= filled).long()
@@ -96,8 +98,8 @@ def moments_of_sums(count: Tensor, total: Tensor, squares: Tensor, upper: Tensor
     wrapped = squares - 2 * nearest * total + count * nearest * nearest
     n, q = filled.double(), nearest.double()
     nearly = upper.double() * 2.0**32 - 2 * q * total.double() + n * q * q
-    # Both are the same number but for multiples of 2^64 and for an error far below 2^64: the nearest multiple closes
-    # the gap.
+    # Both are the same number, the first but for a multiple of 2^64, the second but for an error far below 2^64. So the
+    # multiple is the one nearest to their difference.
     deviations = wrapped.double() + torch.round((nearly - wrapped.double()) / 2.0**64) * 2.0**64
     return count.double(), q + rest.double() / n, deviations - rest.double().square() / n
 
@@ -109,7 +111,11 @@ def _byte_sums(part: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ByteSums:
-    """Adds 8-bit integers and their squares exactly in float32, in memory that is used again."""
+    """Adds 8-bit integers and their squares exactly in float32, in memory that is used again.
+
+    float32 takes half of the memory of int64, and CPUs add it fastest. It holds the sum of a row of 256 squares
+    exactly; the sums of the rows are added in float64.
+    """
 
     def __init__(self) -> None:
         self._values = torch.empty(0)
@@ -117,10 +123,12 @@ class _ByteSums:
     def __call__(self, piece: Tensor) -> tuple[Tensor, Tensor]:
         """Return sum and sum of squares per column, int64, of a piece of shape `(outer, width, inner)`."""
         outer, width, inner = piece.shape
+        # Rows of 256 run inside a column if its values lie side by side, else across columns that lie side by side.
         side_by_side = inner > 1
         rows, length = (outer * width, inner) if side_by_side else (width, outer)
         padded = -(-length // _ROW) * _ROW
         shape = (rows, padded // _ROW, _ROW) if side_by_side else (padded // _ROW, _ROW, width)
+        # All pieces but the last have one shape; to ask the system for new memory takes longer than to fill it.
         if self._values.shape != shape:
             self._values = torch.zeros(shape, device=piece.device)
         flat = self._values.view(rows, padded).t() if side_by_side else self._values.view(padded, width)

@@ -186,6 +186,8 @@ def global_moments(
     row = _own_row(values, channel_dim, expected if fits else Kind.UNKNOWN, shift, mask, ignore_nan, compile)
     row[3:_HEADER] = torch.tensor([not fits, own])
     if ranks > 1:
+        # Sums of integers add up, and so do moments from one shift. Before there is a shift, or a kind of numbers to
+        # sum by, every rank must see the row of every other rank.
         if kind is Kind.UNKNOWN or (kind is Kind.FLOAT and shift is None):
             row = _all_rows(row, group, ranks)
         elif kind is Kind.FLOAT:
@@ -219,7 +221,9 @@ def _own_row(
     view = channel_view(tidy, channel_dim)
     valid = None if mask is None else channel_view(mask.expand(values.shape), channel_dim, like=tidy)
     if kind is Kind.FLOAT:
-        if shift is None:  # short numbers, so that the difference of two of them is exact
+        if shift is None:
+            # The mean of this rank, rounded to float32: numbers so short that the difference of the shifts of two ranks
+            # is exact in float64.
             shift = torch.zeros(channels, dtype=torch.float64, device=values.device)
             shift = _float_moments(view, valid, shift, ignore_nan).mean.float().double()
         own = _float_moments(view, valid, shift, ignore_nan)
@@ -232,15 +236,7 @@ def _own_row(
 
 
 def _count_samples(values: Tensor, channel_dim: int | None) -> int:
-    """Return the size of the batch dimension: the first that holds no channels.
-
-    Args:
-        values: A batch.
-        channel_dim: Where the channels are.
-
-    Returns:
-        The number of samples; 1 for a single sample without a batch dimension.
-    """
+    """Return the size of the first dimension that holds no channels; 1 for a sample without a batch dimension."""
     if channel_dim is None or channel_dim % values.dim() != 0:
         return values.shape[0]
     return values.shape[1] if values.dim() > 1 else 1
@@ -261,7 +257,9 @@ def _sum_from_shift(row: Tensor, group: Any, kind: Kind, shift: Tensor) -> Globa
     torch.distributed.all_reduce(message, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
     count, first, second = message[_HEADER:].view(3, -1)
     mean = _divide(first, count)
-    m2 = (second - first * mean).clamp(min=0)  # NaN stays
+    # A difference of nearly equal numbers only where the shift is far from the mean, and the shift is the mean of the
+    # first batch. Rounding may leave it below 0; NaN stays NaN.
+    m2 = (second - first * mean).clamp(min=0)
     return GlobalBatch(Moments(count, mean, m2), shift, kind, message[0], message[1:4])
 
 
@@ -280,6 +278,7 @@ def _from_table(table: Tensor, kind: Kind) -> GlobalBatch:
         joined, shift = Moments(zero, zero, zero), zero
     elif kind is Kind.FLOAT:
         count, shifts, mean, m2 = body.view(torch.float64).unbind(1)
+        # Every rank has measured from its own shift. The first rank with values of a channel gives it to all.
         first = (count > 0).long().argmax(0, keepdim=True)
         shift = shifts.gather(0, first).squeeze(0)
         mean = torch.where(count > 0, mean + (shifts - shift), 0.0)
@@ -290,7 +289,10 @@ def _from_table(table: Tensor, kind: Kind) -> GlobalBatch:
 
 
 def _float_moments(view: ChannelView, valid: ChannelView | None, shift: Tensor, ignore_nan: bool) -> Moments:
-    """Return the moments of floating-point values minus a shift, in two passes over every piece."""
+    """Return the moments of floating-point values minus a shift.
+
+    Every piece is read twice, the second time from its own mean, so that nothing cancels; it is in the cache by then.
+    """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for index, part in enumerate(view.parts):
         origin = view.spread(shift, part)
@@ -313,7 +315,10 @@ def _float_moments(view: ChannelView, valid: ChannelView | None, shift: Tensor, 
 
 
 def _join(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
-    """Return the moments of M sets of values together; every argument has shape `(M, C)`."""
+    """Return the moments of M sets of values together; every argument has shape `(M, C)`.
+
+    Squared deviations from the common mean are those from the own mean, plus how far the own mean lies from it.
+    """
     total = count.sum(0)
     middle = _divide((count * mean).sum(0), total)
     return Moments(total, middle, m2.sum(0) + (count * (mean - middle).square()).sum(0))

@@ -24,8 +24,8 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from ranks import end_rank, join_process_group
-from raw import Collectives
+from helpers.ranks import end_rank, join_process_group
+from helpers.raw import Collectives
 
 from lightning_revbn import InputNorm, OnlineInputNormMixin
 from lightning_revbn.core.input_norm import OnlineStandardizer

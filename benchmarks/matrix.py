@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
+import math
 import sys
 import tempfile
 from importlib.metadata import version
@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "processes" / "scripts"))
 
-from cells import AXES, CELLS, Cell
+from helpers.cells import AXES, CELLS, Cell
+from helpers.scripts import run_ranks
 
 from lightning_revbn.core.table import plain_table
 
-SCRIPT = Path(__file__).parents[1] / "tests" / "processes" / "scripts" / "matrix.py"
 Result = dict[str, Any]
 
 
@@ -33,10 +32,7 @@ def results_of(strategy: str, folder: Path) -> dict[Cell, Result]:
     count = sum(cell.strategy == strategy for cell in CELLS)
     if not file.exists() or len(json.loads(file.read_text())) < count:
         print(f"{strategy}: {count} cells", file=sys.stderr, flush=True)
-        command = [sys.executable, str(SCRIPT), strategy, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr[-3000:])
+        run_ranks("matrix.py", strategy, folder, limit=math.inf)
     return {Cell(*(result.pop(axis) for axis in AXES)): result for result in json.loads(file.read_text())}
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 import torchvision
 from helpers.lit import loader, trainer
 from helpers.models import assert_same_parameters
+from helpers.scripts import run_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -113,10 +112,7 @@ def test_a_rewritten_model_can_be_copied_saved_compiled_and_exported(way: Callab
 
 
 def test_a_sample_of_the_libraries_models_passes_every_check() -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "zoo.py"
-    command = [sys.executable, str(script), "--sample", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    done = run_script("benchmarks/zoo.py", "--sample", "4")
     assert done.stdout.splitlines()[-1] == "every check passed"
 
 

@@ -7,19 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lit import (
-    LitNet,
-    Rates,
-    assert_nothing_left_behind,
-    assert_ratio_everywhere,
-    by_hand,
-    loader,
-    probing_sgd,
-    rows,
-    sgd,
-    trainer,
-)
+from helpers.aftermath import assert_rule_is_gone
+from helpers.by_hand import textbook_sgd
+from helpers.lit import LitNet, loader, sgd, trainer
+from helpers.logs import rows
 from helpers.models import BATCH_NORMS, assert_same_parameters, residual_net, scales
+from helpers.rates import Rates, assert_ratio_everywhere, probing_sgd
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -53,7 +46,7 @@ def compile_anew() -> Any:
 
 @pytest.mark.parametrize("make", [compiled_network, compiled_in_place, compiled_module])
 def test_training_a_compiled_model_equals_training_it_by_hand(tmp_path: Path, make: Any) -> None:
-    reference = make(by_hand)
+    reference = make(textbook_sgd)
     for scale in scales(reference):
         nn.init.constant_(scale, 0.1)
     trainer(tmp_path).fit(reference, loader())
@@ -66,7 +59,7 @@ def test_training_a_compiled_model_equals_training_it_by_hand(tmp_path: Path, ma
     assert hand.keys() == ours.keys()
     assert all(torch.equal(hand[key], ours[key]) for key in hand)
     assert_ratio_everywhere(seen, 12, moves=False)
-    assert_nothing_left_behind(getattr(module, "_orig_mod", module), run)
+    assert_rule_is_gone(getattr(module, "_orig_mod", module), run)
 
     names = [f"model.{name}" for name in BATCH_NORMS]
     assert [record.name for record in callback.report.rewritten] == names

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lit import LitNet, loader, rows, trainer
+from helpers.lit import LitNet, loader, trainer
+from helpers.logs import rows
 from helpers.models import scales
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger

@@ -17,6 +17,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.aftermath import Snapshot, assert_nothing_left
+from helpers.by_hand import LR, C, sgd_by_hand
 from helpers.lit import Configure, LitNet, loader, sgd, trainer
 from helpers.models import ResidualNet, assert_same_parameters, residual_net, scales
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
@@ -28,7 +29,6 @@ from torch.nn.functional import cross_entropy
 
 from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
 
-LR, C = 0.05, 100.0
 Whole: TypeAlias = "tuple[Run, Counter[str], Counter[str]]"
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # runs are resumed in folders of their own
 
@@ -43,10 +43,7 @@ def configure(module: nn.Module) -> dict[str, Any]:
 
 
 def by_hand(module: nn.Module) -> dict[str, Any]:
-    own = {id(scale) for scale in scales(module)}
-    rest = {"params": [p for p in module.parameters() if id(p) not in own], "weight_decay": 0.01}
-    groups = [rest, {"params": scales(module), "lr": LR / C}]
-    return scheduled(torch.optim.SGD(groups, LR, 0.9))
+    return scheduled(sgd_by_hand(module))
 
 
 class Net(LitNet):

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lit import LitNet, loader, rows, trainer
+from helpers.lit import LitNet, loader, trainer
+from helpers.logs import rows
 from helpers.models import BATCH_NORMS, assert_same_parameters, residual_net
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger

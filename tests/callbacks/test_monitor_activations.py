@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lit import LitNet, loader, rows, trainer
+from helpers.lit import LitNet, loader, trainer
+from helpers.logs import rows
 from helpers.models import BATCH_NORMS, assert_same_parameters, images, residual_net
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint

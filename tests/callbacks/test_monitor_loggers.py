@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from helpers.lit import LitNet, loader, rows, trainer
+from helpers.lit import LitNet, loader, trainer
+from helpers.logs import rows
 from helpers.models import BATCH_NORMS
 from helpers.wandb_records import wandb_records
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger

@@ -14,19 +14,11 @@ import lightning as L
 import pytest
 import torch
 import torchvision
-from helpers.lit import (
-    C,
-    LitNet,
-    Rates,
-    assert_nothing_left_behind,
-    assert_ratio_everywhere,
-    loader,
-    probing_sgd,
-    quiet,
-    sgd,
-    trainer,
-)
+from helpers.aftermath import assert_rule_is_gone
+from helpers.by_hand import C
+from helpers.lit import LitNet, loader, quiet, sgd, trainer
 from helpers.models import BATCH_NORMS, ResidualNet, assert_same_parameters, images, residual_net, scales
+from helpers.rates import Rates, assert_ratio_everywhere, probing_sgd
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     LearningRateMonitor,
@@ -70,7 +62,7 @@ def test_every_fresh_layer_starts_training_from_the_scale(tmp_path: Path) -> Non
     run.fit(module, loader())
     assert module.first_scales == [0.25] * 3
     assert [record.name for record in callback.report.rewritten] == [f"model.{name}" for name in BATCH_NORMS]
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
 
 
 @pytest.mark.filterwarnings("ignore:RevisitedBatchNorm. 3 scales are torch.bfloat16:UserWarning")
@@ -135,7 +127,7 @@ def test_layers_made_in_the_modules_own_hooks_are_rewritten(tmp_path: Path, hook
     run = trainer(tmp_path, quiet(include=["model.*"]))
     run.fit(module, loader())
     assert module.first_scales == [0.1] * 3
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
 
 
 @pytest.mark.parametrize("hook", ["setup", "configure_model"])
@@ -447,7 +439,7 @@ def test_the_ratio_holds_in_the_tuner_and_the_fit_after_it_starts_from_the_scale
     run = trainer(tmp_path, callback := quiet())
     Tuner(run).lr_find(module, loader(10), min_lr=1e-4, max_lr=1.0, num_training=20)
     assert_ratio_everywhere(seen, 20)
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
     module.first_scales = None
     run.fit(module, loader(10))
     assert module.first_scales == [0.1] * 3
@@ -598,7 +590,7 @@ def test_after_an_exception_nothing_is_left_behind(tmp_path: Path, error: BaseEx
     module.look("after the error")
     assert module.looks["after the error"] == module.looks["before the error"]
     assert len(run.optimizers[0].param_groups) == 1
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
 
 
 def test_a_failing_setup_leaves_no_wrapped_method_behind(tmp_path: Path) -> None:
@@ -610,7 +602,7 @@ def test_a_failing_setup_leaves_no_wrapped_method_behind(tmp_path: Path) -> None
     run = trainer(tmp_path, quiet())
     with pytest.raises(RuntimeError, match="no data"):
         run.fit(module, loader())
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
 
 
 def test_a_copy_of_the_module_made_in_another_callbacks_setup_has_its_own_methods(tmp_path: Path) -> None:

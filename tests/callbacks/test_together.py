@@ -16,22 +16,12 @@ import pytest
 import pytorch_optimizer
 import timm.optim
 import torch
-from helpers.lit import (
-    ByHand,
-    C,
-    LitNet,
-    Rates,
-    assert_nothing_left_behind,
-    assert_ratio_everywhere,
-    by_hand,
-    loader,
-    probing_sgd,
-    quiet,
-    rows,
-    sgd,
-    trainer,
-)
+from helpers.aftermath import assert_rule_is_gone
+from helpers.by_hand import C, TextbookSGD, textbook_sgd
+from helpers.lit import LitNet, loader, quiet, sgd, trainer
+from helpers.logs import rows
 from helpers.models import assert_same_parameters, images, residual_net, scales
+from helpers.rates import Rates, assert_ratio_everywhere, probing_sgd
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
@@ -58,7 +48,7 @@ both_orders = pytest.mark.parametrize("order", [slice(None), slice(None, None, -
 class Together(LitNet):
     """Has what one callback or another asks for: a backbone, a batch size, validation."""
 
-    def __init__(self, configure: Any = by_hand, model: nn.Module | None = None) -> None:
+    def __init__(self, configure: Any = textbook_sgd, model: nn.Module | None = None) -> None:
         super().__init__(configure, model)
         self.batch_size = 8
 
@@ -83,7 +73,7 @@ def write_by_hand(module: LitNet, frozen: bool = False) -> None:
 
 
 def hand_made(frozen: bool = False) -> Together:
-    write_by_hand(module := Together(by_hand), frozen)
+    write_by_hand(module := Together(textbook_sgd), frozen)
     return module
 
 
@@ -130,7 +120,7 @@ def test_training_beside_another_callback_equals_training_by_hand(tmp_path: Path
 
     assert_same_parameters(reference, module)
     assert_ratio_everywhere(seen, 18 if name != "BatchSizeFinder" else 9, moves=name in MOVES_RATES)
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
     assert groups(run) == groups(alone)
     assert len(callback.report.rewritten) == (2 if name == "FrozenFinetuning" else 3)
 
@@ -206,7 +196,7 @@ def test_an_average_of_layers_that_are_made_late_holds_the_new_scales(tmp_path: 
     run = trainer(tmp_path, *[building, quiet()][order], max_epochs=1)
     run.fit(module)
     assert all((scale == torch.tensor(0.1)).all() for scale in scales(building.average))
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
 
 
 @both_orders
@@ -313,7 +303,7 @@ class Failing(LitNet):
 def test_a_checkpoint_of_an_exception_resumes_as_one_made_by_hand_does(tmp_path: Path, name: str, order: slice) -> None:
     finals: list[LitNet] = []
     for kind in ("hand", "ours"):
-        configure = sgd if kind == "ours" else by_hand
+        configure = sgd if kind == "ours" else textbook_sgd
         module = Failing(configure)
         if kind == "hand":
             write_by_hand(module)
@@ -322,7 +312,7 @@ def test_a_checkpoint_of_an_exception_resumes_as_one_made_by_hand_does(tmp_path:
         run = trainer(tmp_path, *callbacks, enable_checkpointing=True, logger=CSVLogger(tmp_path))
         with pytest.raises(RuntimeError, match="no power"):
             run.fit(module, loader())
-        assert_nothing_left_behind(module, run)
+        assert_rule_is_gone(module, run)
         assert groups(run) == [[12]]
 
         (file,) = (tmp_path / kind).glob("*.ckpt")
@@ -414,7 +404,7 @@ def test_an_optimizer_around_another_is_refused_before_training(tmp_path: Path, 
     with pytest.raises(MisconfigurationException, match=r"RevisitedBatchNorm: \w+ wraps another .* scale_param_groups"):
         run.fit(module, loader())
     assert run.global_step == 0
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
 
 
 @each_wrapper
@@ -438,7 +428,7 @@ def test_the_remedy_for_an_optimizer_around_another_trains_as_groups_made_by_han
     assert len(callback.report.rewritten) == 3
     assert "3 scales learn with the learning rate of their groups, made by scale_param_groups" in caplog.text
     assert run.callback_metrics["revbn/scale_lr"].item() == pytest.approx(0.05 / C)
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
 
 
 @pytest.mark.parametrize("options", [{"weight_decay_exempt": None}, {"exclude": ["model.bn1"]}], ids=str)
@@ -481,7 +471,7 @@ def test_two_optimizers_that_are_toggled_follow_the_rule_in_both(tmp_path: Path)
     def both(configure: Any) -> Any:
         return lambda module: [configure(module.generator), configure(module.discriminator)]
 
-    reference = Adversaries(both(lambda network: ByHand(network.parameters(), scales(network))))
+    reference = Adversaries(both(lambda network: TextbookSGD(network.parameters(), scales(network))))
     for scale in scales(reference):
         nn.init.constant_(scale, 0.1)
     trainer(tmp_path).fit(reference, loader())
@@ -492,6 +482,6 @@ def test_two_optimizers_that_are_toggled_follow_the_rule_in_both(tmp_path: Path)
     run.fit(module, loader())
     assert_same_parameters(reference, module)
     assert_ratio_everywhere(seen, 24, moves=False)
-    assert_nothing_left_behind(module, run)
+    assert_rule_is_gone(module, run)
     assert {"revbn/generator.1/scale_mean", "revbn/discriminator.1/scale_mean"} <= rows(tmp_path)[0].keys()
     assert all(parameter.requires_grad for parameter in module.parameters())

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_comparison import WORSE
-from test_finished_runs import BASELINE, BETTER, end_early, remove_seed, write_arm
-from test_logs import write_csv
+from helpers.arms import BASELINE, BETTER, WORSE, end_early, remove_seed, write_arm
+from helpers.logs import write_csv
 
 from lightning_revbn.cli.main import main
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import torchvision
 from helpers.lit import LitNet, loader, trainer
 from helpers.models import BATCH_NORMS, residual_net
+from helpers.scripts import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -259,6 +259,5 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_installed_command_runs() -> None:
-    command = [sys.executable, "-m", "lightning_revbn", "inspect", "torchvision:mnasnet0_5"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_python("-m", "lightning_revbn", "inspect", "torchvision:mnasnet0_5")
     assert done.stdout.splitlines()[-1].startswith("torchvision:mnasnet0_5: 52 batch norm layers")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from helpers.lit import LitNet, loader, trainer
+from helpers.logs import COUNTING, write_csv, write_events
 from helpers.models import BATCH_NORMS
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
-from test_logs import COUNTING, write_csv, write_events
 
 from lightning_revbn import BatchNormMonitor
 from lightning_revbn.cli.main import main

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import BATCH_NORMS, assert_same_parameters, images, residual_net
+from helpers.scripts import run_script
 from lightning.pytorch.plugins.layer_sync import _BatchNormXd
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d, SyncBatchNormAct
 from torch import Tensor, nn
@@ -136,8 +134,5 @@ def test_torchs_converter_drops_the_activation_that_is_kept_here() -> None:
 
 
 def test_timm_models_keep_their_outputs_and_torchs_converter_changes_them() -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "sync_zoo.py"
-    command = [sys.executable, str(script), "--only", "_lite0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_script("benchmarks/sync_zoo.py", "--only", "_lite0")
     assert "timm:efficientnet_lite0\tsame\tdiffers, 33 activations lost\n" in done.stdout, done.stdout

@@ -7,9 +7,8 @@ import json
 import pytest
 import torch
 import torchvision
-from helpers.models import residual_net, scales
+from helpers.models import Softplus, residual_net, scales
 from rich.console import Console
-from test_layers import Softplus
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 

@@ -6,7 +6,7 @@ import pytest
 import timm.layers
 import torch
 import torchvision
-from helpers.models import BATCH_NORMS, residual_net
+from helpers.models import BATCH_NORMS, Softplus, residual_net
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -213,16 +213,6 @@ def test_lazy_layers_are_to_be_rewritten_and_meta_layers_refused_until_they_have
     assert verdicts(lazy) == {"0": FRESH}
     with torch.device("meta"):
         assert verdicts(residual_net()) == dict.fromkeys(BATCH_NORMS, ("refuse", "unmaterialized"))
-
-
-class Softplus(nn.Module):
-    """Keeps a scale positive."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.softplus(x)
-
-    def right_inverse(self, y: torch.Tensor) -> torch.Tensor:
-        return y.expm1().log()
 
 
 class OneWay(nn.Module):

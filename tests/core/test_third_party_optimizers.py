@@ -9,8 +9,9 @@ import pytest
 import pytorch_optimizer
 import timm.optim
 import torch
+from helpers.by_hand import LR, C, by_hand
+from helpers.loop import train
 from helpers.models import assert_same_parameters, images, residual_net, scales
-from test_update_rule import LR, C, by_hand, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer

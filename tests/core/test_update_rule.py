@@ -13,6 +13,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers.by_hand import LR, C, by_hand
+from helpers.loop import STEPS, train
 from helpers.models import assert_same_parameters, images, residual_net, scales
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,42 +27,6 @@ from torch.optim import lr_scheduler as sched
 from lightning_revbn import ScaleUpdateRule, scale_param_groups
 from lightning_revbn.core.param_groups import exempt_parameters
 from lightning_revbn.core.update_rule import active_rule, scale_learning_rates
-
-LR, C, STEPS = 0.05, 100.0, 20
-
-
-def by_hand(model: nn.Module, lr: float, weight_decay: float | None, divisor: float = C) -> list[dict[str, Any]]:
-    """The groups a careful user would write: scales apart, with lr / c and no decay."""
-    own = {id(scale) for scale in scales(model)}
-    rest: dict[str, Any] = {"params": [p for p in model.parameters() if id(p) not in own], "lr": lr}
-    divided: dict[str, Any] = {"params": scales(model), "lr": lr / divisor}
-    if weight_decay is not None:
-        rest["weight_decay"], divided["weight_decay"] = weight_decay, 0.0
-    return [rest, divided]
-
-
-def train(
-    model: nn.Module, optimizer: Optimizer, scheduler: Any = None, steps: int = STEPS, closure: bool = True
-) -> None:
-    inputs, targets = images(8 * steps)
-
-    for step in range(steps):
-        batch = slice(8 * step, 8 * step + 8)
-
-        def compute(batch: slice = batch) -> Tensor:
-            optimizer.zero_grad()
-            loss = cross_entropy(model(inputs[batch]), targets[batch])
-            loss.backward()
-            return loss
-
-        if closure:
-            optimizer.step(compute)
-        else:
-            compute()
-            optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-
 
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"weight_decay": 0.0}),

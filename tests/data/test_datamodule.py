@@ -14,7 +14,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.lit import Batches, LitNet, loader, rows, trainer
+from helpers.lit import Batches, LitNet, loader, trainer
+from helpers.logs import rows
 from helpers.models import assert_same_parameters, images, residual_net
 from helpers.raw import RawData, SeeingNet, raw_images
 from lightning.pytorch.callbacks import ModelCheckpoint

@@ -5,15 +5,16 @@ import csv
 import io
 import logging
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import digits
 import lightning as L
 import matplotlib.image
 import numpy as np
+import paired_report
 import pytest
 import torch
 from rich.console import Console
@@ -22,10 +23,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_revbn import find_batch_norms, paired_t_test
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import digits
-import paired_report
 
 SEEDS = 2
 

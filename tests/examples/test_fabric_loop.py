@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.models import scales
-from helpers.scripts import run_example
+from helpers.scripts import run_script
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -94,7 +94,7 @@ def test_the_loop_equals_hand_made_groups_in_a_loop_without_fabric(tmp_path: Pat
 
 def test_two_ranks_equal_hand_made_groups_and_averages(tmp_path: Path) -> None:
     options = f"--accelerator cpu --devices 2 --strategy ddp --epochs {EPOCHS} --checkpoint {tmp_path / 'run.ckpt'}"
-    printed = run_example("fabric_loop.py", *options.split())
+    printed = run_script("examples/fabric_loop.py", *options.split()).stdout
     assert_is(tmp_path / "run.ckpt", by_hand(ranks=2))
     assert printed.count("9 of 9 batch norm layers start from a new scale") == 1
 

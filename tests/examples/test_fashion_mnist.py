@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 import re
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from fashion_mnist import main, read_idx
-from numpy.typing import NDArray
-
-FILES = {"train": 5100, "t10k": 500}
-
-
-def write_idx(path: Path, values: NDArray[np.uint8]) -> None:
-    content = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("idx")
-    random = np.random.default_rng(0)
-    for split, count in FILES.items():
-        ending = ".gz" if split == "train" else ""
-        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        write_idx(folder / f"{split}-images-idx3-ubyte{ending}", images)
-        write_idx(folder / f"{split}-labels-idx1-ubyte{ending}", random.integers(0, 10, count, dtype=np.uint8))
-    return folder
 
 
 @pytest.fixture
@@ -47,13 +24,13 @@ def lightning_log_level() -> Iterator[None]:
 
 @pytest.mark.usefixtures("lightning_log_level")
 def test_it_trains_both_arms_and_tells_the_statistics(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = f"--data-dir {data_dir} --output {tmp_path} --seeds 1 --epochs 1 --train-images 64 --batch-size 32"
+    arguments = f"--data-dir {idx_folder} --output {tmp_path} --seeds 1 --epochs 1 --train-images 64 --batch-size 32"
     monkeypatch.setattr(sys, "argv", ["fashion_mnist.py", *arguments.split(), "--accelerator", "cpu"])
     main()
     first, second = capsys.readouterr().out.splitlines()
-    images = read_idx(data_dir, "train-images-idx3-ubyte")[:64] / 255
+    images = read_idx(idx_folder, "train-images-idx3-ubyte")[:64] / 255
     for line, name, scale in ((first, "baseline", "0.58"), (second, "revisited", "0.058")):
         assert re.fullmatch(
             rf"seed 1, {name}: test accuracy [\d.]+ %, input mean {images.mean():.4f}, "
@@ -62,13 +39,13 @@ def test_it_trains_both_arms_and_tells_the_statistics(
         )
 
 
-def test_files_that_are_missing_or_broken_are_named(data_dir: Path, tmp_path: Path) -> None:
+def test_files_that_are_missing_or_broken_are_named(idx_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist and pass --data-dir"):
         read_idx(tmp_path, "train-images-idx3-ubyte")
-    (tmp_path / "cut").write_bytes((data_dir / "t10k-labels-idx1-ubyte").read_bytes()[:-1])
+    (tmp_path / "cut").write_bytes((idx_folder / "t10k-labels-idx1-ubyte").read_bytes()[:-1])
     with pytest.raises(ValueError, match="states 500 bytes and has 499"):
         read_idx(tmp_path, "cut")
     (tmp_path / "text").write_bytes(b"not an idx file")
     with pytest.raises(ValueError, match="is no idx file of bytes"):
         read_idx(tmp_path, "text")
-    assert read_idx(data_dir, "t10k-images-idx3-ubyte").shape == torch.Size([500, 28, 28])
+    assert read_idx(idx_folder, "t10k-images-idx3-ubyte").shape == torch.Size([500, 28, 28])

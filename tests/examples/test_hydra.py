@@ -9,8 +9,9 @@ import digits
 import lightning as L
 import pytest
 import torch
-from helpers.lit import LitNet, loader, rows, trainer
-from helpers.scripts import ROOT, run_example
+from helpers.lit import LitNet, loader, trainer
+from helpers.logs import rows
+from helpers.scripts import ROOT, run_script
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
@@ -21,7 +22,7 @@ EXAMPLE = ROOT / "examples" / "hydra"
 
 
 def train(folder: Path, *options: str) -> None:
-    run_example("hydra/train.py", *options, "trainer.max_epochs=2", f"hydra.sweep.dir={folder}")
+    run_script("examples/hydra/train.py", *options, "trainer.max_epochs=2", f"hydra.sweep.dir={folder}")
 
 
 def weights(folder: Path) -> dict[str, Any]:

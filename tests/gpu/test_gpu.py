@@ -9,28 +9,23 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.lit import LitNet, loader, rows, trainer
+from helpers.lit import LitNet, loader, permanent_sgd, trainer
+from helpers.logs import logged_in
 from helpers.models import assert_same_parameters, images, residual_net, scales
+from helpers.scripts import run_ranks
 from lightning.pytorch.loggers import CSVLogger
-from test_processes import run
-from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 
 from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm, ScaleUpdateRule, scale_param_groups
 
 pytestmark = pytest.mark.gpu
 
 
-def permanent(module: nn.Module) -> Optimizer:
-    return torch.optim.SGD(scale_param_groups(module, 0.05, 0.01), momentum=0.9)
-
-
 @pytest.mark.filterwarnings("ignore:RevisitedBatchNorm. 3 scales are torch.bfloat16:UserWarning")
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
 def test_the_callback_equals_permanent_groups_on_one_gpu(precision: Any, tmp_path: Path) -> None:
     options = {"accelerator": "gpu", "devices": 1, "precision": precision, "deterministic": True}
-    ruled, grouped = LitNet(), LitNet(permanent)
+    ruled, grouped = LitNet(), LitNet(permanent_sgd)
     for module in (ruled, grouped):
         trainer(tmp_path, RevisitedBatchNorm(monitor=False), **options).fit(module, loader())
     assert_same_parameters(ruled, grouped)
@@ -54,8 +49,8 @@ def test_the_rule_equals_permanent_groups_with_the_kernels_of_cuda(options: dict
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_two_gpus_train_and_are_measured_under_every_strategy(strategy: str, tmp_path: Path) -> None:
-    run("gpus.py", strategy, tmp_path)
-    logged = [row for row in rows(tmp_path) if "revbn/scale_mean" in row]
+    run_ranks("gpus.py", strategy, tmp_path)
+    logged = logged_in(tmp_path)
     assert float(logged[0]["revbn/scale_mean"]) == pytest.approx(0.1)
     assert {float(row["revbn/scale_lr"]) for row in logged} == {0.05 / 100}
     assert 0 < float(logged[-1]["revbn/scale_drift"]) < 0.01
@@ -73,6 +68,6 @@ def test_synchronised_layers_are_rewritten_and_measured(tmp_path: Path) -> None:
 
     trainer(tmp_path, callback, Look(), logger=CSVLogger(tmp_path), **options).fit(module, loader())
     assert seen == ["SyncBatchNorm"] * 3
-    logged = [row for row in rows(tmp_path) if "revbn/scale_mean" in row]
+    logged = logged_in(tmp_path)
     assert float(logged[0]["revbn/scale_mean"]) == pytest.approx(0.1)
     assert all(float(row["revbn/normalized_absmax"]) > 1 for row in logged)

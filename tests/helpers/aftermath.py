@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_revbn.core.update_rule import active_rule
+
 # Attributes that Lightning adds to module, Trainer and callbacks in any fit.
 LIGHTNINGS_OWN = {"_hparams", "_last_val_time", "log", "log_dict", "val_check_batch"}
 
@@ -73,6 +75,19 @@ def assert_nothing_left(
         assert values.keys() == expected.keys()
         for name, value in values.items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def assert_rule_is_gone(module: L.LightningModule, trainer: L.Trainer) -> None:
+    """Assert that no rule, hook of a step or wrapped method is left: what needs no snapshot.
+
+    It holds also beside callbacks that leave traces of their own, with which `assert_nothing_left` would fail.
+    """
+    for optimizer in trainer.optimizers:
+        assert active_rule(optimizer) is None
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+    assert not {"setup", "configure_model"} & vars(module).keys()
+    assert "setup_optimizers" not in vars(trainer.strategy)
 
 
 def _looks(owner: object) -> tuple[type, set[str], set[str], dict[str, int]]:

@@ -52,6 +52,16 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
         return x_hat * self.weight.view(shape) + self.bias.view(shape)
 
 
+class Softplus(nn.Module):
+    """A parametrization that keeps a scale positive."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.softplus(x)
+
+    def right_inverse(self, y: Tensor) -> Tensor:
+        return y.expm1().log()
+
+
 def residual_net_of(kind: type[nn.Module]) -> nn.Module:
     """Return the same net as `residual_net()` with batch norm layers of another class."""
     model = residual_net()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed
@@ -13,9 +12,8 @@ import torch.distributed
 def join_process_group(rank: int, ranks: int, folder: Path) -> None:
     """Begin, in a process that no Trainer started; an empty directory is where they meet."""
     store = torch.distributed.FileStore(str(folder / "store"), ranks)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
+    store.set_timeout(torch.distributed.constants.default_pg_timeout)  # its own would be too short on a busy machine
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 
 def end_rank() -> None:

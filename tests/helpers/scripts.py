@@ -1,24 +1,49 @@
-"""Runs an example as its user does."""
+"""Runs Python as a user does: a script of the repository, a module, a few lines of code, or the commands of a page."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from helpers.processes import run_process
 
 ROOT = Path(__file__).parents[2]
+Done = subprocess.CompletedProcess[str]
 
 
-def run_example(name: str, *options: str) -> str:
-    """Run a script of `examples/`, which must end well, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def run_python(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> Done:
+    """Run the interpreter of the tests with the package of this checkout; options are those of `run_process`."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT)}
+    return run_process([sys.executable, *arguments], env={**own, **(env or {})}, **options)
+
+
+def run_script(name: str, *arguments: object, **options: Any) -> Done:
+    """Run a script by its path from the root of the repository."""
+    return run_python(ROOT / name, *arguments, **options)
+
+
+def run_code(code: str) -> str:
+    """Run lines of Python in a fresh interpreter, and return what they printed."""
+    return run_python("-W", "ignore", "-c", code).stdout
+
+
+def run_ranks(script: str, *arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> str:
+    """Run a script of `tests/processes/scripts/`, which imports these helpers, and return its standard error."""
+    paths = {"PYTHONPATH": _search_path(ROOT, ROOT / "tests")}
+    path = f"tests/processes/scripts/{script}"
+    return run_script(path, *arguments, env={**paths, **(env or {})}, **options).stderr
+
+
+def run_shell(commands: str, folder: Path) -> None:
+    """Run commands of a page in a folder; `python` and the installed commands are those of the tests."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT), "PATH": path}
+    run_process(["sh", "-ec", commands], cwd=folder, env=own)
+
+
+def _search_path(*folders: Path) -> str:
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from helpers.lit import LitNet, loader, trainer
+from helpers.made_runs import ALL
 from helpers.models import BATCH_NORMS
 from lightning.pytorch.loggers import CSVLogger
-from made_runs import ALL
 
 from lightning_revbn import BatchNormMonitor
 

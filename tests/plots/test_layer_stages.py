@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from made_runs import RESNET_152
+from helpers.made_runs import RESNET_152
 
 from lightning_revbn.plots.layer_stages import choose_labels, find_stages
 

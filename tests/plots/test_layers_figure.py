@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_runs import AFFINE, ALL, RESNET_18, RESNET_152, SMALL_NET, make_run, pair
+from helpers.made_runs import AFFINE, ALL, RESNET_18, RESNET_152, SMALL_NET, make_run, pair
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh

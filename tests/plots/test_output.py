@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from made_runs import AFFINE, RESNET_18, RESNET_152, SMALL_NET, make_run, pair
+from helpers.made_runs import AFFINE, RESNET_18, RESNET_152, SMALL_NET, make_run, pair
 from PIL import Image
 
 from lightning_revbn.plots.layers_figure import draw

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from batch_norm_sync import CASES
-from test_processes import STRATEGIES, run
+from helpers.scripts import run_ranks
+from helpers.strategies import STRATEGIES
+from helpers.synchronized_cases import CASES
 
 Results = tuple[dict[str, Any], dict[str, Any]]
 Fitted = Callable[[str, int], dict[str, Any]]
@@ -18,7 +19,7 @@ Fitted = Callable[[str, int], dict[str, Any]]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("ranks")
-    run("batch_norm_sync.py", 2, folder)
+    run_ranks("batch_norm_sync.py", 2, folder)
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     return first, second
 
@@ -88,7 +89,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     @functools.cache
     def fit(strategy: str, devices: int) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp(strategy)
-        run("fit_synchronized.py", strategy, devices, folder)
+        run_ranks("fit_synchronized.py", strategy, devices, folder)
         return torch.load(folder / "result.pt", weights_only=True)
 
     return fit

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.lit import LitNet
+from helpers.logs import logged_in
 from helpers.models import BATCH_NORMS
-from test_processes import logged_in, run
+from helpers.scripts import run_ranks
 
 pytestmark = pytest.mark.deepspeed
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.deepspeed
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def zero(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("zero")
-    run("deepspeed_ranks.py", request.param, folder)
+    run_ranks("deepspeed_ranks.py", request.param, folder)
     return folder, torch.load(folder / "rank0.pt", weights_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Engines that leave each rank a part of a parameter: FSDP1, on two gloo ranks."""
+"""Engines that leave each rank a part of the parameters or of the optimizer: FSDP1 and ZeRO, on two gloo ranks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.logs import logged_in
 from helpers.models import BATCH_NORMS
-from test_processes import logged_in, run
+from helpers.scripts import run_ranks
 
 Ranks = list[dict[str, Any]]
 
@@ -16,7 +17,7 @@ Ranks = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def fsdp1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ranks]:
     folder = tmp_path_factory.mktemp("fsdp1")
-    run("fsdp1.py", folder)
+    run_ranks("fsdp1.py", folder)
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -58,3 +59,19 @@ def test_fsdp1_without_use_orig_params_is_refused_before_training(fsdp1: tuple[P
         assert "model.stem.1 (BatchNorm2d): its scale is no parameter but part of a flat one" in rank["error"]
         assert "wrap with use_orig_params=True" in rank["error"]
         assert rank["steps of the refused"] == 0
+
+
+def test_a_sharded_optimizer_is_refused_and_trains_alike_from_permanent_groups_or_with_the_rule_inside(
+    tmp_path: Path,
+) -> None:
+    run_ranks("zero.py", tmp_path)
+    for rank in range(2):
+        results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        refused = results["refused"]
+        assert refused.startswith("RevisitedBatchNorm: ZeroRedundancyOptimizer wraps another optimizer")
+        assert "scale_param_groups" in refused
+        assert results["steps of the refused"] == 0
+        for name, reference in (("remedy", "by hand"), ("resumed", "by hand"), ("loop", "loop by hand")):
+            for key, value in results[reference].items():
+                assert torch.equal(results[name][key], value), (rank, name, key)
+        assert results["remedy"]["model.bn1.weight"].mean() < 0.2

@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers.lit import trainer
 from helpers.raw import PARTS, UnevenData, UnevenNet, raw_images
-from test_processes import STRATEGIES, run
+from helpers.scripts import run_ranks
+from helpers.strategies import STRATEGIES
 from torch import Tensor
 
 from lightning_revbn import InputNorm
@@ -26,7 +27,7 @@ EVALUATION = {"sanity_check", "validate", "test", "predict", "example"}
 def test_several_ranks_learn_what_one_process_learns_from_the_joined_batch(
     strategy: str, ranks: int, mode: Any, kind: str, tmp_path: Path
 ) -> None:
-    run("input_norm.py", strategy, ranks, mode, kind, tmp_path)
+    run_ranks("input_norm.py", strategy, ranks, mode, kind, tmp_path)
     saved = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
     images, labels = raw_images(40)
@@ -60,7 +61,7 @@ def test_several_ranks_learn_what_one_process_learns_from_the_joined_batch(
 
 
 def test_the_front_layer_on_two_ranks_equals_batch_norm_of_the_joined_batch(tmp_path: Path) -> None:
-    run("front_layer.py", 2, tmp_path)
+    run_ranks("front_layer.py", 2, tmp_path)
     results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for kind in ("uint8", "float"):
         ours, hand_made = results[0][kind]["layer"], results[0][kind]["joined"]
@@ -75,7 +76,7 @@ def test_the_front_layer_on_two_ranks_equals_batch_norm_of_the_joined_batch(tmp_
 
 
 def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_the_statistics(tmp_path: Path) -> None:
-    run("faults.py", 2, tmp_path)
+    run_ranks("faults.py", 2, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert first.keys() == second.keys() == {"NaN", "infinity", "another kind", "beyond 32 bits", "first step"}
     for name in first:

@@ -9,8 +9,8 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
-from cells import AXES, CELLS, Cell, impossible, sample
-from test_processes import run
+from helpers.cells import AXES, CELLS, Cell, impossible, sample
+from helpers.scripts import run_ranks
 
 SAMPLE = sample(cell for cell in CELLS if cell.strategy != "one device")
 Results = Callable[[str], dict[Cell, dict[str, Any]]]
@@ -21,7 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     @functools.cache
     def of_strategy(strategy: str) -> dict[Cell, dict[str, Any]]:
         folder = tmp_path_factory.mktemp("matrix")
-        run("matrix.py", strategy, folder, *["--sample"] * (strategy != "one device"))
+        run_ranks("matrix.py", strategy, folder, *["--sample"] * (strategy != "one device"))
         told = json.loads((folder / "results.json").read_text())
         return {Cell(*(result.pop(axis) for axis in AXES)): result for result in told}
 

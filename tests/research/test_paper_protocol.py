@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import paper_protocol
 import pytest
 import torch
-from test_fashion_mnist import data_dir as data_dir  # the fixture
+from helpers.scripts import run_script
 
+PROTOCOL = "research/paper_protocol.py"
 GRID = ["digits", "--seeds", "2", "--epochs", "1", "--scales", "0.5", "--workers", "2"]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, paper_protocol.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_an_interrupted_grid_trains_what_is_missing_and_ends_with_the_same_csv(tmp_path: Path) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    done = run(*GRID, "--output-dir", whole)
-    assert done.returncode == 0, done.stderr
+    done = run_script(PROTOCOL, *GRID, "--output-dir", whole)
     assert "Chosen on validation data: scale_0.5" in done.stdout
     (whole / "scale_0.5" / "seed_02").rename(tmp_path / "taken")
     whole.rename(parted)
@@ -36,21 +29,20 @@ def test_an_interrupted_grid_trains_what_is_missing_and_ends_with_the_same_csv(t
     times = {file: file.stat().st_mtime_ns for file in parted.rglob("result.json")}
     assert len(times) == 3
 
-    done = run(*GRID, "--output-dir", parted)
-    assert done.returncode == 0, done.stderr
+    done = run_script(PROTOCOL, *GRID, "--output-dir", parted)
     assert "3 of 4 runs are finished already" in done.stdout
     assert (parted / "results.csv").read_bytes() == expected
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
     fresh, earlier = (json.loads((place / "result.json").read_text()) for place in (unfinished, tmp_path / "taken"))
     assert {**fresh, "seconds": 0} == {**earlier, "seconds": 0}
 
-    other = run(*GRID, "--epochs", "2", "--output-dir", parted)
+    other = run_script(PROTOCOL, *GRID, "--epochs", "2", "--output-dir", parted, check=False)
     assert other.returncode == 1
     assert "was made with epochs=1, and now it is 2: give every grid an --output-dir of its own" in other.stderr
 
 
-def test_every_data_set_is_split_alike_and_a_tenth_validates(data_dir: Path) -> None:
-    arguments = ["fashion-mnist", "--data-dir", str(data_dir), "--train-images", "200"]
+def test_every_data_set_is_split_alike_and_a_tenth_validates(idx_folder: Path) -> None:
+    arguments = ["fashion-mnist", "--data-dir", str(idx_folder), "--train-images", "200"]
     settings = paper_protocol.grid(paper_protocol.parse_arguments(arguments))[0].settings
     splits = paper_protocol.load(settings)
     assert [len(labels) for _, labels in splits] == [180, 20, 500]
@@ -61,9 +53,9 @@ def test_every_data_set_is_split_alike_and_a_tenth_validates(data_dir: Path) -> 
     assert [len(labels) for _, labels in paper_protocol.load(digits)] == [808, 90, 899]
 
 
-def test_every_arm_of_a_seed_starts_alike_and_raw_bytes_are_normalised(data_dir: Path, tmp_path: Path) -> None:
+def test_every_arm_of_a_seed_starts_alike_and_raw_bytes_are_normalised(idx_folder: Path, tmp_path: Path) -> None:
     options = ["--train-images", "150", "--seeds", "1", "--epochs", "1", "--scales", "0.25", "--input-norm", "both"]
-    parsed = paper_protocol.parse_arguments(["fashion-mnist", "--data-dir", str(data_dir), *options])
+    parsed = paper_protocol.parse_arguments(["fashion-mnist", "--data-dir", str(idx_folder), *options])
     results = [paper_protocol.train(run, tmp_path / run.arm) for run in paper_protocol.grid(parsed)]
     assert [result["arm"] for result in results] == ["baseline", "scale_0.25", "input_baseline", "input_scale_0.25"]
     rows = {}

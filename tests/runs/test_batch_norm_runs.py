@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from helpers.lit import LitNet, loader, trainer
+from helpers.logs import read, write_csv, write_events
 from helpers.models import BATCH_NORMS
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from test_logs import read, write_csv, write_events
 
 from lightning_revbn import BatchNormMonitor
 from lightning_revbn.runs.batch_norm_runs import batch_norm_run, find_prefix

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from helpers.arms import BASELINE, BETTER, WORSE
 from scipy import stats
-from test_finished_runs import BASELINE, BETTER
 
 from lightning_revbn.runs.comparison import Comparison, compare, conclude, to_dict
-
-WORSE = [0.9700, 0.9701, 0.9688, 0.9722, 0.9611, 0.9700]
 
 
 def compared(baseline: Sequence[float], **arms: Sequence[float]) -> list[Comparison]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_logs import points, read, text, write_csv
+from helpers.logs import points, read, text, write_csv
 
 from lightning_revbn.runs.scalars import LogError
 

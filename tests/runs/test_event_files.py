@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_logs import COUNTING, points, read, read_or_error, write_events
+from helpers.logs import COUNTING, points, read, read_or_error, write_events
 
 
 def test_an_event_file_cut_off_anywhere_gives_what_is_before(tmp_path: Path) -> None:

@@ -2,28 +2,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.arms import BASELINE, BETTER, end_early, remove_seed, write_arm
+from helpers.logs import write_csv, write_events
 from lightning.pytorch.loggers import CSVLogger
-from test_logs import write_csv, write_events
 
 from lightning_revbn.runs.finished_runs import check_pairs, read_finished
 from lightning_revbn.runs.logs import find_logs
 from lightning_revbn.runs.scalars import LogError
-
-BASELINE = [0.9722, 0.9733, 0.9711, 0.9744, 0.9700, 0.9755]
-BETTER = [0.9788, 0.9733, 0.9766, 0.9800, 0.9777, 0.9744]
-
-
-def write_arm(folder: Path, scores: Sequence[float], steps: int = 20) -> Path:
-    """Write a run for every score, seeds from 1; training loss at two steps, the score at the end."""
-    for seed, score in enumerate(scores, start=1):
-        events = [(0, {"loss": 2.0}), (steps, {"loss": 1.0, "test_acc": score})]
-        write_csv(folder / f"seed_{seed:02}", events)
-    return folder
 
 
 def scores(folder: Path, seed_pattern: str | None = None) -> dict[int, float]:
@@ -62,16 +51,8 @@ def test_a_pattern_finds_seeds_in_paths(tmp_path: Path) -> None:
     assert scores(tmp_path, r"run(\d+)") == dict(enumerate(BASELINE))
 
 
-def remove_seed(folder: Path) -> None:
-    (folder / "seed_03" / "metrics.csv").unlink()
-
-
 def end_in_nan(folder: Path) -> None:
     write_csv(folder / "seed_03", [(20, {"test_acc": math.nan})])
-
-
-def end_early(folder: Path) -> None:
-    write_csv(folder / "seed_03", [(10, {"test_acc": 0.9})])
 
 
 def never_test(folder: Path) -> None:

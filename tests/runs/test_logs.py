@@ -4,24 +4,22 @@ import math
 import random
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.lit import LitNet, loader, trainer
+from helpers.logs import COUNTING, points, read, read_or_error, write_csv, write_events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_revbn import BatchNormMonitor
 from lightning_revbn.runs.logs import Log, find_logs, read_scalars
-from lightning_revbn.runs.scalars import LogError, Scalars
-
-Events = Iterable[tuple[int, Mapping[str, float]]]
+from lightning_revbn.runs.scalars import LogError
 
 
 class Recorder(DummyLogger):
@@ -35,47 +33,6 @@ class Recorder(DummyLogger):
         assert step is not None
         for key, value in metrics.items():
             self.values.setdefault(key, {})[step] = float(value)
-
-
-def write_csv(directory: Path, events: Events) -> Path:
-    logger = CSVLogger(directory / "new", name="", version="")  # it warns of directories that hold other files
-    for step, metrics in events:
-        logger.log_metrics(dict(metrics), step=step)
-    logger.save()
-    shutil.move(directory / "new" / "metrics.csv", directory / "metrics.csv")
-    shutil.rmtree(directory / "new")  # older versions of Lightning write hparams.yaml too
-    return directory / "metrics.csv"
-
-
-def write_events(directory: Path, events: Events) -> Path:
-    with SummaryWriter(str(directory)) as writer:
-        for step, metrics in events:
-            for key, value in metrics.items():
-                writer.add_scalar(key, value, step)
-    return max(directory.glob("*tfevents*"), key=lambda path: path.name)
-
-
-def read(path: Path) -> Scalars:
-    (log,) = find_logs([path])
-    return read_scalars(log)
-
-
-def read_or_error(path: Path) -> Scalars | str:
-    """Return what can be read, or the one line that says why not."""
-    try:
-        return read(path)
-    except LogError as error:
-        return str(error)
-
-
-def points(scalars: Scalars) -> dict[str, dict[int, float]]:
-    return {
-        key: dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))
-        for key, series in scalars.series.items()
-    }
-
-
-COUNTING = [(step, {"b": float(step), "a": -float(step)}) for step in range(6)]
 
 
 @pytest.mark.parametrize("kind", ["csv", "events", "both"])

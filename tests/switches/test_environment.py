@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -13,8 +11,10 @@ import lightning as L
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers.lit import LitNet, loader, quiet, rows, sgd, trainer
+from helpers.lit import LitNet, loader, quiet, sgd, trainer
+from helpers.logs import rows
 from helpers.models import assert_same_parameters, residual_net
+from helpers.scripts import run_code, run_ranks
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -69,7 +69,7 @@ def test_switched_off_the_entry_point_gives_nothing_and_imports_nothing(value: s
         "from lightning_revbn.switches.environment import callbacks\n"
         "assert callbacks() == []\nassert not {'torch', 'lightning', 'yaml'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    run_code(code)
 
 
 @pytest.mark.usefixtures("entry_point")
@@ -121,13 +121,7 @@ def test_the_installed_package_tells_both_lightnings_of_the_factory(package: str
 
 @pytest.mark.usefixtures("entry_point")
 def test_children_of_ddp_are_switched_on_too(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(Path(__file__).parents[1] / "processes" / "scripts" / "by_variable.py"),
-        str(tmp_path),
-    ]
-    environment = {**os.environ, "LIGHTNING_REVBN": "scale=0.2"}
-    subprocess.run(command, check=True, timeout=300, env=environment)
+    run_ranks("by_variable.py", tmp_path, env={"LIGHTNING_REVBN": "scale=0.2"})
     for rank in range(2):
         scales = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert all(torch.equal(scale, torch.full_like(scale, 0.2)) for scale in scales)

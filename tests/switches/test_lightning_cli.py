@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import shutil
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,10 +16,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from helpers.lit import LitNet, loader, quiet, rows, trainer
+from helpers.lit import LitNet, loader, quiet, trainer
+from helpers.logs import rows
 from helpers.models import assert_same_parameters, residual_net
 from helpers.raw import RawData
-from kill_and_resume import same
+from helpers.scripts import run_code
+from helpers.states import same
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -358,10 +359,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.stdout == 'RevBNCLI needs jsonargparse: pip install "lightning-revbn[lightning-cli]"\n', done.stderr
+    assert run_code(code) == 'RevBNCLI needs jsonargparse: pip install "lightning-revbn[lightning-cli]"\n'
 
 
 def test_a_callback_becomes_one_of_pytorch_lightning_once_and_keeps_its_methods() -> None:

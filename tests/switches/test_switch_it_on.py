@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from helpers.lit import rows
-from kill_and_resume import same
+from helpers.logs import rows
+from helpers.scripts import ROOT, run_shell
+from helpers.states import same
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -24,7 +23,6 @@ from lightning_revbn import RevBNCLI, RevisitedBatchNorm
 from lightning_revbn.switches.environment import callbacks
 from lightning_revbn.switches.environment_callback import callback_from
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "switch_it_on.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in PAGE.split("\n## ")[1:]}
 *WAYS, ERRORS = SECTIONS
@@ -53,16 +51,7 @@ def test_the_files_and_the_command_of_a_way_train_the_digits_and_log_the_keys(wa
         if named:
             (folder / named[1]).write_text(block)
     (command,) = blocks(SECTIONS[way], "sh")
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        ["sh", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_shell(command, folder)
     logged = rows(folder)
     assert max(int(row["epoch"]) for row in logged if "epoch" in row) == 2
     assert any("revbn/scale_mean" in row for row in logged)

@@ -1,12 +1,10 @@
-"""Run by test_processes.py: the activations of the same training on one rank and on two."""
+"""Run by test_data_parallel.py: the activations of the same training on one rank and on two."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from helpers.lit import LitNet, trainer

@@ -1,12 +1,10 @@
-"""Run by test_from_environment.py: a script that does not know of the callback, on two gloo ranks."""
+"""Run by tests/switches/test_environment.py: a script that does not know of the callback, on two gloo ranks."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from helpers.lit import LitNet, loader, trainer

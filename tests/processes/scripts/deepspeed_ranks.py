@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import deepspeed
 import torch
-from helpers.lit import LitNet, trainer
+from helpers.by_hand import sgd_by_hand
+from helpers.lit import LitNet, permanent_sgd, trainer
 from helpers.models import images, residual_net, scales
 from helpers.ranks import end_rank
 from lightning.pytorch import Trainer
@@ -23,9 +22,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from train import by_hand
 
-from lightning_revbn import RevisitedBatchNorm, scale_param_groups
+from lightning_revbn import RevisitedBatchNorm
 
 
 class OnCPU(DeepSpeedStrategy):
@@ -58,10 +56,6 @@ class MadeLater(LitNet):
                 nn.init.zeros_(self.model.bn2.weight)
 
 
-def permanent(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(scale_param_groups(module, lr=0.05, weight_decay=0.01), momentum=0.9)
-
-
 class Final(Callback):
     """Notes the whole parameters before the engine is taken apart."""
 
@@ -92,19 +86,19 @@ def main(stage: int, folder: Path) -> None:
 
     kept, save = Final(), ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1)
     first = run(RevisitedBatchNorm(), kept, save, enable_checkpointing=True, logger=CSVLogger(folder))
-    first.fit(LitNet(permanent), data)
+    first.fit(LitNet(permanent_sgd), data)
     result["values"]["callback"] = kept.values
     resumed = Final()
-    run(RevisitedBatchNorm(), resumed).fit(LitNet(permanent), data, ckpt_path=folder / "saved" / "epoch=0.ckpt")
+    run(RevisitedBatchNorm(), resumed).fit(LitNet(permanent_sgd), data, ckpt_path=folder / "saved" / "epoch=0.ckpt")
     result["values"]["resumed"] = resumed.values
 
     later, callback = Final(), RevisitedBatchNorm()
-    run(callback, later).fit(MadeLater(configure=permanent), data)
+    run(callback, later).fit(MadeLater(configure=permanent_sgd), data)
     result["values"]["made later"] = later.values
     result["zero kept"] = callback.state_dict()["zero_kept"]
     result["verdicts"] = {record.name: record.verdict for record in callback.report.records}
 
-    plain = LitNet(by_hand)
+    plain = LitNet(sgd_by_hand)
     for scale in scales(plain):
         nn.init.constant_(scale, 0.1)
     run(strategy="ddp").fit(plain, data)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
 from helpers.ranks import end_rank, join_process_group
 from torch import Tensor

@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
 from helpers.lit import LitNet, trainer
 from helpers.models import images
 from helpers.ranks import end_rank
-from helpers.sharded import ShardedNet, strategy_of, values
+from helpers.strategies import ShardedNet, strategy_of, values
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.layers import BatchNormAct2d

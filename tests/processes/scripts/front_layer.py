@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
 import torch.distributed
 from helpers.lit import LitNet, trainer
 from helpers.ranks import end_rank, join_process_group
 from helpers.raw import Collectives, raw_images
-from helpers.sharded import strategy_of
+from helpers.strategies import strategy_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
+from helpers.by_hand import sgd_by_hand
 from helpers.lit import LitNet, trainer
 from helpers.models import images, residual_net, scales
 from helpers.ranks import end_rank
@@ -23,7 +22,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.utils.data import DataLoader, TensorDataset
-from train import by_hand
 
 from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
 
@@ -68,7 +66,7 @@ def main(folder: Path) -> None:
         strategy = OnCPU(auto_wrap_policy={nn.Sequential}, use_orig_params=use_orig_params, state_dict_type=STATE)
         return trainer(folder, *callbacks, devices=2, strategy=strategy, accumulate_grad_batches=2, **options)
 
-    reference = LitNet(by_hand)
+    reference = LitNet(sgd_by_hand)
     for scale in scales(reference):
         nn.init.constant_(scale, 0.1)
     hand = run()

@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
 from helpers.lit import trainer
 from helpers.ranks import end_rank
 from helpers.raw import UnevenData, UnevenNet, raw_images
-from helpers.sharded import Sharding, strategy_of
+from helpers.strategies import Sharding, strategy_of
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 

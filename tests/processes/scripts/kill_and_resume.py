@@ -25,11 +25,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # it is run from a shell too
 
 import torch
 from helpers.lit import LitNet, loader, trainer
 from helpers.models import residual_net
+from helpers.states import same
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
@@ -150,17 +151,6 @@ def newest(folder: Path) -> tuple[Path | None, int]:
             torn += 1
             file.unlink()
     return max(steps, key=lambda file: steps[file], default=None), torn
-
-
-def same(left: Any, right: Any) -> bool:
-    """Return whether two nested states are equal to the bit."""
-    if isinstance(left, Tensor):
-        return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
 
 
 def main(trials: int, seed: int) -> int:

@@ -16,14 +16,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # it is run from a shell too
 
 import torch
-from cells import CELLS, Cell, sample
-from helpers.lit import Batches, LitNet, rows, trainer
+from helpers.cells import CELLS, Cell, sample
+from helpers.lit import Batches, LitNet, trainer
+from helpers.logs import logged_in
 from helpers.models import BATCH_NORMS, images, residual_net, scales
 from helpers.ranks import end_rank
-from helpers.sharded import Sharding, strategy_of, values
+from helpers.strategies import Sharding, strategy_of, values
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -236,7 +237,7 @@ def saved(cell: Cell, checkpoint: Path) -> list[str]:
 def logged(cell: Cell, path: Path) -> list[str]:
     """Return what is wrong with the log: every step has every key, the first the start, and all of them lr / c."""
     problems: list[str] = []
-    events = [row for row in rows(path) if "revbn/scale_mean" in row]
+    events = logged_in(path)
     # Lightning cannot know when manual optimization steps, and counts every batch.
     steps = 4 if cell.accumulation > 1 and cell.optimization == "automatic" else 2 * BATCHES
     if [int(row["step"]) for row in events] != list(range(steps)):

@@ -1,4 +1,4 @@
-"""Run by test_processes.py, one strategy a process tree: the callback, and the same by hand, on two gloo ranks."""
+"""Run by test_data_parallel.py, one strategy a process tree: the callback, and the same by hand, on two gloo ranks."""
 
 from __future__ import annotations
 
@@ -6,27 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
+from helpers.by_hand import sgd_by_hand
 from helpers.lit import LitNet, trainer
 from helpers.models import images, scales
 from helpers.ranks import end_rank
-from helpers.sharded import ShardedNet, strategy_of, values
+from helpers.strategies import ShardedNet, strategy_of, values
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
-
-LR, C = 0.05, 100.0
-
-
-def by_hand(module: nn.Module) -> torch.optim.Optimizer:
-    own = {id(scale) for scale in scales(module)}
-    rest = {"params": [p for p in module.parameters() if id(p) not in own], "weight_decay": 0.01}
-    return torch.optim.SGD([rest, {"params": scales(module), "lr": LR / C}], lr=LR, momentum=0.9)
 
 
 def main(name: str, folder: Path) -> None:
@@ -38,7 +29,7 @@ def main(name: str, folder: Path) -> None:
         return {"devices": 2, "strategy": strategy_of(name, 2), "max_epochs": 2}
 
     network = ShardedNet if name == "fsdp2" else LitNet
-    reference = network(by_hand)
+    reference = network(sgd_by_hand)
     for scale in scales(reference):
         nn.init.constant_(scale, 0.1)
     trainer(folder, **options()).fit(reference, data)

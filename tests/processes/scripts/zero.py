@@ -1,4 +1,4 @@
-"""Run by test_processes.py: ZeroRedundancyOptimizer on two gloo ranks: refused, from permanent groups, in a loop."""
+"""Run by test_engines.py: ZeroRedundancyOptimizer on two gloo ranks: refused, from permanent groups, in a loop."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
 import torch.distributed
-from helpers.lit import C, LitNet, quiet, trainer
+from helpers.by_hand import LR, C, sgd_by_hand
+from helpers.lit import LitNet, quiet, trainer
 from helpers.models import images, residual_net, scales
 from helpers.ranks import end_rank
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,22 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_revbn import ScaleUpdateRule, init_batch_norms, scale_param_groups
 
-LR = 0.05
 OPTIONS: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2}
-
-
-def momentum(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=LR, momentum=0.9, weight_decay=0.01)
 
 
 def sharded(params: Any) -> torch.optim.Optimizer:
     return ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=LR, momentum=0.9, weight_decay=0.01)
-
-
-def by_hand(module: nn.Module) -> torch.optim.Optimizer:
-    own = {id(scale) for scale in scales(module)}
-    rest = [p for p in module.parameters() if id(p) not in own]
-    return momentum([{"params": rest}, {"params": scales(module), "lr": LR / C, "weight_decay": 0.0}])
 
 
 def loop(model: nn.Module, optimizer: Any) -> None:
@@ -59,7 +47,7 @@ def main(folder: Path) -> None:
     data = DataLoader(TensorDataset(*images(64)), batch_size=8)
     results: dict[str, Any] = {}
 
-    reference = LitNet(by_hand)
+    reference = LitNet(sgd_by_hand)
     for scale in scales(reference):
         nn.init.constant_(scale, 0.1)
     trainer(folder, **OPTIONS).fit(reference, data)
@@ -86,7 +74,7 @@ def main(folder: Path) -> None:
     model = residual_net()
     report = init_batch_norms(model)
     hand = copy.deepcopy(model)
-    loop(hand, by_hand(hand))
+    loop(hand, sgd_by_hand(hand))
     optimizer: Any = sharded(model.parameters())
     with ScaleUpdateRule(optimizer.optim, report.scales, C, report.scales, warn_if_unused=False):
         loop(model, optimizer)

@@ -17,6 +17,8 @@ from helpers.ranks import end_rank
 RUNS_ON_CPU = Version(torch.__version__) >= Version("2.7")
 """Whether FSDP2 does: that of torch 2.5, the lowest version that is tested, runs on CUDA alone."""
 
+STRATEGIES = ["ddp", "ddp_spawn", *["fsdp2"] * RUNS_ON_CPU]
+
 
 class Sharding(L.LightningModule):
     """Mixin that shards the parameters of `self.model` as FSDP2 does: they become DTensors."""

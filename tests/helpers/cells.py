@@ -1,4 +1,4 @@
-"""The cells of the matrix that matrix.py runs, and what Lightning allows of them."""
+"""The cells of the matrix that processes/scripts/matrix.py runs, and what Lightning allows of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
-from helpers.sharded import RUNS_ON_CPU
+from helpers.strategies import RUNS_ON_CPU
 
 
 class Cell(NamedTuple):

@@ -1,0 +1,28 @@
+"""Arms of finished runs, written without training, and what may be wrong with a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from helpers.logs import write_csv
+
+BASELINE = [0.9722, 0.9733, 0.9711, 0.9744, 0.9700, 0.9755]
+BETTER = [0.9788, 0.9733, 0.9766, 0.9800, 0.9777, 0.9744]
+WORSE = [0.9700, 0.9701, 0.9688, 0.9722, 0.9611, 0.9700]
+
+
+def write_arm(folder: Path, scores: Sequence[float], steps: int = 20) -> Path:
+    """Write a run for every score, seeds from 1; training loss at two steps, the score at the end."""
+    for seed, score in enumerate(scores, start=1):
+        events = [(0, {"loss": 2.0}), (steps, {"loss": 1.0, "test_acc": score})]
+        write_csv(folder / f"seed_{seed:02}", events)
+    return folder
+
+
+def remove_seed(folder: Path) -> None:
+    (folder / "seed_03" / "metrics.csv").unlink()
+
+
+def end_early(folder: Path) -> None:
+    write_csv(folder / "seed_03", [(10, {"test_acc": 0.9})])

@@ -1,0 +1,64 @@
+"""What the rule is held against: parameter groups made by hand, and SGD written down for each parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from helpers.models import scales
+
+LR, C = 0.05, 100.0
+
+
+def by_hand(
+    model: nn.Module, lr: float = LR, weight_decay: float | None = 0.01, divisor: float = C
+) -> list[dict[str, Any]]:
+    """Return the groups a careful user would write: scales apart, with lr / c and no decay."""
+    own = {id(scale) for scale in scales(model)}
+    rest: dict[str, Any] = {"params": [p for p in model.parameters() if id(p) not in own], "lr": lr}
+    divided: dict[str, Any] = {"params": scales(model), "lr": lr / divisor}
+    if weight_decay is not None:
+        rest["weight_decay"], divided["weight_decay"] = weight_decay, 0.0
+    return [rest, divided]
+
+
+def sgd_by_hand(module: nn.Module) -> Optimizer:
+    """Return what `helpers.lit.sgd` and the callback together are to be, made from groups by hand."""
+    return torch.optim.SGD(by_hand(module), LR, momentum=0.9)
+
+
+class TextbookSGD(Optimizer):
+    """SGD with momentum as its textbook has it, but that scales take lr / c and no decay: one line for each parameter.
+
+    It has one group, whatever callbacks do to groups: the reference where groups made by hand lose the ratio.
+    """
+
+    def __init__(self, params: Any, own: list[nn.Parameter], lr: float = LR) -> None:
+        super().__init__(params, {"lr": lr})
+        self.own = {id(scale) for scale in own}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                is_scale = id(p) in self.own
+                gradient = p.grad if is_scale else p.grad.add(p, alpha=0.01)
+                state = self.state[p]
+                first = "momentum_buffer" not in state
+                state["momentum_buffer"] = (
+                    gradient.clone() if first else state["momentum_buffer"].mul_(0.9).add_(gradient)
+                )
+                p.add_(state["momentum_buffer"], alpha=-(group["lr"] / C if is_scale else group["lr"]))
+        return loss
+
+
+def textbook_sgd(module: Any) -> Optimizer:
+    """Configure a `LitNet` with the learning rate that it has."""
+    return TextbookSGD([p for p in module.parameters() if p.requires_grad], scales(module), module.lr)

@@ -1,0 +1,73 @@
+"""Logs: what Lightning's loggers write, without a run, and what a run has written."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_revbn.runs.logs import find_logs, read_scalars
+from lightning_revbn.runs.scalars import LogError, Scalars
+
+Events = Iterable[tuple[int, Mapping[str, float]]]
+"""Steps, and the metrics that are logged at each."""
+
+COUNTING = [(step, {"b": float(step), "a": -float(step)}) for step in range(6)]
+
+
+def write_csv(directory: Path, events: Events) -> Path:
+    """Write a `metrics.csv` as CSVLogger does, and return its path."""
+    logger = CSVLogger(directory / "new", name="", version="")  # it warns of directories that hold other files
+    for step, metrics in events:
+        logger.log_metrics(dict(metrics), step=step)
+    logger.save()
+    shutil.move(directory / "new" / "metrics.csv", directory / "metrics.csv")
+    shutil.rmtree(directory / "new")  # older versions of Lightning write hparams.yaml too
+    return directory / "metrics.csv"
+
+
+def write_events(directory: Path, events: Events) -> Path:
+    """Write an event file of TensorBoard, and return its path."""
+    # Most users of this module need no TensorBoard, which takes a second to import.
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(directory)) as writer:
+        for step, metrics in events:
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, step)
+    return max(directory.glob("*tfevents*"), key=lambda path: path.name)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of the one `metrics.csv` below a directory, without empty cells."""
+    (file,) = path.rglob("metrics.csv")
+    with file.open() as lines:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
+
+
+def logged_in(path: Path) -> list[dict[str, str]]:
+    """Return the rows that the monitor has logged, of the one `metrics.csv` below a directory."""
+    return [row for row in rows(path) if "revbn/scale_mean" in row]
+
+
+def read(path: Path) -> Scalars:
+    (log,) = find_logs([path])
+    return read_scalars(log)
+
+
+def read_or_error(path: Path) -> Scalars | str:
+    """Return what can be read, or the one line that says why not."""
+    try:
+        return read(path)
+    except LogError as error:
+        return str(error)
+
+
+def points(scalars: Scalars) -> dict[str, dict[int, float]]:
+    return {
+        key: dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))
+        for key, series in scalars.series.items()
+    }

@@ -10,7 +10,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.lit import LitNet, loader, rows, trainer
+from helpers.lit import LitNet, loader, trainer
+from helpers.logs import rows
 from helpers.models import assert_same_parameters
 from helpers.private_names import private_names_of_lightning
 from helpers.raw import RawData, SeeingNet

@@ -71,3 +71,8 @@ def points(scalars: Scalars) -> dict[str, dict[int, float]]:
         key: dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))
         for key, series in scalars.series.items()
     }
+
+
+def text(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path

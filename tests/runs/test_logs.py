@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.lit import LitNet, loader, trainer
-from helpers.logs import COUNTING, points, read, read_or_error, write_csv, write_events
+from helpers.logs import COUNTING, points, read, read_or_error, text, write_csv, write_events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -116,11 +116,6 @@ def test_a_csv_file_alone_needs_no_tensorboard(tmp_path: Path, monkeypatch: pyte
 
 def garbage(path: Path) -> Path:
     path.write_bytes(random.Random(0).randbytes(3000))
-    return path
-
-
-def text(path: Path, content: str) -> Path:
-    path.write_text(content)
     return path
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.file_tree import PAGE, description, filled
 from helpers.modules import MODULES, PACKAGE, parsed
 from helpers.scripts import ROOT, run_code
 
@@ -136,3 +137,12 @@ def test_only_the_runner_starts_processes() -> None:
     for file in [*TESTS.rglob("test_*.py"), *(TESTS / "helpers").glob("*.py")]:
         if file.name not in ("processes.py", "scripts.py"):
             assert "subprocess" not in set(imported(ast.walk(parsed(file)))), f"{file}: use helpers/scripts.py"
+
+
+# --- the map ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_map_of_the_package_is_what_its_command_writes() -> None:
+    assert filled(PAGE.read_text()) == PAGE.read_text()
+    for file in MODULES.values():
+        assert description(file), f"{file} has no docstring"

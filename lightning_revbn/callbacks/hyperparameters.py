@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning_revbn.callbacks.next_call import NextCall
 from lightning_revbn.lightning_compat import logs_hyperparameters, rank_zero_warn, twins
 
+__all__ = ["announce", "log"]
+
 
 def announce(trainer: Trainer, settings: Mapping[str, Any]) -> list[NextCall]:
     """Give the settings to the loggers that must have them before Lightning logs the user's hyperparameters.

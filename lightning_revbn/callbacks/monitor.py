@@ -39,6 +39,8 @@ from lightning_revbn.lightning_compat import (
     twins,
 )
 
+__all__ = ["BatchNormMonitor"]
+
 
 @dataclass
 class _Event:

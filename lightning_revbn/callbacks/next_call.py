@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+__all__ = ["NextCall", "followed_by"]
+
 
 class NextCall:
     """Has the next call of an object's method go through a function; the object is as before from then on.

@@ -18,22 +18,24 @@ from lightning_revbn.core.metric_keys import (
     metric_key,
 )
 
+__all__ = ["LAYERS_IN_A_CHART", "Layout", "scalar_layout"]
+
 Layout: TypeAlias = "dict[str, dict[str, list[str | list[str]]]]"
 
 LAYERS_IN_A_CHART = 16
 """More lines than these cannot be told apart."""
 
-AFFINE_CHARTS = {
+_AFFINE_CHARTS = {
     "Scale: mean": SCALE_MEAN,
     "Scale: drift": SCALE_DRIFT,
     "Shift: mean": SHIFT_MEAN,
     "Shift: drift": SHIFT_DRIFT,
 }
-ACTIVATION_CHARTS = {
+_ACTIVATION_CHARTS = {
     "Greatest |x_hat|": NORMALIZED_ABSMAX,
     "Share of |x_hat| > 3": NORMALIZED_OVER_3,
 }
-WHOLE_MODEL_CHARTS = {
+_WHOLE_MODEL_CHARTS = {
     "Scale: mean": (SCALE_MEAN,),
     "Drift": (SCALE_DRIFT, SHIFT_DRIFT),
     "Learning rate of the scales": (SCALE_LR,),
@@ -56,13 +58,13 @@ def scalar_layout(prefix: str, layers: Sequence[str], *, activations: bool = Fal
         >>> list(scalar_layout("revbn", ["bn1", "layer1.0.bn1", "layer1.0.bn2"]))
         ['revbn: the whole model', 'revbn: bn1 to layer1.0.bn2']
     """
-    whole = dict(WHOLE_MODEL_CHARTS)
+    whole = dict(_WHOLE_MODEL_CHARTS)
     if activations:
-        whole |= {title: (key,) for title, key in ACTIVATION_CHARTS.items()}
+        whole |= {title: (key,) for title, key in _ACTIVATION_CHARTS.items()}
     layout: Layout = {
         f"{prefix}: the whole model": {title: _lines(prefix, [""], keys) for title, keys in whole.items()}
     }
-    charts = AFFINE_CHARTS | (ACTIVATION_CHARTS if activations else {})
+    charts = _AFFINE_CHARTS | (_ACTIVATION_CHARTS if activations else {})
     for names in _stages(layers) if per_layer else []:
         title = f"{prefix}: {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
         layout[title] = {chart: _lines(prefix, names, [key]) for chart, key in charts.items()}

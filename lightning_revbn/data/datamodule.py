@@ -35,6 +35,8 @@ from lightning_revbn.lightning_compat import (
     rank_zero_warn,
 )
 
+__all__ = ["OnlineInputNormMixin"]
+
 if TYPE_CHECKING:
     _Base = LightningDataModule
 else:

@@ -15,6 +15,8 @@ from lightning_revbn.core.arguments import check_patterns
 from lightning_revbn.core.batch_norm_sync import damaged_by_conversion, restore_batch_norms, synchronize_batch_norms
 from lightning_revbn.lightning_compat import MisconfigurationException, XLAStrategy, layer_sync, rank_zero_warn, twins
 
+__all__ = ["BatchNormSync", "refuse_damage", "warn_if_ignored"]
+
 _SHOWN = 3
 
 

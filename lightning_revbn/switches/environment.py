@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+__all__ = ["VARIABLE", "callbacks"]
+
 VARIABLE = "LIGHTNING_REVBN"
 _OFF = ("", "0", "false", "no", "off")
 

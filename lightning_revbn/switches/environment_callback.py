@@ -16,6 +16,8 @@ from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
 from lightning_revbn.lightning_compat import MisconfigurationException, callbacks_of, rank_zero_info
 
+__all__ = ["RevisitedBatchNormFromEnvironment", "callback_from"]
+
 _KEYS = tuple(inspect.signature(RevisitedBatchNorm).parameters)
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 

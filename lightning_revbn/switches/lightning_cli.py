@@ -13,6 +13,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
 from lightning_revbn.lightning_compat import twins
 
+__all__ = ["RevBNCLI", "RevBNCLIMixin"]
+
 if TYPE_CHECKING:
     _Base = LightningCLI
 else:

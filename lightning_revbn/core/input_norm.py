@@ -8,24 +8,35 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_revbn.core.arguments import check_choice
 from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize, standardize
-from lightning_revbn.core.layers import check_choice
-from lightning_revbn.core.moments import OUT_OF_RANGE, GlobalBatch, Kind, Moments, global_moments
+from lightning_revbn.core.input_checks import InputError, check_input, refuse_faults
+from lightning_revbn.core.input_statistics import InputStatistics, LearnedStatistics, MissingStatisticsError
+from lightning_revbn.core.moments import GlobalBatch, Kind, global_moments
+
+__all__ = [
+    "RELU_STD",
+    "InputError",
+    "InputNorm",
+    "InputStatistics",
+    "MissingStatisticsError",
+    "OnlineStandardizer",
+]
 
 RELU_STD = 0.58
 """Standard deviation of ReLU(N(0, 1)), sqrt(1/2 - 1/(2 pi)) = 0.58382, as the paper rounds it: that of the input of a
 layer inside a network, in units of the scale of the batch norm before it."""
 
-Mode: TypeAlias = Literal["batch", "running", "ema", "fixed"]
-NanPolicy: TypeAlias = Literal["error", "ignore"]
+_Mode: TypeAlias = Literal["batch", "running", "ema", "fixed"]
+_NanPolicy: TypeAlias = Literal["error", "ignore"]
 
 _LOOKS_NORMALIZED_AFTER = 256  # samples
-_SQUARE_ROOT = torch.finfo(torch.float64).max ** 0.5
+_NO_STATISTICS = "there are no input statistics yet: train first, or load them"
 
 
 @dataclass(frozen=True)
@@ -71,14 +82,14 @@ class InputNorm:
 
     num_features: int
     scale: float | Literal["auto"] = "auto"
-    mode: Mode = "batch"
+    mode: _Mode = "batch"
     momentum: float = 0.1
     eps: float = 1e-5
     input_range: float | Literal["auto"] = "auto"
     key: int | str | None = None
     channel_dim: int | None = 1
     mask_key: int | str | None = None
-    nan_policy: NanPolicy = "error"
+    nan_policy: _NanPolicy = "error"
     freeze_after: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -86,8 +97,8 @@ class InputNorm:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, get_args(Mode))
-        check_choice("nan_policy", self.nan_policy, get_args(NanPolicy))
+        check_choice("mode", self.mode, get_args(_Mode))
+        check_choice("nan_policy", self.nan_policy, get_args(_NanPolicy))
         if not _is_int(self.num_features) or self.num_features < 1:
             raise ValueError(f"num_features={self.num_features!r} must be the number of channels, 1 or more")
         if self.channel_dim is None and self.num_features != 1:
@@ -131,50 +142,6 @@ class InputNorm:
 torch.serialization.add_safe_globals([InputNorm])  # pyright: ignore[reportUnknownMemberType] # torch does not type it
 
 
-class InputStatistics(NamedTuple):
-    """Statistics per channel in units of the input range: for uint8 in [0, 1], as torchvision's Normalize wants them.
-
-    Attributes:
-        mean: float64, shape `(C,)`.
-        std: `sqrt(m2 / count)`, float64, shape `(C,)`.
-        count: How many values they are of, float64, shape `(C,)`; 0 for given constants.
-    """
-
-    mean: Tensor
-    std: Tensor
-    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] # the design's name; nobody counts in it
-
-
-class MissingStatisticsError(RuntimeError):
-    """There are no statistics yet."""
-
-
-class InputError(ValueError):
-    """A batch cannot be measured; the statistics are as they were before it."""
-
-
-@dataclass(frozen=True)
-class _Average:
-    """An exponential moving average of mean and variance; `weight` is 1 once its start is forgotten."""
-
-    weight: Tensor
-    mean: Tensor
-    variance: Tensor
-
-    def astuple(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return weight, mean and variance."""
-        return self.weight, self.mean, self.variance
-
-    def add(self, batch: Moments, momentum: float) -> _Average:
-        """Return the average with one more batch, the variance between batches included."""
-        newest = torch.where(batch.count > 0, momentum, 0.0)
-        weight = (1 - newest) * self.weight + newest
-        share = torch.where(weight > 0, newest / weight, 0.0)
-        moved = batch.mean - self.mean
-        variance = (1 - share) * self.variance + share * batch.variance + share * (1 - share) * moved.square()
-        return _Average(weight, self.mean + share * moved, variance)
-
-
 class OnlineStandardizer:
     """Standardise batches by statistics that every training batch adds to, on one process or many.
 
@@ -196,11 +163,7 @@ class OnlineStandardizer:
     def __init__(self, settings: InputNorm, scale: float = RELU_STD) -> None:
         self.settings = settings
         self.scale = scale if settings.scale == "auto" else settings.scale
-        self._kind: Kind = Kind.UNKNOWN
-        self._shift: Tensor = torch.zeros(settings.num_features, dtype=torch.float64)
-        self._total = Moments(self._shift, self._shift, self._shift)
-        self._average = _Average(self._shift, self._shift, self._shift)
-        self._samples: Tensor = torch.zeros((), dtype=torch.float64)
+        self._learned = LearnedStatistics.of_nothing(settings.num_features)
         self._faults: Tensor = torch.zeros(3, dtype=torch.float64)
         self._is_frozen = False
         self._constants: dict[Any, Constants] = {}
@@ -208,7 +171,7 @@ class OnlineStandardizer:
     @property
     def has_statistics(self) -> bool:
         """Whether a batch was measured, or constants are given."""
-        return self.settings.mode == "fixed" or self._kind is not Kind.UNKNOWN
+        return self.settings.mode == "fixed" or self._learned.kind is not Kind.UNKNOWN
 
     @property
     def is_frozen(self) -> bool:
@@ -218,12 +181,12 @@ class OnlineStandardizer:
     @property
     def samples(self) -> int:
         """How many samples of all ranks were measured; on an accelerator this waits for it."""
-        return int(self._samples)
+        return int(self._learned.samples)
 
     @property
     def is_float(self) -> bool:
         """Whether what was measured are floating-point numbers."""
-        return self._kind is Kind.FLOAT
+        return self._learned.kind is Kind.FLOAT
 
     def set_scale(self, scale: float) -> None:
         """Multiply by another number from here on.
@@ -259,15 +222,15 @@ class OnlineStandardizer:
         Raises:
             InputError: If any rank's values cannot be measured. On accelerators it is `check` that says so.
         """
-        self._check_shape(values, mask)
+        self._check(values, mask)
         if self.is_frozen:
             return self.evaluate(values, mask, dtype=dtype)
         values = values.detach()
         batch = global_moments(
             values,
             self.settings.channel_dim,
-            kind=self._kind,
-            shift=self._shift if self._kind is Kind.FLOAT else None,
+            kind=self._learned.kind,
+            shift=self._learned.shift if self.is_float else None,
             mask=mask,
             ignore_nan=self.settings.nan_policy == "ignore",
             group=group,
@@ -281,13 +244,14 @@ class OnlineStandardizer:
         if batch.kind is Kind.UNKNOWN:  # no rank has any values
             return torch.empty_like(values, dtype=dtype)
         self._add(batch)
-        mean, variance = self._estimate()
+        transform = self._transform
+        mean, variance = transform.estimate()
         if self.settings.mode == "batch":
-            # One value has no spread; what is known of all others does better.
+            # One value has no spread: its channel is standardised by everything seen so far.
             lonely = batch.moments.count <= 1
             mean = torch.where(lonely, mean, batch.moments.mean)
             variance = torch.where(lonely, variance, batch.moments.variance)
-        return self._apply(values, mask, self._rounded(mean, variance, values), dtype)
+        return self._apply(values, mask, transform.constants_for(values, mean, variance), dtype)
 
     def evaluate(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standardise a batch by what was learned in training; change nothing, communicate nothing.
@@ -303,14 +267,15 @@ class OnlineStandardizer:
         Raises:
             MissingStatisticsError: If nothing was learned yet.
         """
-        self._check_shape(values, mask)
+        self._check(values, mask)
         if not self.has_statistics:
-            raise MissingStatisticsError("there are no input statistics yet: train first, or load them")
+            raise MissingStatisticsError(_NO_STATISTICS)
         key = values.dtype, values.device
         if key not in self._constants:
-            if values.device.type != "mps":
+            if values.device.type != "mps":  # has no float64, in which the statistics are
                 self._to(values.device)
-            self._constants[key] = self._rounded(*self._estimate(), values)
+            transform = self._transform
+            self._constants[key] = transform.constants_for(values, *transform.estimate())
         return self._apply(values.detach(), mask, self._constants[key], dtype)
 
     def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -338,21 +303,9 @@ class OnlineStandardizer:
         Raises:
             InputError: If so.
         """
-        nonfinite, beyond, mixed = (int(count) for count in self._faults)
+        faults = [int(count) for count in self._faults]
         self._faults = torch.zeros_like(self._faults)
-        if nonfinite:
-            raise InputError(
-                f"NaN or infinity in a training batch{self._where(values)}: the statistics are as they were before it. "
-                'Clean the data, or leave NaN out of the statistics by nan_policy="ignore"'
-            )
-        if beyond:
-            raise InputError(f"a training batch has {OUT_OF_RANGE}")
-        if mixed:
-            before = f", so far of kind {self._kind.name.lower()}" if self._kind is not Kind.UNKNOWN else ""
-            raise InputError(
-                f"training batches must all be uint8, all other integers or all floating-point numbers{before}; "
-                "convert them before they are batched"
-            )
+        refuse_faults(faults, self._learned.kind, values, ignore_nan=self.settings.nan_policy == "ignore")
 
     def statistics(self) -> InputStatistics:
         """Return mean and standard deviation of all training data seen so far, in units of the input range.
@@ -363,13 +316,9 @@ class OnlineStandardizer:
         Raises:
             MissingStatisticsError: If nothing was learned yet.
         """
-        if self.settings.mode == "fixed":
-            mean, std = (torch.tensor(given, dtype=torch.float64) for given in (self.settings.mean, self.settings.std))
-            return InputStatistics(mean, std, torch.zeros_like(mean))
         if not self.has_statistics:
-            raise MissingStatisticsError("there are no input statistics yet: train first, or load them")
-        total = self._total.moved(self._shift).scaled(self._unit(self._kind))
-        return InputStatistics(total.mean.cpu(), total.std.cpu(), total.count.cpu())
+            raise MissingStatisticsError(_NO_STATISTICS)
+        return self._transform.statistics()
 
     def normalizer(self) -> FixedNormalizer:
         """Return what `evaluate` does now as a module without Lightning.
@@ -377,7 +326,7 @@ class OnlineStandardizer:
         Returns:
             A module with buffers only, on the CPU.
         """
-        shift, mean, gain = self._in_units()
+        shift, mean, gain = self._constants_in_units()
         given = self.settings.input_range
         return FixedNormalizer(shift + mean, gain, self.settings.channel_dim, None if given == "auto" else given)
 
@@ -390,8 +339,8 @@ class OnlineStandardizer:
         Returns:
             Values in units of the input range: pictures that came as uint8 lie in [0, 1].
         """
-        self._check_shape(values, None)
-        return denormalize(values, *self._in_units(), self.settings.channel_dim)
+        self._check(values)
+        return denormalize(values, *self._constants_in_units(), self.settings.channel_dim)
 
     def looks_normalized(self) -> bool | None:
         """Tell whether the data have mean 0 and standard deviation 1 already; None while too few were seen."""
@@ -420,11 +369,8 @@ class OnlineStandardizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that was learned, on the CPU."""
-        names = ("count", "mean", "m2", "average_weight", "average_mean", "average_variance", "shift", "samples")
-        tensors = (*self._total.astuple(), *self._average.astuple(), self._shift, self._samples)
-        learned = {name: tensor.cpu().clone() for name, tensor in zip(names, tensors, strict=True)}
-        unit = self._unit(self._kind)
-        return {"scale": self.scale, "kind": self._kind.name, "input_range": unit, **learned}
+        unit = self._transform.unit(self._learned.kind)
+        return {"scale": self.scale, "input_range": unit, **self._learned.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was learned.
@@ -440,28 +386,22 @@ class OnlineStandardizer:
             raise ValueError(
                 f"the saved input statistics are of {channels} channels, num_features is {self.settings.num_features}"
             )
-        self._kind = Kind[state["kind"]]
-        factor = self._unit(self._kind) / state["input_range"]  # the range may be given otherwise now
-        self._shift, self._samples = state["shift"] * factor, state["samples"].clone()
-        self._total = Moments(state["count"].clone(), state["mean"], state["m2"]).scaled(1 / factor)
-        average = [state[f"average_{name}"] for name in ("weight", "mean", "variance")]
-        self._average = _Average(average[0].clone(), average[1] * factor, average[2] * factor**2)
+        unit = self._transform.unit(Kind[state["kind"]])
+        self._learned = LearnedStatistics.from_state(state, unit / state["input_range"])  # may be given otherwise now
         self._faults = torch.zeros(3, dtype=torch.float64)
         if self.settings.scale == "auto":
             self.scale = float(state["scale"])
         self._constants.clear()
         self._settle()
 
+    @property
+    def _transform(self) -> _Transform:
+        return _Transform(self.settings, self.scale, self._learned)
+
     def _add(self, batch: GlobalBatch) -> None:
         """Add what all ranks know of a batch, unless there was a fault in it."""
-        if self._kind is Kind.UNKNOWN:
-            self._kind, self._shift = batch.kind, batch.shift
-        is_sound = self._faults.sum() == 0
-        self._total = Moments(*_where(is_sound, self._total.merge(batch.moments).astuple(), self._total.astuple()))
-        if self.settings.mode == "ema":
-            added = self._average.add(batch.moments, self.settings.momentum)
-            self._average = _Average(*_where(is_sound, added.astuple(), self._average.astuple()))
-        self._samples = torch.where(is_sound, self._samples + batch.samples, self._samples)
+        momentum = self.settings.momentum if self.settings.mode == "ema" else None
+        self._learned = self._learned.add(batch, self._faults.sum() == 0, momentum)
         self._constants.clear()
         self._settle()
 
@@ -470,36 +410,73 @@ class OnlineStandardizer:
         limit = self.settings.freeze_after
         self._is_frozen = limit is not None and self.samples >= limit
 
-    def _estimate(self) -> tuple[Tensor, Tensor]:
+    def _constants_in_units(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return shift, mean from there and gain in units of the input range, on the CPU."""
+        if not self.has_statistics:
+            raise MissingStatisticsError(_NO_STATISTICS)
+        return self._transform.constants_in_units()
+
+    def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
+        with torch.no_grad():
+            return standardize(values, constants, self.settings.channel_dim, dtype, mask, self.settings.compile)
+
+    def _check(self, values: Tensor, mask: Tensor | None = None) -> None:
+        check_input(values, mask, self.settings.channel_dim, self.settings.num_features)
+
+    def _to(self, device: torch.device) -> None:
+        self._learned, self._faults = self._learned.to(device), self._faults.to(device)
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """The transform `(x - mean) * gain` that settings and statistics ask for, in raw units and in units of the range.
+
+    All arithmetic is float64; the constants are rounded once, at the end.
+    """
+
+    settings: InputNorm
+    scale: float
+    learned: LearnedStatistics
+
+    def unit(self, kind: Kind) -> float:
+        """Return what raw values of a kind are divided by."""
+        if self.settings.mode == "fixed" and kind is Kind.UNKNOWN:
+            return 1.0
+        given = self.settings.input_range
+        return (255.0 if kind is Kind.UINT8 else 1.0) if given == "auto" else given
+
+    def statistics(self) -> InputStatistics:
+        """Return given or learned statistics in units of the input range, on the CPU."""
+        if self.settings.mode == "fixed":
+            mean, std = (torch.tensor(given, dtype=torch.float64) for given in (self.settings.mean, self.settings.std))
+            return InputStatistics(mean, std, torch.zeros_like(mean))
+        total = self.learned.total.moved(self.learned.shift).scaled(self.unit(self.learned.kind))
+        return InputStatistics(total.mean.cpu(), total.std.cpu(), total.count.cpu())
+
+    def estimate(self) -> tuple[Tensor, Tensor]:
         """Return mean, from the shift, and variance in raw units, as evaluation uses them."""
         if self.settings.mode == "fixed":
             given = self.statistics()
             return given.mean, given.std.square()
         if self.settings.mode == "ema":
-            return self._average.mean, self._average.variance
-        return self._total.mean, self._total.variance
+            return self.learned.average.mean, self.learned.average.variance
+        return self.learned.total.mean, self.learned.total.variance
 
-    def _in_units(self) -> tuple[Tensor, Tensor, Tensor]:
+    def constants_in_units(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return shift, mean from there and gain in units of the input range, on the CPU."""
-        if not self.has_statistics:
-            raise MissingStatisticsError("there are no input statistics yet: train first, or load them")
-        mean, variance = self._estimate()
-        unit = self._unit(self._kind)
-        shift, mean, variance = (tensor.cpu() for tensor in (self._shift / unit, mean / unit, variance / unit**2))
+        mean, variance = self.estimate()
+        unit = self.unit(self.learned.kind)
+        scaled = (self.learned.shift / unit, mean / unit, variance / unit**2)
+        shift, mean, variance = (tensor.cpu() for tensor in scaled)
         return shift, mean, self._gain(shift + mean, variance)
 
-    def _gain(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """Return what deviations are multiplied by; all in units of the input range."""
-        # A channel that never changed has no spread to divide by, and rounding of its mean is none.
-        constant = variance <= (8 * torch.finfo(torch.float64).eps * mean).square()
-        return self.scale / torch.where(constant, 1.0, (variance + self.settings.eps).sqrt())
-
-    def _rounded(self, mean: Tensor, variance: Tensor, values: Tensor) -> Constants:
-        """Return the constants for a batch, from mean and variance in the raw units of training."""
-        learned = self._unit(self._kind)
-        gain = self._gain((self._shift + mean) / learned, variance / learned**2)
-        unit = self._unit(Kind.UINT8 if values.dtype == torch.uint8 else Kind.FLOAT)
-        shift = self._shift
+    def constants_for(self, values: Tensor, mean: Tensor, variance: Tensor) -> Constants:
+        """Return constants for a batch in its dtype and on its device, from moments in the raw units of training."""
+        learned = self.unit(self.learned.kind)
+        gain = self._gain((self.learned.shift + mean) / learned, variance / learned**2)
+        # What was learned from bytes also standardises floats from 0 to 1, and the other way round.
+        unit = self.unit(Kind.UINT8 if values.dtype == torch.uint8 else Kind.FLOAT)
+        shift = self.learned.shift
         if unit != learned:
             shift, mean = shift / learned * unit, mean / learned * unit
         constants = Constants.of(shift, mean, gain / unit, arithmetic_dtype(values.dtype), self.scale)
@@ -508,65 +485,11 @@ class OnlineStandardizer:
         rest = None if constants.rest is None else constants.rest.to(values.device)
         return Constants(constants.mean.to(values.device), rest, constants.gain.to(values.device))
 
-    def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
-        with torch.no_grad():
-            return standardize(values, constants, self.settings.channel_dim, dtype, mask, self.settings.compile)
-
-    def _unit(self, kind: Kind) -> float:
-        """Return what raw values are divided by."""
-        if self.settings.mode == "fixed" and kind is Kind.UNKNOWN:
-            return 1.0
-        given = self.settings.input_range
-        return (255.0 if kind is Kind.UINT8 else 1.0) if given == "auto" else given
-
-    def _to(self, device: torch.device) -> None:
-        if self._shift.device == device:
-            return
-        self._shift, self._samples, self._faults = (
-            tensor.to(device) for tensor in (self._shift, self._samples, self._faults)
-        )
-        self._total = Moments(*(tensor.to(device) for tensor in self._total.astuple()))
-        self._average = _Average(*(tensor.to(device) for tensor in self._average.astuple()))
-
-    def _check_shape(self, values: Tensor, mask: Tensor | None) -> None:
-        dim, channels = self.settings.channel_dim, self.settings.num_features
-        shape = tuple(values.shape)
-        if values.is_complex():
-            raise InputError(f"the input is complex ({values.dtype}): make it real, for example by its magnitude")
-        if not shape or (dim is not None and not -len(shape) <= dim < len(shape)):
-            raise InputError(f"the input has shape {shape}: there is no dimension channel_dim={dim}")
-        if dim is not None and shape[dim] != channels:
-            raise InputError(
-                f"the input has shape {shape}: its dimension channel_dim={dim} has {shape[dim]} channels, and "
-                f"num_features is {channels}. Set num_features, or channel_dim (-1 where channels are last)"
-            )
-        if mask is None:
-            return
-        if mask.dtype != torch.bool:
-            raise InputError(f"the mask is {mask.dtype}: it must be boolean, True where values count")
-        try:
-            mask.expand(shape)
-        except RuntimeError as error:
-            raise InputError(
-                f"the mask of shape {tuple(mask.shape)} does not broadcast to the input, {shape}"
-            ) from error
-
-    def _where(self, values: Tensor | None) -> str:
-        """Say which sample and channel of this rank is not finite."""
-        if values is None or values.device.type != "cpu" or not values.is_floating_point():
-            return ""
-        wrong = ~values.isfinite()
-        if self.settings.nan_policy == "ignore":
-            wrong &= ~values.isnan()
-        if not wrong.any():
-            too_large = values.dtype == torch.float64 and values.numel() and values.abs().max() > _SQUARE_ROOT
-            return ", with values too large to be squared" if too_large else " of another rank"
-        index = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-        return f", first at index {tuple(index)} of an input of shape {tuple(values.shape)}"
-
-
-def _where(condition: Tensor, chosen: Sequence[Tensor], otherwise: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.where(condition, first, second) for first, second in zip(chosen, otherwise, strict=True)]
+    def _gain(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """Return what deviations are multiplied by; all in units of the input range."""
+        # A channel that never changed has no spread to divide by, and the rounding of its mean is no spread either.
+        constant = variance <= (8 * torch.finfo(torch.float64).eps * mean).square()
+        return self.scale / torch.where(constant, 1.0, (variance + self.settings.eps).sqrt())
 
 
 def _is_int(value: object) -> bool:

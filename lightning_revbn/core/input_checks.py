@@ -1,0 +1,94 @@
+"""Checks of raw input: its shape and mask before a batch is measured, and the faults that ranks have found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lightning_revbn.core.moments import OUT_OF_RANGE, Kind
+
+__all__ = ["InputError", "check_input", "refuse_faults"]
+
+_SQUARE_ROOT = torch.finfo(torch.float64).max ** 0.5
+
+
+class InputError(ValueError):
+    """A batch cannot be measured; the statistics are as they were before it."""
+
+
+def check_input(values: Tensor, mask: Tensor | None, channel_dim: int | None, channels: int) -> None:
+    """Raise unless a batch has the channels that the settings say, and a mask that fits it.
+
+    Args:
+        values: The batch.
+        mask: Its mask.
+        channel_dim: Where the channels are. None takes all values as one channel.
+        channels: How many channels there are.
+
+    Raises:
+        InputError: If values are complex, a dimension is missing or of another size, or the mask does not fit.
+    """
+    shape = tuple(values.shape)
+    if values.is_complex():
+        raise InputError(f"the input is complex ({values.dtype}): make it real, for example by its magnitude")
+    if not shape or (channel_dim is not None and not -len(shape) <= channel_dim < len(shape)):
+        raise InputError(f"the input has shape {shape}: there is no dimension channel_dim={channel_dim}")
+    if channel_dim is not None and shape[channel_dim] != channels:
+        raise InputError(
+            f"the input has shape {shape}: its dimension channel_dim={channel_dim} has {shape[channel_dim]} channels, "
+            f"and num_features is {channels}. Set num_features, or channel_dim (-1 where channels are last)"
+        )
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise InputError(f"the mask is {mask.dtype}: it must be boolean, True where values count")
+    try:
+        mask.expand(shape)
+    except RuntimeError as error:
+        raise InputError(f"the mask of shape {tuple(mask.shape)} does not broadcast to the input, {shape}") from error
+
+
+def refuse_faults(faults: Sequence[int], kind: Kind, values: Tensor | None, *, ignore_nan: bool) -> None:
+    """Raise if any rank has found a fault in a training batch.
+
+    Args:
+        faults: How many ranks have found each, in the order of `GlobalBatch.faults`.
+        kind: What sort of numbers the batches before were made of.
+        values: This rank's part of the batch, to say more about it.
+        ignore_nan: Whether NaN is no fault.
+
+    Raises:
+        InputError: If so; the message says where and what to do.
+    """
+    nonfinite, beyond, mixed = faults
+    if nonfinite:
+        raise InputError(
+            f"NaN or infinity in a training batch{_place_of_nonfinite(values, ignore_nan)}: the statistics are as they "
+            'were before it. Clean the data, or leave NaN out of the statistics by nan_policy="ignore"'
+        )
+    if beyond:
+        raise InputError(f"a training batch has {OUT_OF_RANGE}")
+    if mixed:
+        before = f", so far of kind {kind.name.lower()}" if kind is not Kind.UNKNOWN else ""
+        raise InputError(
+            f"training batches must all be uint8, all other integers or all floating-point numbers{before}; "
+            "convert them before they are batched"
+        )
+
+
+def _place_of_nonfinite(values: Tensor | None, ignore_nan: bool) -> str:
+    """Say which sample and channel of this rank is not finite, as the end of a clause."""
+    # On an accelerator the batch may be gone by the time that its faults are read.
+    if values is None or values.device.type != "cpu" or not values.is_floating_point():
+        return ""
+    wrong = ~values.isfinite()
+    if ignore_nan:
+        wrong &= ~values.isnan()
+    if not wrong.any():
+        too_large = values.dtype == torch.float64 and values.numel() and values.abs().max() > _SQUARE_ROOT
+        return ", with values too large to be squared" if too_large else " of another rank"
+    index = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+    return f", first at index {tuple(index)} of an input of shape {tuple(values.shape)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_revbn.core.arguments import check_choice
 from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize, standardize
 from lightning_revbn.core.input_checks import InputError, check_input, refuse_faults
 from lightning_revbn.core.input_statistics import InputStatistics, LearnedStatistics, MissingStatisticsError
-from lightning_revbn.core.moments import GlobalBatch, Kind, global_moments
+from lightning_revbn.core.moments import Kind, Moments, global_moments
 
 __all__ = [
     "RELU_STD",
@@ -36,7 +36,6 @@ _Mode: TypeAlias = Literal["batch", "running", "ema", "fixed"]
 _NanPolicy: TypeAlias = Literal["error", "ignore"]
 
 _LOOKS_NORMALIZED_AFTER = 256  # samples
-_NO_STATISTICS = "there are no input statistics yet: train first, or load them"
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ class OnlineStandardizer:
         Raises:
             InputError: If any rank's values cannot be measured. On accelerators it is `check` that says so.
         """
-        self._check(values, mask)
+        check_input(values, mask, self.settings.channel_dim, self.settings.num_features)
         if self.is_frozen:
             return self.evaluate(values, mask, dtype=dtype)
         values = values.detach()
@@ -237,21 +236,15 @@ class OnlineStandardizer:
             ranks=ranks,
             compile=self.settings.compile,
         )
-        self._to(batch.shift.device)
-        self._faults = self._faults + batch.faults
+        self._learned = self._learned.to(batch.shift.device)
+        self._faults = self._faults.to(batch.shift.device) + batch.faults  # an accelerator is asked for them later
         if batch.shift.device.type == "cpu":
             self.check(values)
         if batch.kind is Kind.UNKNOWN:  # no rank has any values
             return torch.empty_like(values, dtype=dtype)
-        self._add(batch)
-        transform = self._transform
-        mean, variance = transform.estimate()
-        if self.settings.mode == "batch":
-            # One value has no spread: its channel is standardised by everything seen so far.
-            lonely = batch.moments.count <= 1
-            mean = torch.where(lonely, mean, batch.moments.mean)
-            variance = torch.where(lonely, variance, batch.moments.variance)
-        return self._apply(values, mask, transform.constants_for(values, mean, variance), dtype)
+        momentum = self.settings.momentum if self.settings.mode == "ema" else None
+        self._take(self._learned.add(batch, self._faults.sum() == 0, momentum))
+        return self._apply(values, mask, self._transform.constants_for(values, batch.moments), dtype)
 
     def evaluate(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standardise a batch by what was learned in training; change nothing, communicate nothing.
@@ -267,15 +260,12 @@ class OnlineStandardizer:
         Raises:
             MissingStatisticsError: If nothing was learned yet.
         """
-        self._check(values, mask)
-        if not self.has_statistics:
-            raise MissingStatisticsError(_NO_STATISTICS)
+        check_input(values, mask, self.settings.channel_dim, self.settings.num_features)
         key = values.dtype, values.device
         if key not in self._constants:
             if values.device.type != "mps":  # has no float64, in which the statistics are
-                self._to(values.device)
-            transform = self._transform
-            self._constants[key] = transform.constants_for(values, *transform.estimate())
+                self._learned, self._faults = self._learned.to(values.device), self._faults.to(values.device)
+            self._constants[key] = self._transform.constants_for(values)
         return self._apply(values.detach(), mask, self._constants[key], dtype)
 
     def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -316,8 +306,6 @@ class OnlineStandardizer:
         Raises:
             MissingStatisticsError: If nothing was learned yet.
         """
-        if not self.has_statistics:
-            raise MissingStatisticsError(_NO_STATISTICS)
         return self._transform.statistics()
 
     def normalizer(self) -> FixedNormalizer:
@@ -326,7 +314,7 @@ class OnlineStandardizer:
         Returns:
             A module with buffers only, on the CPU.
         """
-        shift, mean, gain = self._constants_in_units()
+        shift, mean, gain = self._transform.constants_in_units()
         given = self.settings.input_range
         return FixedNormalizer(shift + mean, gain, self.settings.channel_dim, None if given == "auto" else given)
 
@@ -339,8 +327,8 @@ class OnlineStandardizer:
         Returns:
             Values in units of the input range: pictures that came as uint8 lie in [0, 1].
         """
-        self._check(values)
-        return denormalize(values, *self._constants_in_units(), self.settings.channel_dim)
+        check_input(values, None, self.settings.channel_dim, self.settings.num_features)
+        return denormalize(values, *self._transform.constants_in_units(), self.settings.channel_dim)
 
     def looks_normalized(self) -> bool | None:
         """Tell whether the data have mean 0 and standard deviation 1 already; None while too few were seen."""
@@ -348,8 +336,7 @@ class OnlineStandardizer:
             return False
         if self.samples < _LOOKS_NORMALIZED_AFTER:
             return None
-        mean, std, _ = self.statistics()
-        return bool((mean.abs() < 0.25).all() and ((std > 0.8) & (std < 1.25)).all())
+        return self.statistics().look_normalized()
 
     def lost_channels(self, dtype: torch.dtype) -> list[int]:
         """List the channels whose spread numbers of a dtype cannot hold, since their mean is so large.
@@ -362,15 +349,11 @@ class OnlineStandardizer:
         """
         if self.settings.mode == "fixed" or not dtype.is_floating_point or dtype.itemsize > 2:
             return []
-        mean, std, count = self.statistics()
-        spacing = mean.abs() * torch.finfo(dtype).eps
-        lost = (std < 2 * spacing) & (count > 1)
-        return [channel for channel, is_lost in enumerate(cast("list[bool]", lost.tolist())) if is_lost]  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        return self.statistics().lost_channels(dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that was learned, on the CPU."""
-        unit = self._transform.unit(self._learned.kind)
-        return {"scale": self.scale, "input_range": unit, **self._learned.state()}
+        return {"scale": self.scale, "input_range": _unit(self.settings, self._learned.kind), **self._learned.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was learned.
@@ -381,50 +364,31 @@ class OnlineStandardizer:
         Raises:
             ValueError: If it is of another number of channels.
         """
-        channels = len(state["count"])
-        if channels != self.settings.num_features:
-            raise ValueError(
-                f"the saved input statistics are of {channels} channels, num_features is {self.settings.num_features}"
-            )
-        unit = self._transform.unit(Kind[state["kind"]])
-        self._learned = LearnedStatistics.from_state(state, unit / state["input_range"])  # may be given otherwise now
-        self._faults = torch.zeros(3, dtype=torch.float64)
+        factor = _unit(self.settings, Kind[state["kind"]]) / state["input_range"]  # the range may be another now
+        learned = LearnedStatistics.from_state(state, self.settings.num_features, factor)
         if self.settings.scale == "auto":
             self.scale = float(state["scale"])
-        self._constants.clear()
-        self._settle()
+        self._faults = torch.zeros(3, dtype=torch.float64)
+        self._take(learned)
 
     @property
     def _transform(self) -> _Transform:
+        """The transform that is in force."""
+        if not self.has_statistics:
+            raise MissingStatisticsError("there are no input statistics yet: train first, or load them")
         return _Transform(self.settings, self.scale, self._learned)
 
-    def _add(self, batch: GlobalBatch) -> None:
-        """Add what all ranks know of a batch, unless there was a fault in it."""
-        momentum = self.settings.momentum if self.settings.mode == "ema" else None
-        self._learned = self._learned.add(batch, self._faults.sum() == 0, momentum)
+    def _take(self, learned: LearnedStatistics) -> None:
+        """Replace the statistics, and freeze them if it is time."""
+        self._learned = learned
         self._constants.clear()
-        self._settle()
-
-    def _settle(self) -> None:
-        """Freeze the statistics if it is time; on an accelerator this waits for the number of samples."""
         limit = self.settings.freeze_after
+        # Without a limit the number is not asked for, since on an accelerator the host would wait for it.
         self._is_frozen = limit is not None and self.samples >= limit
-
-    def _constants_in_units(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return shift, mean from there and gain in units of the input range, on the CPU."""
-        if not self.has_statistics:
-            raise MissingStatisticsError(_NO_STATISTICS)
-        return self._transform.constants_in_units()
 
     def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
             return standardize(values, constants, self.settings.channel_dim, dtype, mask, self.settings.compile)
-
-    def _check(self, values: Tensor, mask: Tensor | None = None) -> None:
-        check_input(values, mask, self.settings.channel_dim, self.settings.num_features)
-
-    def _to(self, device: torch.device) -> None:
-        self._learned, self._faults = self._learned.to(device), self._faults.to(device)
 
 
 @dataclass(frozen=True)
@@ -438,44 +402,29 @@ class _Transform:
     scale: float
     learned: LearnedStatistics
 
-    def unit(self, kind: Kind) -> float:
-        """Return what raw values of a kind are divided by."""
-        if self.settings.mode == "fixed" and kind is Kind.UNKNOWN:
-            return 1.0
-        given = self.settings.input_range
-        return (255.0 if kind is Kind.UINT8 else 1.0) if given == "auto" else given
-
     def statistics(self) -> InputStatistics:
         """Return given or learned statistics in units of the input range, on the CPU."""
         if self.settings.mode == "fixed":
             mean, std = (torch.tensor(given, dtype=torch.float64) for given in (self.settings.mean, self.settings.std))
             return InputStatistics(mean, std, torch.zeros_like(mean))
-        total = self.learned.total.moved(self.learned.shift).scaled(self.unit(self.learned.kind))
+        total = self.learned.total.moved(self.learned.shift).scaled(_unit(self.settings, self.learned.kind))
         return InputStatistics(total.mean.cpu(), total.std.cpu(), total.count.cpu())
-
-    def estimate(self) -> tuple[Tensor, Tensor]:
-        """Return mean, from the shift, and variance in raw units, as evaluation uses them."""
-        if self.settings.mode == "fixed":
-            given = self.statistics()
-            return given.mean, given.std.square()
-        if self.settings.mode == "ema":
-            return self.learned.average.mean, self.learned.average.variance
-        return self.learned.total.mean, self.learned.total.variance
 
     def constants_in_units(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return shift, mean from there and gain in units of the input range, on the CPU."""
-        mean, variance = self.estimate()
-        unit = self.unit(self.learned.kind)
+        mean, variance = self._estimate()
+        unit = _unit(self.settings, self.learned.kind)
         scaled = (self.learned.shift / unit, mean / unit, variance / unit**2)
         shift, mean, variance = (tensor.cpu() for tensor in scaled)
         return shift, mean, self._gain(shift + mean, variance)
 
-    def constants_for(self, values: Tensor, mean: Tensor, variance: Tensor) -> Constants:
-        """Return constants for a batch in its dtype and on its device, from moments in the raw units of training."""
-        learned = self.unit(self.learned.kind)
+    def constants_for(self, values: Tensor, batch: Moments | None = None) -> Constants:
+        """Return constants for a batch of training or evaluation, in the dtype of its arithmetic and on its device."""
+        mean, variance = self._estimate(batch)
+        learned = _unit(self.settings, self.learned.kind)
         gain = self._gain((self.learned.shift + mean) / learned, variance / learned**2)
         # What was learned from bytes also standardises floats from 0 to 1, and the other way round.
-        unit = self.unit(Kind.UINT8 if values.dtype == torch.uint8 else Kind.FLOAT)
+        unit = _unit(self.settings, Kind.UINT8 if values.dtype == torch.uint8 else Kind.FLOAT)
         shift = self.learned.shift
         if unit != learned:
             shift, mean = shift / learned * unit, mean / learned * unit
@@ -485,11 +434,33 @@ class _Transform:
         rest = None if constants.rest is None else constants.rest.to(values.device)
         return Constants(constants.mean.to(values.device), rest, constants.gain.to(values.device))
 
+    def _estimate(self, batch: Moments | None = None) -> tuple[Tensor, Tensor]:
+        """Return mean, from the shift, and variance in raw units: for a training batch, or for evaluation."""
+        if self.settings.mode == "fixed":
+            given = self.statistics()
+            return given.mean, given.std.square()
+        if self.settings.mode == "ema":
+            return self.learned.average.mean, self.learned.average.variance
+        total = self.learned.total
+        if batch is None or self.settings.mode == "running":
+            return total.mean, total.variance
+        # One value has no spread: its channel is standardised by everything seen so far.
+        lonely = batch.count <= 1
+        return torch.where(lonely, total.mean, batch.mean), torch.where(lonely, total.variance, batch.variance)
+
     def _gain(self, mean: Tensor, variance: Tensor) -> Tensor:
         """Return what deviations are multiplied by; all in units of the input range."""
         # A channel that never changed has no spread to divide by, and the rounding of its mean is no spread either.
         constant = variance <= (8 * torch.finfo(torch.float64).eps * mean).square()
         return self.scale / torch.where(constant, 1.0, (variance + self.settings.eps).sqrt())
+
+
+def _unit(settings: InputNorm, kind: Kind) -> float:
+    """Return what raw values of a kind are divided by."""
+    if settings.mode == "fixed" and kind is Kind.UNKNOWN:
+        return 1.0
+    given = settings.input_range
+    return (255.0 if kind is Kind.UINT8 else 1.0) if given == "auto" else given
 
 
 def _is_int(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ class InputStatistics(NamedTuple):
     mean: Tensor
     std: Tensor
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] # the design's name; nobody counts in it
+
+    def look_normalized(self) -> bool:
+        """Tell whether every channel has about mean 0 and standard deviation 1."""
+        return bool((self.mean.abs() < 0.25).all() and ((self.std > 0.8) & (self.std < 1.25)).all())
+
+    def lost_channels(self, dtype: torch.dtype) -> list[int]:
+        """List the channels whose spread is below two steps between neighbouring numbers of a dtype near the mean."""
+        spacing = self.mean.abs() * torch.finfo(dtype).eps
+        lost = (self.std < 2 * spacing) & (self.count > 1)
+        return [channel for channel, is_lost in enumerate(cast("list[bool]", lost.tolist())) if is_lost]  # pyright: ignore[reportUnknownMemberType] # torch does not type it
 
 
 class MissingStatisticsError(RuntimeError):
@@ -87,16 +97,23 @@ class LearnedStatistics:
         return cls(Kind.UNKNOWN, zero, Moments(zero, zero, zero), _MovingAverage(zero, zero, zero), samples)
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], factor: float) -> LearnedStatistics:
+    def from_state(cls, state: dict[str, Any], channels: int, factor: float) -> LearnedStatistics:
         """Return saved statistics, in other units.
 
         Args:
             state: What `state` returned.
+            channels: Number of channels C.
             factor: How many of the new units the old one is.
 
         Returns:
             The statistics; no tensor is one of the state.
+
+        Raises:
+            ValueError: If the state is of another number of channels.
         """
+        saved = len(state["count"])
+        if saved != channels:
+            raise ValueError(f"the saved input statistics are of {saved} channels, num_features is {channels}")
         average = [state[f"average_{name}"] for name in ("weight", "mean", "variance")]
         return cls(
             Kind[state["kind"]],

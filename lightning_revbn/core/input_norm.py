@@ -438,7 +438,7 @@ class _Transform:
         """Return mean, from the shift, and variance in raw units: for a training batch, or for evaluation."""
         if self.settings.mode == "fixed":
             given = self.statistics()
-            return given.mean, given.std.square()
+            return given.mean.to(self.learned.shift.device), given.std.square().to(self.learned.shift.device)
         if self.settings.mode == "ema":
             return self.learned.average.mean, self.learned.average.variance
         total = self.learned.total

@@ -116,6 +116,14 @@ def test_fixed_mode_is_torchvisions_normalize() -> None:
     assert standardizer.samples == 0
 
 
+def test_fixed_mode_takes_batches_on_another_device() -> None:
+    # The meta device refuses tensors of the CPU as accelerators do, and is there on every machine.
+    standardizer = OnlineStandardizer(InputNorm(3, mode="fixed", mean=[0.1, 0.2, 0.3], std=[0.5] * 3))
+    for values in (IMAGES.to("meta"), IMAGES.to("meta").float()):
+        assert standardizer.train(values).device.type == "meta"
+        assert standardizer.evaluate(values).shape == IMAGES.shape
+
+
 def test_frozen_statistics_stay_and_batches_are_normalised_by_them() -> None:
     standardizer = OnlineStandardizer(InputNorm(3, freeze_after=16))
     for batch in IMAGES.split(8)[:2]:

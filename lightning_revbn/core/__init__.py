@@ -1,1 +1,40 @@
-"""Plain PyTorch: find batch norm layers, write their scales, train the scales with lr / c. Never imports Lightning."""
+"""Plain PyTorch: batch norm scales and their training, input normalisation, batch norm over ranks. Never Lightning.
+
+Scales: find, judge, write, train
+    layers              which batch norm layers a model has, and the verdict on each
+    initialization      write the scales; the report of what was written and what was left alone
+    update_rule         scales learn with lr / c inside the optimizer's own step
+    group_plan          how one parameter group looks to an update: copied into parts, and written back
+    param_groups        permanent groups, for engines that take the parameters away from the optimizer
+    gathered            whole parameters where FSDP1 or ZeRO-3 leaves every rank a part
+
+Scales: measure
+    affine_statistics   mean, spread and drift of the scales and shifts of all layers
+    affine_parameters   the scales and shifts of all layers as one vector, with one copy to the host
+    activations         how large the normalised values get inside the layers
+
+Input normalisation
+    input_norm          its settings, and the standardiser that every training batch adds to
+    input_statistics    what training batches have told, as tensors for a checkpoint
+    input_checks        which batches are refused, and what the error says
+    moments             count, mean and squared deviations of a batch, over all ranks with one collective
+    integer_sums        exact sums of integers, and the moments that follow from them
+    channel_view        a tensor by channel, in the order of its memory and in pieces for the cache
+    fixed_normalizer    `(x - mean) * gain` with given constants, as a function and as a module to export
+    input_batch_norm    the paper's front layer, whose scale is trained
+    compiled            functions that `torch.compile` compiles once a process
+
+Batch norm over several ranks
+    batch_norm_sync     layers that normalise by the batch of all ranks and keep their own class
+    global_batch_norm   the arithmetic: running statistics, output and gradients
+
+Checks and names
+    arguments           checks of arguments
+    metric_keys         the names of all metrics
+    table               tables of text
+    torch_compat        every private name of torch, and what is lost without it
+
+Imports go one way: `arguments`, `metric_keys`, `table` and `torch_compat` import nothing of this package; then come
+`channel_view` and `integer_sums`, `moments`, `global_batch_norm`, `input_batch_norm`, `gathered`, `layers`; and last,
+side by side, `initialization` with `param_groups`, `group_plan` and `update_rule`, the measurements, and `input_norm`.
+"""

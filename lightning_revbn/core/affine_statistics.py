@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_revbn.core.affine_parameters import AffineParameters, Floats
 from lightning_revbn.core.layers import BatchNormRecord
 from lightning_revbn.core.metric_keys import SCALE_MEAN, STATISTICS, affine_quantity, metric_key
 
-_Floats: TypeAlias = NDArray[np.float64]
-_ATTRIBUTES = {"scale": "weight", "shift": "bias"}
+__all__ = ["AffineStatistics"]
 
 
 class AffineStatistics:
@@ -50,34 +46,17 @@ class AffineStatistics:
         self, records: Sequence[BatchNormRecord], start: dict[str, Any] | None = None, prefix: str = ""
     ) -> None:
         self._prefix = prefix
-        self._names: dict[str, list[str]] = {}
-        self._channels: dict[str, list[int]] = {}
-        self._parameters: list[Tensor] = []
-        self._unready: dict[int, Callable[[], Tensor]] = {}
-        for kind, attribute in _ATTRIBUTES.items():
-            of_kind = [(record.name, record.module, getattr(record, kind)) for record in records]
-            # A shard without elements has nothing to measure.
-            layers = [(name, module, own) for name, module, own in of_kind if own is not None and own.numel()]
-            self._names[kind] = [name for name, _, _ in layers]
-            self._channels[kind] = [own.numel() for _, _, own in layers]
-            for _, module, own in layers:
-                reader = _reader(module, attribute, own, self._parameters[0].device if self._parameters else own.device)
-                if reader is not None:
-                    self._unready[len(self._parameters)] = reader
-                self._parameters.append(own)
-        self._widths = np.array([width for widths in self._channels.values() for width in widths], dtype=np.int64)
+        self._parameters = parameters = AffineParameters(records)
+        self._widths = np.array([width for widths in parameters.channels.values() for width in widths], dtype=np.int64)
         self._offsets = np.cumsum(self._widths) - self._widths
-        kinds = [(name, kind) for kind, names in self._names.items() for name in names]
+        kinds = [(name, kind) for kind, names in parameters.names.items() for name in names]
         self._keys = [
             metric_key(prefix, name, affine_quantity(kind, statistic))
             for statistic in STATISTICS
             for name, kind in kinds
         ]
-        self._dtype = functools.reduce(torch.promote_types, (own.dtype for own in self._parameters), torch.float16)
-        # Memory that is used again: to ask the system for some megabytes takes longer than to fill them.
-        self._values = torch.empty(int(self._widths.sum()), dtype=torch.float64)
-        self._scratch = np.empty(len(self._values))
-        self._start = np.array(self._read()) if start is None else self._joined(start)
+        self._scratch = np.empty(int(self._widths.sum()))  # for intermediate results, used again at every measurement
+        self._start = np.array(parameters.read()) if start is None else self._joined(start)
 
     @np.errstate(over="ignore", invalid="ignore")  # where training has diverged, infinity and NaN are the answer
     def compute(self, per_layer: bool = True) -> dict[str, float]:
@@ -92,21 +71,22 @@ class AffineStatistics:
         """
         if not self._parameters:
             return {}
-        values, scratch = self._read(), self._scratch
+        values, scratch = self._parameters.read(), self._scratch
         sums = self._sums(values)
         moved = self._sums(np.square(np.subtract(values, self._start, out=scratch), out=scratch))
         result: dict[str, float] = {}
         if per_layer:
             mean = sums / self._widths
+            # From the mean, in a second pass: trained scales may lie close together and far from 0.
             np.subtract(values, np.repeat(mean, self._widths), out=scratch)
             spread = self._sums(np.square(scratch, out=scratch))
             std, drift = np.sqrt(spread / self._widths), np.sqrt(moved / self._widths)
             extremes = [extreme.reduceat(values, self._offsets) for extreme in (np.minimum, np.maximum)]
             table = np.concatenate([mean, std, *extremes, drift])  # in the order of STATISTICS
             result = dict(zip(self._keys, cast("list[float]", table.tolist()), strict=True))
-        scales = len(self._names["scale"])
+        scales = len(self._parameters.names["scale"])
         for kind, layers in (("scale", slice(0, scales)), ("shift", slice(scales, None))):
-            channels = sum(self._channels[kind])
+            channels = sum(self._parameters.channels[kind])
             if channels:
                 if kind == "scale":
                     result[metric_key(self._prefix, "", SCALE_MEAN)] = float(sums[layers].sum()) / channels
@@ -115,57 +95,40 @@ class AffineStatistics:
                 )
         return result
 
-    def histograms(self) -> dict[str, _Floats]:
+    def histograms(self) -> dict[str, Floats]:
         """Return the values themselves.
 
         Returns:
             `{layer}/scale` and `{layer}/shift`, shape `(C,)` each.
         """
-        rows = np.split(np.array(self._read()), self._offsets[1:]) if self._parameters else []
-        keys = [metric_key(self._prefix, name, kind) for kind, names in self._names.items() for name in names]
+        parameters = self._parameters
+        rows = np.split(np.array(parameters.read()), self._offsets[1:]) if parameters else []
+        keys = [metric_key(self._prefix, name, kind) for kind, names in parameters.names.items() for name in names]
         return dict(zip(keys, rows, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values that drift is measured from: names, channels and one flat tensor, for scale and shift."""
+        parameters = self._parameters
         state: dict[str, Any] = {}
         first = 0
-        for kind, channels in self._channels.items():
+        for kind, channels in parameters.channels.items():
             part = torch.from_numpy(self._start[first : first + sum(channels)])  # pyright: ignore[reportUnknownMemberType] # torch does not type it
             first += sum(channels)
-            state[kind] = {"layers": self._names[kind], "channels": channels, "values": part.to(self._dtype, copy=True)}
+            # In the precision of the parameters: that holds the values, and a checkpoint does not grow by more.
+            values = part.to(parameters.dtype, copy=True)
+            state[kind] = {"layers": parameters.names[kind], "channels": channels, "values": values}
         return state
 
-    def _read(self) -> _Floats:
-        """Return the values of all scales, then of all shifts, as one vector; the next call writes over it."""
-        with torch.no_grad():
-            parameters = self._parameters
-            if self._unready:
-                parameters = [self._unready[i]() if i in self._unready else own for i, own in enumerate(parameters)]
-            # MPS has no float64, so the precision is raised on the host.
-            if parameters:
-                self._values.copy_(torch.cat(parameters).cpu())
-        return cast("_Floats", self._values.numpy())
-
-    def _joined(self, start: dict[str, Any]) -> _Floats:
+    def _joined(self, start: dict[str, Any]) -> Floats:
         """Return a saved start as one vector."""
-        for kind, names in self._names.items():
+        names, channels = self._parameters.names, self._parameters.channels
+        for kind in names:
             saved = start.get(kind, {})
-            if [*saved.get("layers", ())] != names or [*saved.get("channels", ())] != self._channels[kind]:
+            if [*saved.get("layers", ())] != names[kind] or [*saved.get("channels", ())] != channels[kind]:
                 raise ValueError("the values to measure drift from are those of other layers")
-        return cast("_Floats", torch.cat([start[kind]["values"].cpu().double() for kind in self._names]).numpy())
+        return cast("Floats", torch.cat([start[kind]["values"].cpu().double() for kind in names]).numpy())
 
-    def _sums(self, values: _Floats) -> _Floats:
+    def _sums(self, values: Floats) -> Floats:
         """Return the sum over the channels of every layer, scales first."""
+        # One call for all layers: a model may have thousands, and a call costs more than the sum of a layer.
         return np.add.reduceat(values, self._offsets)
-
-
-def _reader(module: nn.Module, attribute: str, own: Tensor, device: torch.device) -> Callable[[], Tensor] | None:
-    """Return how to get the values where a parameter cannot be joined to others as it is; None where it can."""
-    if is_parametrized(module, attribute):
-        return lambda: getattr(module, attribute).flatten().to(device)
-    gather: Callable[[], Tensor] | None = getattr(own, "full_tensor", None)
-    if gather is not None:
-        return lambda: gather().flatten().to(device)
-    if own.dim() != 1 or own.device != device:
-        return lambda: own.flatten().to(device)
-    return None

@@ -18,6 +18,17 @@ from lightning_revbn.core.layers import BatchNormRecord, Verdict, find_batch_nor
 from lightning_revbn.core.table import plain_table, rich_table
 from lightning_revbn.core.torch_compat import forward_pre_hooks
 
+__all__ = [
+    "InitReport",
+    "fill_scale",
+    "forget_lazy",
+    "init_batch_norms",
+    "refuse",
+    "rule_scales",
+    "write_scales",
+    "zero_kept_names",
+]
+
 
 @dataclass(frozen=True)
 class InitReport:
@@ -74,11 +85,11 @@ class InitReport:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        return plain_table(*table(self.records))
+        return plain_table(*_table(self.records))
 
     def __rich__(self) -> object:
         """Return the table for rich's console."""
-        return rich_table(*table(self.records))
+        return rich_table(*_table(self.records))
 
 
 def init_batch_norms(
@@ -117,6 +128,7 @@ def init_batch_norms(
         >>> len(report.rewritten), round(model[1].weight[0].item(), 4)
         (1, 0.1)
     """
+    # FSDP1 is left out: before the whole model is wrapped, a gather would make a part of it the root.
     with gathered(module, write=True, fsdp=False):
         records = find_batch_norms(
             module, scale, include=include, exclude=exclude, zero_scale=zero_scale, trained=trained
@@ -162,6 +174,7 @@ def write_scales(records: Sequence[BatchNormRecord]) -> None:
             _WhenMade(record.module, record.target)
             continue
         fill_scale(record.module, record.target)
+        # A parametrisation may map what it is given to other values, and nothing else would tell.
         if not record.has_scale(record.target):
             raise RuntimeError(f"the scale of {record.name!r} did not take the value {record.target}")
 
@@ -191,6 +204,7 @@ class _WhenMade:
         ]
 
     def before(self, layer: nn.Module, inputs: Any) -> None:
+        # A checkpoint that was loaded since has made the layer, and its values are not fresh.
         self._was_lazy = is_lazy(cast("Tensor", layer.weight))
 
     def after(self, layer: nn.Module, inputs: Any) -> None:
@@ -250,15 +264,8 @@ def zero_kept_names(records: Sequence[BatchNormRecord]) -> list[str]:
     return [record.name for record in records if record.state == "zero" and record.verdict == "skip"]
 
 
-def table(records: Sequence[BatchNormRecord]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
-    """Sort a report into a table, equal layers folded into one row.
-
-    Args:
-        records: The layers.
-
-    Returns:
-        The header, the rows, and a sentence to close with.
-    """
+def _table(records: Sequence[BatchNormRecord]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Return header, rows and closing sentence of a report, equal layers folded into one row."""
     folded: dict[tuple[object, ...], list[BatchNormRecord]] = {}
     for record in records:
         folded.setdefault(_fold_key(record), []).append(record)

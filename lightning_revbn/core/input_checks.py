@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lightning_revbn.core.moments import OUT_OF_RANGE, Kind
+from lightning_revbn.core.integer_sums import OUT_OF_RANGE
+from lightning_revbn.core.moments import Kind
 
 __all__ = ["InputError", "check_input", "refuse_faults"]
 

@@ -30,6 +30,8 @@ from lightning_revbn.core.gathered import is_partitioned
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
 from lightning_revbn.core.torch_compat import WRAPPER_LEVELS, BatchNormBase
 
+__all__ = ["BatchNormRecord", "Selection", "State", "Verdict", "find_batch_norms", "is_flattened"]
+
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 Verdict: TypeAlias = Literal["rewrite", "skip", "refuse"]
@@ -197,9 +199,10 @@ class Selection:
             target = self._target(name)
             if target is not None and isinstance(layer, InputBatchNorm):
                 target = layer.scale
-            state, reason = (
-                ("excluded", "not selected by the patterns") if target is None else _look(layer, target, other_owners)
-            )
+            if target is None:
+                state, reason = "excluded", "not selected by the patterns"
+            else:
+                state, reason = _state_of(layer, target, other_owners)
             records.append(BatchNormRecord(name, layer, self._judge(state), reason, state, target))
         return records
 
@@ -249,6 +252,7 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
         if isinstance(layer, (BatchNormBase, InputBatchNorm)) or _is_frozen_batch_norm(layer):
             names.add(name)
             parameter = _parameter(layer, "weight")
+            # A scale that two layers share has one start and one learning rate.
             if parameter is not None and id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -278,7 +282,7 @@ def _is_frozen_batch_norm(layer: nn.Module) -> bool:
     return {"weight", "bias", "running_mean", "running_var"} <= buffers
 
 
-def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> tuple[State, str]:
+def _state_of(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> tuple[State, str]:
     """Tell what state a selected layer is in, from its own values alone."""
     if any(cls.__module__.startswith(_QUANTIZED) for cls in type(layer).__mro__):
         return "unsupported", "a quantised layer is for inference; it cannot be trained"
@@ -307,6 +311,8 @@ def _look(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> t
         return "unmaterialized", "on the meta device; its values exist only once it is materialised"
     if is_partitioned(scale) and not scale.numel():
         return "unmaterialized", "partitioned by DeepSpeed's ZeRO-3; gather it with deepspeed.zero.GatheredParameters"
+    # Only from here on values are read: what is above has none, or none to judge by. A layer that has seen data is
+    # trained even if its scale still is 1, so the running statistics come first.
     if _statistics_moved(layer):
         return "trained", "its running statistics are not fresh"
     if not scale.numel():

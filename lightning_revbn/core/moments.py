@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_revbn.core.channel_view import ChannelView, channel_view, dense, pieces
 from lightning_revbn.core.integer_sums import OUT_OF_RANGE, integer_sums, moments_of_sums
 
-__all__ = ["OUT_OF_RANGE", "GlobalBatch", "Kind", "Moments", "global_moments", "moments"]
+__all__ = ["GlobalBatch", "Kind", "Moments", "global_moments", "moments"]
 
 _HEADER = 5
 """Samples, three faults and the kind, before the sums that a rank sends."""

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_revbn.core.arguments import check_divisor
-from lightning_revbn.core.group_parts import GroupPlan
+from lightning_revbn.core.group_plan import GroupPlan
 from lightning_revbn.core.param_groups import GROUP_MARK, Group, divide_lr
 from lightning_revbn.core.torch_compat import runs_step_hooks, step_pre_hooks
 
@@ -78,7 +78,7 @@ class ScaleUpdateRule:
         optimizer = _behind_stand_in(optimizer)
         _refuse_unsupported(optimizer)
         self._optimizer = optimizer
-        # The tensors are kept so that no other one can take over an id.
+        # By identity, since == of tensors compares values. The tensors are kept, so no other tensor takes over an id.
         self._scales = _by_id("scales", scales) if self.divisor > 1 else {}
         self._exempt = _by_id("weight_decay_exempt", weight_decay_exempt)
         self._warn_if_unused = warn_if_unused
@@ -144,12 +144,14 @@ class ScaleUpdateRule:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if optimizer is not self._optimizer:
-            return None  # a subclass that calls super().step(): the view is in place already
+            return None  # a subclass has called super().step() on the view
         self._shown = None
         if not self._was_read:
             self._probe = self._take_probe()
+        # With one `__dict__` for both, what the step sets on the view is set on the optimizer.
         view = object.__new__(self._view_class)
         view.__dict__ = optimizer.__dict__
+        # torch calls the step with what this hook returns: with the view in place of the optimizer.
         if len(args) > 1 and callable(args[1]):
             return (view, self._wrap(args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
@@ -162,7 +164,8 @@ class ScaleUpdateRule:
         self._write_back()
         if self._was_read or self._probe is None:
             return
-        # A step that does nothing at all is the optimizer's right; one that updates must have read its groups.
+        # A step may do nothing at all, on overflow say. A step that updates must have read the groups: else it holds its
+        # parameters elsewhere, and the rule would have no effect without a word.
         parameter, before = self._probe
         if not torch.equal(parameter, before):
             raise RuntimeError(
@@ -189,6 +192,7 @@ class ScaleUpdateRule:
 
     def _read_groups(self) -> list[Group]:
         """Return what the view shows as `param_groups`: the same objects until the next closure or step."""
+        # An optimizer may read its groups more than once in a step, and must find there what it has written.
         self._was_read, self._probe = True, None
         if self._shown is None:
             self._shown = self._copy_groups()
@@ -197,6 +201,7 @@ class ScaleUpdateRule:
     def _copy_groups(self) -> list[Group]:
         """Return the groups with every group that holds covered parameters copied into its parts."""
         groups = self._optimizer.param_groups
+        # Groups and parameters may come and go while training, so every plan is held against its group at every step.
         del self._plans[len(groups) :]
         shown: list[Group] = []
         for index, group in enumerate(groups):
@@ -276,6 +281,7 @@ def _refuse_unsupported(optimizer: object) -> None:
             f"ScaleUpdateRule needs a torch.optim.Optimizer, got {name}; where an engine has taken over the optimizer, "
             "build the optimizer from scale_param_groups"
         )
+    # Its step is a search along one direction for all parameters together, with one learning rate.
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             f"{name} takes one step for all parameters in one group: scales cannot learn with lr / c in it"
@@ -306,7 +312,7 @@ def _by_id(argument: str, parameters: Iterable[Tensor]) -> dict[int, Tensor]:
 
 
 def _view_class(cls: type[Optimizer], read_groups: Callable[[], list[Group]]) -> type[Optimizer]:
-    """Derive a class whose `param_groups` come from a function; a property outranks the instance's `__dict__`."""
+    """Derive a class whose `param_groups` come from a function."""
 
     def refuse_write(view: Optimizer, groups: Any) -> None:
         raise RuntimeError(
@@ -314,6 +320,8 @@ def _view_class(cls: type[Optimizer], read_groups: Callable[[], list[Group]]) ->
             "use scale_param_groups"
         )
 
+    # A property outranks the instance's `__dict__`, which holds the optimizer's own groups. The view is of a subclass
+    # rather than a proxy, since a step calls `super()`, private methods and `isinstance`.
     namespace = {"param_groups": property(lambda view: read_groups(), refuse_write), "__module__": cls.__module__}
     make_class: Any = type(cls)  # the optimizer may have a metaclass, such as ABCMeta
     return make_class(cls.__name__, (cls,), namespace)

@@ -2,60 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from operator import is_
 
 from torch import Tensor
 
-from lightning_revbn.core.param_groups import GROUP_MARK, Group, divide_lr
+from lightning_revbn.core.param_groups import GROUP_MARK, Group, Part, divide_lr, parts_of
 
-__all__ = ["GroupPlan", "Part"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Parameters of one group that learn alike.
-
-    Attributes:
-        positions: Where the parameters stand in the group's `params`.
-        divided: Whether they learn with lr / c.
-        exempt: Whether they take no weight decay.
-    """
-
-    positions: tuple[int, ...]
-    divided: bool
-    exempt: bool
-
-    @property
-    def own_keys(self) -> frozenset[str]:
-        """The keys of the part's copy whose values are the part's; under all other keys it holds the group's values."""
-        return frozenset(["params", "param_names", *["lr"] * self.divided, *["weight_decay"] * self.exempt])
-
-    def copy(self, group: Group, params: list[Tensor], divisor: float, *, share_tensors: bool) -> Group:
-        """Copy the group for this part.
-
-        Args:
-            group: The group.
-            params: The parameters at `positions`.
-            divisor: The constant c.
-            share_tensors: Whether the copy holds the group's tensors themselves, rather than clones of them.
-
-        Returns:
-            A group with the part's parameters, learning rate and weight decay.
-        """
-        copy = group.copy()
-        copy["params"] = params
-        if "param_names" in copy:
-            copy["param_names"] = [group["param_names"][position] for position in self.positions]
-        if not share_tensors:
-            copy.update({key: value.clone() for key, value in copy.items() if isinstance(value, Tensor)})
-        if self.divided:
-            copy["lr"] = divide_lr(group.get("lr"), divisor, "a parameter group")
-        # A group without the key belongs to an optimizer without weight decay, which could reject it.
-        if self.exempt and "weight_decay" in copy:
-            copy["weight_decay"] = 0.0
-        return copy
+__all__ = ["GroupPlan"]
 
 
 class GroupPlan:
@@ -71,10 +25,10 @@ class GroupPlan:
     def __init__(self, group: Group, scales: Collection[int], exempt: Collection[int]) -> None:
         self._params: list[Tensor] = list(group["params"])
         self._is_marked = GROUP_MARK in group
-        self._parts = _parts(self._params, () if self._is_marked else scales, exempt)
+        self._parts = parts_of(self._params, () if self._is_marked else scales, exempt)
         # Worked out here rather than in `copy_into_parts` and `write_back`, which run at every step.
         self._params_of_parts = [[self._params[position] for position in part.positions] for part in self._parts]
-        self._own_keys = self._parts[0].own_keys if self._parts else frozenset[str]()
+        self._own_keys = _own_keys(self._parts[0]) if self._parts else frozenset[str]()
         self._is_whole = not any(part.divided or part.exempt for part in self._parts)
         self._first_copy: tuple[Group, Group] | None = None
 
@@ -115,7 +69,7 @@ class GroupPlan:
         # An optimizer may update a tensor of the group in place, such as a count of steps. Were it one tensor in all
         # copies, it would be updated once for every part. The first copy shares it, so the group sees one update.
         copies = [
-            part.copy(group, params, divisor, share_tensors=index == 0)
+            _copy(group, part, params, divisor, share_tensors=index == 0)
             for index, (part, params) in enumerate(zip(self._parts, self._params_of_parts, strict=True))
         ]
         self._first_copy = group, copies[0]
@@ -135,10 +89,22 @@ class GroupPlan:
                 group[key] = value
 
 
-def _parts(params: Sequence[Tensor], scales: Collection[int], exempt: Collection[int]) -> list[Part]:
-    """Sort parameters into parts, the part that learns as the group says first if there is one."""
-    positions: dict[tuple[bool, bool], list[int]] = {}
-    for position, parameter in enumerate(params):
-        positions.setdefault((id(parameter) in scales, id(parameter) in exempt), []).append(position)
-    # `write_back` reads the first copy: of a part without a learning rate of its own it carries over the most keys.
-    return [Part(tuple(found), divided, exempt) for (divided, exempt), found in sorted(positions.items())]
+def _copy(group: Group, part: Part, params: list[Tensor], divisor: float, *, share_tensors: bool) -> Group:
+    """Copy a group for one of its parts, with the part's parameters, learning rate and weight decay."""
+    copy = group.copy()
+    copy["params"] = params
+    if "param_names" in copy:
+        copy["param_names"] = [group["param_names"][position] for position in part.positions]
+    if not share_tensors:
+        copy.update({key: value.clone() for key, value in copy.items() if isinstance(value, Tensor)})
+    if part.divided:
+        copy["lr"] = divide_lr(group.get("lr"), divisor, "a parameter group")
+    # A group without the key belongs to an optimizer without weight decay, which might refuse to see one.
+    if part.exempt and "weight_decay" in copy:
+        copy["weight_decay"] = 0.0
+    return copy
+
+
+def _own_keys(part: Part) -> frozenset[str]:
+    """Return the keys under which the copy for a part holds values that are not the group's."""
+    return frozenset(["params", "param_names", *["lr"] * part.divided, *["weight_decay"] * part.exempt])

@@ -34,7 +34,7 @@ Checks and names
     table               tables of text
     torch_compat        every private name of torch, and what is lost without it
 
-Imports go one way: `arguments`, `metric_keys`, `table` and `torch_compat` import nothing of this package; then come
-`channel_view` and `integer_sums`, `moments`, `global_batch_norm`, `input_batch_norm`, `gathered`, `layers`; and last,
-side by side, `initialization` with `param_groups`, `group_plan` and `update_rule`, the measurements, and `input_norm`.
+Imports go one way. `arguments`, `metric_keys`, `channel_view`, `compiled`, `table` and `torch_compat` import nothing of
+this package. `layers` stands on `input_batch_norm`, which is a batch norm layer too; writing, training and measuring
+scales stand on `layers`.
 """

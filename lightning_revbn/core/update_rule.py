@@ -164,8 +164,8 @@ class ScaleUpdateRule:
         self._write_back()
         if self._was_read or self._probe is None:
             return
-        # A step may do nothing at all, on overflow say. A step that updates must have read the groups: else it holds its
-        # parameters elsewhere, and the rule would have no effect without a word.
+        # A step may do nothing at all, on overflow say. A step that updates must have read the groups: else parameters
+        # are held elsewhere, and the rule would have no effect without a word.
         parameter, before = self._probe
         if not torch.equal(parameter, before):
             raise RuntimeError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.raw import raw_images
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import v2
 
 from lightning_revbn import InputNorm
@@ -89,20 +89,6 @@ def test_a_class_sorted_stream_has_the_statistics_of_the_data_set(dtype: torch.d
     unit = 255 if dtype == torch.uint8 else 1
     np.testing.assert_allclose(mean, images.double().numpy().mean((0, 2, 3)) / unit, rtol=1e-10)
     np.testing.assert_allclose(std, images.double().numpy().std((0, 2, 3)) / unit, rtol=1e-10)
-
-
-def test_the_moving_average_is_debiased_and_has_the_variance_between_batches() -> None:
-    standardizer = OnlineStandardizer(InputNorm(3, scale=1.0, mode="ema", momentum=0.3, eps=0.0))
-    batches = [batch.double().numpy() / 255 for batch in IMAGES.split(8)]
-    for step, batch in enumerate(IMAGES.split(8), start=1):
-        result = standardizer.train(batch)
-        weights = np.array([0.7 ** (step - 1 - index) for index in range(step)])
-        weights /= weights.sum()
-        first = sum(w * b.mean((0, 2, 3)) for w, b in zip(weights, batches, strict=False))
-        second = sum(w * (b**2).mean((0, 2, 3)) for w, b in zip(weights, batches, strict=False))
-        mean, std = first.reshape(3, 1, 1), np.sqrt(second - first**2).reshape(3, 1, 1)
-        np.testing.assert_allclose(result, (batches[step - 1] - mean) / std, atol=3e-6)
-    assert torch.equal(standardizer.evaluate(IMAGES[-8:]), result)
 
 
 def test_fixed_mode_is_torchvisions_normalize() -> None:
@@ -185,29 +171,6 @@ def test_one_value_a_channel_is_normalised_by_what_was_seen_before() -> None:
     assert torch.equal(standardizer.train(single), standardizer.evaluate(single))
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("seen", [0, 2])
-def test_one_bad_sample_stops_training_and_leaves_the_statistics(bad: float, seen: int) -> None:
-    standardizer = OnlineStandardizer(InputNorm(3))
-    values = IMAGES.float()
-    for batch in values.split(8)[:seen]:
-        standardizer.train(batch)
-    before = standardizer.state_dict()
-    poisoned = values[16:24].clone()
-    poisoned[3, 1, 2, 4] = bad
-    with pytest.raises(InputError, match=r"NaN or infinity in a training batch, first at index \(3, 1, 2, 4\)"):
-        standardizer.train(poisoned)
-    after = standardizer.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before if isinstance(before[name], Tensor))
-    standardizer.train(values[16:24])
-    assert standardizer.samples == 8 * seen + 8
-
-
-def test_values_whose_squares_overflow_are_an_error() -> None:
-    with pytest.raises(InputError, match="with values too large to be squared"):
-        OnlineStandardizer(InputNorm(1)).train(torch.tensor([[1e200], [-1e200]], dtype=torch.float64))
-
-
 def test_nan_can_be_ignored_as_scikit_learn_does() -> None:
     table = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * 3 + 7
     table[torch.rand(table.shape, generator=torch.Generator().manual_seed(1)) < 0.1] = torch.nan
@@ -232,31 +195,6 @@ def test_a_mask_is_for_statistics_and_result() -> None:
     assert result.abs().max() < 2
 
 
-@pytest.mark.parametrize(
-    ("values", "mask", "message"),
-    [
-        (torch.zeros(4, 5, 5, 3), None, r"its dimension channel_dim=1 has 5 channels, and num_features is 3"),
-        (torch.zeros(3), None, r"shape \(3,\): there is no dimension channel_dim=1"),
-        (torch.tensor(1.0), None, r"shape \(\): there is no dimension"),
-        (torch.zeros(2, 3, dtype=torch.complex64), None, "complex"),
-        (torch.zeros(2, 3), torch.ones(2, 3), "the mask is torch.float32: it must be boolean"),
-        (torch.zeros(2, 3), torch.ones(5, dtype=torch.bool), r"mask of shape \(5,\) does not broadcast"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(values: Tensor, mask: Tensor | None, message: str) -> None:
-    for call in ("train", "preview"):
-        with pytest.raises(InputError, match=message):
-            getattr(OnlineStandardizer(InputNorm(3)), call)(values, mask)
-
-
-def test_bytes_and_floats_do_not_mix() -> None:
-    standardizer = OnlineStandardizer(InputNorm(3))
-    standardizer.train(IMAGES)
-    with pytest.raises(InputError, match=r"must all be uint8, .* so far of kind uint8"):
-        standardizer.train(IMAGES / 255)
-    assert standardizer.samples == 40
-
-
 def test_nothing_is_known_before_training() -> None:
     standardizer = OnlineStandardizer(InputNorm(3))
     for call in (lambda: standardizer.evaluate(IMAGES), standardizer.statistics, standardizer.normalizer):
@@ -267,36 +205,6 @@ def test_nothing_is_known_before_training() -> None:
     assert not standardizer.has_statistics
     assert standardizer.train(IMAGES[:0]).shape == (0, 3, 6, 6)
     assert not standardizer.has_statistics
-
-
-@pytest.mark.parametrize("mode", ["batch", "running", "ema"])
-def test_a_restored_state_goes_on_to_the_bit(mode: Any) -> None:
-    settings = InputNorm(3, mode=mode)
-    through, first, second = (OnlineStandardizer(settings) for _ in range(3))
-    values = IMAGES.float() + 1e4
-    for batch in values.split(8):
-        through.train(batch)
-    for batch in values.split(8)[:3]:
-        first.train(batch)
-    buffer = io.BytesIO()
-    torch.save(first.state_dict(), buffer)
-    buffer.seek(0)
-    second.load_state_dict(torch.load(buffer, weights_only=True))
-    for batch in values.split(8)[3:]:
-        result = second.train(batch)
-    assert torch.equal(second.evaluate(values), through.evaluate(values))
-    assert all(torch.equal(*pair) for pair in zip(second.statistics(), through.statistics(), strict=True))
-    assert result.isfinite().all()
-
-
-def test_a_state_of_other_channels_is_refused_and_one_of_another_range_converted() -> None:
-    standardizer = OnlineStandardizer(InputNorm(3))
-    standardizer.train(IMAGES)
-    with pytest.raises(ValueError, match="are of 3 channels, num_features is 4"):
-        OnlineStandardizer(InputNorm(4)).load_state_dict(standardizer.state_dict())
-    other = OnlineStandardizer(InputNorm(3, input_range=1.0))
-    other.load_state_dict(standardizer.state_dict())
-    torch.testing.assert_close(other.statistics().std, standardizer.statistics().std)
 
 
 def test_settings_can_be_saved_in_hyperparameters() -> None:
@@ -324,27 +232,6 @@ def test_inference_mode_before_training_does_no_harm() -> None:
     weight = torch.ones(3, 1, 1, requires_grad=True)
     (standardizer.train(IMAGES) * weight).sum().backward()
     assert standardizer.samples == 80
-
-
-def test_it_tells_data_that_are_normalised_already() -> None:
-    standardizer = OnlineStandardizer(InputNorm(3))
-    noise = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
-    standardizer.train(noise[:100])
-    assert standardizer.looks_normalized() is None
-    standardizer.train(noise[100:])
-    assert standardizer.looks_normalized()
-    raw = OnlineStandardizer(InputNorm(3))
-    raw.train(IMAGES / 255)
-    raw.train((IMAGES / 255).repeat(10, 1, 1, 1))
-    assert raw.looks_normalized() is False
-
-
-def test_it_tells_channels_whose_spread_is_lost_in_half_precision() -> None:
-    values = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 1e4, 5.0])
-    standardizer = OnlineStandardizer(InputNorm(3))
-    standardizer.train(values.bfloat16())
-    assert standardizer.lost_channels(torch.bfloat16) == [1]
-    assert standardizer.lost_channels(torch.float32) == []
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

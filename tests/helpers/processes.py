@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -21,6 +22,8 @@ LIMIT = 3600.0
 
 PROC = Path("/proc")
 TICKS = os.sysconf("SC_CLK_TCK")
+MARK = "REVBN_TESTS_PROCESS"
+_NUMBERS = itertools.count()
 
 
 class Progress:
@@ -76,11 +79,12 @@ def run_process(
     """
     words = [str(word) for word in command]
     # With PYTHONFAULTHANDLER, Python writes the stack of each thread when it gets SIGABRT.
-    environment = {**os.environ, **(env or {}), "PYTHONFAULTHANDLER": "1"}
+    mark = f"{os.getpid()}.{next(_NUMBERS)}"
+    environment = {**os.environ, **(env or {}), "PYTHONFAULTHANDLER": "1", MARK: mark}
     with TemporaryFile() as stdout, TemporaryFile() as stderr:
         files = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
-        process = subprocess.Popen(words, cwd=cwd, env=environment, start_new_session=True, **files)
-        tree = _Tree(process)
+        process = subprocess.Popen(words, cwd=cwd, env=environment, **files)
+        tree = _Tree(process, mark)
 
         def written() -> int:
             return sum(os.fstat(file.fileno()).st_size for file in (stdout, stderr))
@@ -123,28 +127,32 @@ def _wait(tree: _Tree, written: Callable[[], int], progress: Progress, limit: fl
 
 class _Member(NamedTuple):
     pid: int
-    has_ended: bool
     cpu: float
     """Seconds that it has used, and its children that have ended."""
 
 
 class _Tree:
-    """A process and its descendants, also those whose parent has ended: the processes of one session."""
+    """A process and its descendants, also those whose parent has ended: they inherit a variable of the environment.
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    A session of their own would tell them too, but what ends the tests from outside would not reach them then.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], mark: str) -> None:
         self.process = process
+        self._mark = f"{MARK}={mark}".encode()
 
     def members(self) -> list[_Member]:
-        """Return what is left of the tree; nothing on a system without /proc."""
+        """Return what has not ended of the tree; nothing on a system without /proc."""
         found: list[_Member] = []
         for folder in PROC.glob("[0-9]*"):
             try:
+                if self._mark not in (folder / "environ").read_bytes().split(b"\0"):
+                    continue
                 # The name of the program comes second, in brackets, and may hold anything.
-                state, *fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has just ended
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has just ended, or is another user's
                 continue
-            if int(fields[2]) == self.process.pid:
-                found.append(_Member(int(folder.name), state in "ZX", sum(map(int, fields[10:14])) / TICKS))
+            found.append(_Member(int(folder.name), sum(map(int, fields[11:15])) / TICKS))
         return found
 
     def wait(self, seconds: float) -> bool:
@@ -167,4 +175,4 @@ class _Tree:
                     os.kill(member.pid, number)
 
     def _has_ended(self) -> bool:
-        return self.process.poll() is not None and all(member.has_ended for member in self.members())
+        return self.process.poll() is not None and not self.members()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +132,15 @@ def test_no_test_imports_another_test_or_a_script() -> None:
         for name in imported(ast.walk(parsed(file))):
             assert not {*name.split(".")} & tests, f"{file} imports the test module {name}: share by tests/helpers"
             assert name.partition(".")[0] not in scripts, f"{file} imports the script {name}: share by tests/helpers"
+
+
+def test_a_script_of_ranks_names_the_test_that_runs_it() -> None:
+    for file in (TESTS / "processes" / "scripts").glob("*.py"):
+        named = re.findall(r"test_\w+\.py", ast.get_docstring(parsed(file)) or "")
+        assert named, f"{file} does not say which test runs it"
+        for name in named:
+            (test,) = TESTS.rglob(name)
+            assert f'"{file.name}"' in test.read_text(), f"{file} is not run by {name}"
 
 
 def test_only_the_runner_starts_processes() -> None:

@@ -1,1 +1,1 @@
-"""What the tests share: small models, data, a quiet Trainer, references computed by hand, readers of logs."""
+"""What the tests share, a subject a file. No test imports another test, or a script that it runs."""

@@ -1,4 +1,4 @@
-"""Arms of finished runs, written without training, and what may be wrong with a run."""
+"""The arms of a comparison on disk: a folder with a run for every seed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def write_arm(folder: Path, scores: Sequence[float], steps: int = 20) -> Path:
 
 
 def remove_seed(folder: Path) -> None:
+    """Take the log of seed 3 away."""
     (folder / "seed_03" / "metrics.csv").unlink()
 
 
 def end_early(folder: Path) -> None:
+    """Let seed 3 end at half the steps."""
     write_csv(folder / "seed_03", [(10, {"test_acc": 0.9})])

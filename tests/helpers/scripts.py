@@ -32,7 +32,10 @@ def run_code(code: str) -> str:
 
 
 def run_ranks(script: str, *arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> str:
-    """Run a script of `tests/processes/scripts/`, which imports these helpers, and return its standard error."""
+    """Run a script of `tests/processes/scripts/` and return its standard error.
+
+    The scripts import these helpers; in a shell, most of them need `PYTHONPATH=.:tests`.
+    """
     paths = {"PYTHONPATH": _search_path(ROOT, ROOT / "tests")}
     path = f"tests/processes/scripts/{script}"
     return run_script(path, *arguments, env={**paths, **(env or {})}, **options).stderr

@@ -1,5 +1,7 @@
 """Kill training at random moments and resume it, many times: every run must end as the undisturbed one, to the bit.
 
+`make kill-and-resume` runs many trials, and test_resumed_runs.py some.
+
 Each trial trains in processes of its own, which get SIGKILL at a random time after a random event (a step begins, the
 optimizer steps, a checkpoint is being written), and resume from the newest complete checkpoint. The parent imports
 torch once, never trains, and forks.

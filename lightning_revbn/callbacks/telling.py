@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_revbn.callbacks.engine_groups import permanent_groups
 from lightning_revbn.core.initialization import InitReport
 from lightning_revbn.core.layers import BatchNormRecord
+from lightning_revbn.core.table import use_rich
 from lightning_revbn.lightning_compat import rank_zero_only, rank_zero_warn
 
 __all__ = ["tell"]
@@ -71,7 +71,7 @@ def _warn_of_rounding(owner: str, records: Sequence[BatchNormRecord], divisor: f
 def _print_report(owner: str, report: InitReport, rate: str) -> None:
     """Show the report by rich where it is installed and a person looks, else as a log message."""
     log = logging.getLogger("lightning.pytorch")  # whoever silences Lightning silences this
-    if sys.stderr.isatty() and find_spec("rich") is not None and log.isEnabledFor(logging.INFO):
+    if use_rich(sys.stderr) and log.isEnabledFor(logging.INFO):
         from rich.console import Console
 
         Console(stderr=True, highlight=False).print(f"{owner}:", report, rate)

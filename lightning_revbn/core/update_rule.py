@@ -267,9 +267,9 @@ def _behind_stand_in(optimizer: Optimizer) -> Optimizer:
 
     Such an object has the class of the optimizer among its own and no groups: it only passes calls on.
     """
-    own: dict[str, Any] = getattr(optimizer, "__dict__", {})
-    behind = own.get("_optimizer")
-    if isinstance(behind, Optimizer) and isinstance(optimizer, type(behind)) and "param_groups" not in own:
+    behind: object = getattr(optimizer, "optimizer", None)
+    has_groups = "param_groups" in getattr(optimizer, "__dict__", {})
+    if isinstance(behind, Optimizer) and isinstance(optimizer, type(behind)) and not has_groups:
         return behind
     return optimizer
 

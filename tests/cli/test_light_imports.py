@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.scripts import run_code
 
 import lightning_revbn
 
@@ -26,8 +25,7 @@ def modules(room: str) -> str:
 def loaded_by(statement: str) -> set[str]:
     """Run a statement in a fresh interpreter, and return the names of packages and of our rooms that it loaded."""
     code = f"import sys; {statement}; print(); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    names = done.stdout.splitlines()[-1].split()
+    names = run_code(code).splitlines()[-1].split()
     return {name.partition(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
 
 

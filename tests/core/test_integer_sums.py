@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from test_moments import SHAPES, by_channel, sample
+from helpers.channels import SHAPES, by_channel, sample
 from torch import Tensor
 
 from lightning_revbn.core import channel_view as channels

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from helpers.channels import SHAPES, by_channel, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lightning_revbn.core.moments import Moments, global_moments, moments
-
-SHAPES = [
-    ((5, 3, 17, 19), 1),
-    ((5, 17, 19, 3), -1),
-    ((1000, 20), 1),
-    ((7, 4, 10), 1),
-    ((3, 50), 0),
-    ((300, 5, 3), 2),
-    ((6,), 0),
-    ((9, 70), None),
-    ((2, 3, 2, 4, 5), -4),
-    ((1, 3, 1300, 1000), 1),  # more than one piece a row
-]
 
 
 @pytest.mark.parametrize(("shape", "channel_dim"), SHAPES)
@@ -103,22 +88,3 @@ def test_parts_merge_to_the_whole_in_any_order(sizes: list[int], seed: int) -> N
 def test_merged_moments_know_the_variance_between_batches() -> None:
     first, second = Moments(*(torch.tensor([value]).double() for value in (2, 0, 2))), moments(torch.full((2, 1), 6.0))
     assert first.merge(second).variance.item() == np.var([-1, 1, 6, 6])
-
-
-def sample(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    if dtype.is_floating_point:
-        return 3 * torch.randn(shape, generator=generator, dtype=dtype) + 5
-    if dtype == torch.bool:
-        return torch.rand(shape, generator=generator) < 0.3
-    info = torch.iinfo(dtype)
-    least, greatest = max(info.min, -30_000), min(info.max, 30_000)
-    return torch.randint(least, greatest + 1, shape, generator=generator).to(dtype)
-
-
-def by_channel(values: Tensor, channel_dim: int | None) -> Any:
-    """Return one row a channel."""
-    array = values.to(torch.float64 if values.is_floating_point() else torch.int64).numpy()
-    if channel_dim is None:
-        return array.reshape(1, -1)
-    return np.moveaxis(array, channel_dim, 0).reshape(array.shape[channel_dim], -1)

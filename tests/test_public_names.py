@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from importlib import import_module
+from types import FunctionType
 
 import pytest
 from helpers.modules import MODULES, PACKAGE, parsed
@@ -35,7 +36,9 @@ PACKAGES = [name for name, file in MODULES.items() if file.name == "__init__.py"
 @pytest.mark.parametrize("module", [*PACKAGES, f"{PACKAGE.name}.compare"])
 def test_the_reference_has_every_name_that_is_offered_to_users(module: str) -> None:
     documented = {id(named(name)) for name in DOCUMENTED}
-    missing = [name for name in public(module) if id(named(f"{module}.{name}")) not in documented]
+    offered = {name: named(f"{module}.{name}") for name in public(module)}
+    kinds = (type, FunctionType)  # an alias of a type is explained where it is used
+    missing = [name for name, own in offered.items() if isinstance(own, kinds) and id(own) not in documented]
     assert not missing, f"docs/api.md lacks {missing} of {module}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_moments import by_channel, sample
+from helpers.channels import by_channel, sample
 
 from lightning_revbn.core import channel_view as channels
 from lightning_revbn.core.moments import moments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_input_norm import IMAGES
+from helpers.raw import IMAGES
 from torch import Tensor
 
 from lightning_revbn import InputNorm

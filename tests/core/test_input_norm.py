@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.raw import raw_images
+from helpers.raw import IMAGES, raw_images
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchvision.transforms import v2
 
 from lightning_revbn import InputNorm
 from lightning_revbn.core.input_norm import InputError, MissingStatisticsError, OnlineStandardizer
-
-IMAGES = raw_images(40)[0]
 
 
 @pytest.mark.parametrize(

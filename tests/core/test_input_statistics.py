@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_input_norm import IMAGES
+from helpers.raw import IMAGES
 
 from lightning_revbn import InputNorm
 from lightning_revbn.core.input_norm import OnlineStandardizer

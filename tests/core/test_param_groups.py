@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.by_hand import LR, C
+from helpers.loop import train
 from helpers.models import assert_same_parameters, residual_net, scales
-from test_update_rule import LR, C, train
 from torch import nn
 
 from lightning_revbn import ScaleUpdateRule, scale_param_groups

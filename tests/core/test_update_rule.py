@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.by_hand import LR, C, by_hand
-from helpers.loop import STEPS, train
+from helpers.loop import STEPS, ruled_sgd, train
 from helpers.models import assert_same_parameters, images, residual_net, scales
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -211,12 +211,6 @@ def test_a_change_in_the_closure_counts_even_if_the_optimizer_looked_at_its_grou
         optimizer.step(closure)
     assert seen == [([LR, LR / C], [0.5, 0.5 / C])]
     assert optimizer.param_groups[0]["lr"] == 0.5
-
-
-def ruled_sgd(**options: Any) -> tuple[nn.Module, torch.optim.SGD, ScaleUpdateRule]:
-    model = residual_net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, **options)
-    return model, optimizer, ScaleUpdateRule(optimizer, scales(model), C, scales(model))
 
 
 def snapshot(optimizer: Optimizer) -> list[tuple[int, list[int], dict[str, Any]]]:

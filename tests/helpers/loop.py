@@ -1,14 +1,17 @@
-"""A training loop without Lightning."""
+"""Training without Lightning: a loop, and an optimizer with the rule."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from helpers.models import images
+from helpers.by_hand import LR, C
+from helpers.models import images, residual_net, scales
+from lightning_revbn import ScaleUpdateRule
 
 STEPS = 20
 
@@ -35,3 +38,10 @@ def train(
             optimizer.step()
         if scheduler is not None:
             scheduler.step()
+
+
+def ruled_sgd(**options: Any) -> tuple[nn.Module, torch.optim.SGD, ScaleUpdateRule]:
+    """Return a network, its optimizer and the rule on it."""
+    model = residual_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, **options)
+    return model, optimizer, ScaleUpdateRule(optimizer, scales(model), C, scales(model))

@@ -25,6 +25,9 @@ def raw_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return values.clamp(0, 255).byte(), labels
 
 
+IMAGES = raw_images(40)[0]
+
+
 class RawData(OnlineInputNormMixin, L.LightningDataModule):
     """Batches of raw images, in order."""
 

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Literal, TypeAlias
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "TrainedPolicy",
     "UnmatchedPatternError",
     "ZeroScalePolicy",
+    "as_number",
     "check_choice",
     "check_divisor",
+    "check_multiplier",
     "check_patterns",
     "check_patterns_match",
     "check_scale",
@@ -128,15 +131,16 @@ def _check_pattern(argument: str, pattern: object) -> str:
 
 
 def _check_scale_value(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = as_number(value)
+    if number is None:
         raise TypeError(f"{where} must be a number above 0 (the method: below 1), got {value!r}")
-    if not math.isfinite(value) or value <= 0:
+    if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{where}={value!r} must be finite and positive; the method uses values below 1, such as 0.1")
-    if value >= 1:
+    if number >= 1:
         warnings.warn(
             f"{where}={value!r}: the method starts batch norm scales below 1 (torch starts them at 1)", stacklevel=2
         )
-    return float(value)
+    return number
 
 
 def check_divisor(divisor: float) -> float:
@@ -152,11 +156,54 @@ def check_divisor(divisor: float) -> float:
         TypeError: If it is no number.
         ValueError: If it is not finite and positive.
     """
-    if isinstance(divisor, bool) or not isinstance(divisor, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"the divisor of the scales' learning rate must be a number, got {divisor!r}")
-    if not math.isfinite(divisor) or divisor <= 0:
-        raise ValueError(
-            f"the divisor of the scales' learning rate must be finite and positive, got {divisor!r}; "
-            "the paper uses 100, and 1 switches the rule off"
-        )
-    return float(divisor)
+    return _check_factor(divisor, "the divisor of the scales", "the paper uses 100, and 1 switches the rule off")
+
+
+def check_multiplier(multiplier: float) -> float:
+    """Return the multiplier, or say what is wrong with it.
+
+    Args:
+        multiplier: The factor k.
+
+    Returns:
+        The same as a float.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite and positive.
+    """
+    return _check_factor(multiplier, "the multiplier of the shifts", "1 leaves the shifts alone")
+
+
+def _check_factor(value: object, factor: str, advice: str) -> float:
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"{factor}' learning rate must be a number, got {value!r}")
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"{factor}' learning rate must be finite and positive, got {value!r}; {advice}")
+    return number
+
+
+def as_number(value: object) -> float | None:
+    """Read a number in each of the forms in which users have one.
+
+    Args:
+        value: A number of Python or NumPy, an array without dimensions, or a text. A text is what a YAML file gives for
+            `1e-1`, which PyYAML takes for a word since it lacks the dot.
+
+    Returns:
+        The number as a float; None if the value is no number, as a bool is none.
+
+    Example:
+        >>> as_number("1e-1"), as_number("big"), as_number(True)
+        (0.1, None, None)
+    """
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    item: object = getattr(value, "item", None)
+    if callable(item) and getattr(value, "ndim", None) == 0:
+        value = item()  # NumPy is not imported for its types: their Python value tells a bool from a number
+    return None if isinstance(value, bool) or not isinstance(value, Real) else float(value)

@@ -508,7 +508,7 @@ def test_a_divisor_that_is_not_finite_and_positive_is_refused(divisor: float) ->
     assert hooks_of(optimizer) == 0
 
 
-@pytest.mark.parametrize("divisor", ["100", None, True])
+@pytest.mark.parametrize("divisor", ["big", None, True])
 def test_a_divisor_that_is_no_number_is_refused(divisor: Any) -> None:
     model = residual_net()
     with pytest.raises(TypeError, match="must be a number, got"):

@@ -74,7 +74,7 @@ class UpdateRules:
         """Return the scales that are to learn with lr / c, and the parameters that take no weight decay."""
         records = rewriting.look(module)
         divided = rule_scales(records, sorted(rewriting.zero_kept)) if self._divisor > 1 else []
-        return divided, exempt_parameters(module, records, self._exempt) if records else []
+        return divided, exempt_parameters(module, self._exempt, records=records) if records else []
 
     def _attach(self, optimizer: Optimizer, divided: list[nn.Parameter], exempt: list[nn.Parameter]) -> None:
         try:

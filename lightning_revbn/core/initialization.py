@@ -83,6 +83,14 @@ class InitReport:
         """
         return rule_scales(self.records)
 
+    @property
+    def shifts(self) -> list[nn.Parameter]:
+        """The shifts for `ScaleUpdateRule(shifts=...)`: every one that the patterns select.
+
+        Shifts of layers whose scale was kept at a deliberate zero are among them.
+        """
+        return rule_shifts(self.records)
+
     def __str__(self) -> str:
         """Return the table as plain text."""
         return plain_table(*_table(self.records))
@@ -250,6 +258,19 @@ def rule_scales(records: Sequence[BatchNormRecord], zero_kept: Sequence[str] | N
         for record in records
         if record.target is not None and record.scale is not None and record.name not in kept
     ]
+
+
+def rule_shifts(records: Sequence[BatchNormRecord]) -> list[nn.Parameter]:
+    """List the shifts that the update rule covers.
+
+    Args:
+        records: The layers.
+
+    Returns:
+        Every shift that the patterns select, frozen ones too (they may be unfrozen later). The shift of an
+        `InputBatchNorm` is fixed, and no parameter.
+    """
+    return [record.shift for record in records if record.target is not None and record.shift is not None]
 
 
 def zero_kept_names(records: Sequence[BatchNormRecord]) -> list[str]:

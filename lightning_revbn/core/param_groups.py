@@ -1,27 +1,29 @@
-"""Permanent parameter groups: scales apart from other parameters, with lr / c in the group itself."""
+"""Permanent parameter groups: scales and shifts apart from other parameters, each with its rate in the group itself."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_revbn.core.arguments import check_choice, check_divisor
+from lightning_revbn.core.arguments import check_choice
 from lightning_revbn.core.gathered import gathered
-from lightning_revbn.core.initialization import rule_scales
+from lightning_revbn.core.initialization import rule_scales, rule_shifts
 from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms
+from lightning_revbn.core.rates import Rates, Role
 
 __all__ = [
     "GROUP_MARK",
+    "MARKS",
+    "SHIFT_MARK",
     "Group",
-    "Part",
+    "MarkKeeper",
     "WeightDecayExempt",
-    "divide_lr",
     "exempt_parameters",
     "is_divided",
-    "parts_of",
+    "keep_marks",
     "scale_param_groups",
 ]
 
@@ -29,7 +31,10 @@ Group: TypeAlias = "dict[str, Any]"
 WeightDecayExempt: TypeAlias = Literal["scale", "norm", "vectors"]
 
 GROUP_MARK = "scale_lr_divisor"
-"""Key that `scale_param_groups` sets in a group whose learning rate is already divided."""
+"""Key that `scale_param_groups` sets in a group of scales, whose learning rate is already divided."""
+SHIFT_MARK = "shift_lr_multiplier"
+"""Key that `scale_param_groups` sets in a group of shifts, whose learning rate is already multiplied."""
+MARKS = (GROUP_MARK, SHIFT_MARK)
 
 
 def scale_param_groups(
@@ -41,8 +46,9 @@ def scale_param_groups(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    shift_multiplier: float = 1.0,
 ) -> list[Group]:
-    """Sort a model's parameters into permanent groups, the batch norm scales with lr / c.
+    """Sort a model's parameters into permanent groups, batch norm scales with lr / c and shifts with lr * k.
 
     For engines that take the parameters away from the optimizer, such as DeepSpeed, and for those who want to see the
     groups. Everywhere else `ScaleUpdateRule` is the better choice: schedules that write one number into every group
@@ -55,104 +61,101 @@ def scale_param_groups(
 
     Args:
         module: The model.
-        lr: Learning rate of everything but the scales.
-        weight_decay: Weight decay of what is not exempt.
-        divisor: The constant c; values up to 1 leave the learning rate alone.
+        lr: Learning rate of everything but scales and shifts.
+        weight_decay: Weight decay of what is not exempt. Shifts get weight decay / k, so that lr * k shrinks them as
+            lr would.
+        divisor: The constant c; values up to 1 leave the learning rate of scales alone.
         weight_decay_exempt: What takes no weight decay: `"scale"`, `"norm"` (scales and shifts of batch norm),
             `"vectors"` (batch norm and every bias) or None.
-        include: `fnmatch` patterns on dotted names of the layers whose scale is divided.
-        exclude: Patterns of layers whose scale is not; stronger than `include`.
+        include: `fnmatch` patterns on dotted names of the layers whose scale and shift get rates of their own.
+        exclude: Patterns of layers that do not; stronger than `include`.
+        shift_multiplier: The factor k; 1 leaves the learning rate of shifts alone.
 
     Returns:
-        One to four groups for `torch.optim` optimizers, each parameter in exactly one, empty groups left out. The
-        groups of the scales carry the key `scale_lr_divisor`, by which `RevisitedBatchNorm` knows them.
+        One to six groups for `torch.optim` optimizers, each parameter in exactly one, empty groups left out. The
+        groups of scales carry the key `scale_lr_divisor`, and the groups of shifts with a rate of their own the key
+        `shift_lr_multiplier`, by which `RevisitedBatchNorm` and `ScaleUpdateRule` know them.
 
     Raises:
-        ValueError: If the divisor is not finite and positive, or a pattern or choice is unknown.
+        TypeError: If the divisor or the multiplier is no number.
+        ValueError: If one of them is not finite and positive, or a pattern or choice is unknown.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-        >>> for group in scale_param_groups(model, lr=0.1, weight_decay=1e-4):
+        >>> for group in scale_param_groups(model, lr=0.1, weight_decay=1e-4, shift_multiplier=10.0):
         ...     print(len(group["params"]), group["lr"], group["weight_decay"])
-        3 0.1 0.0001
+        2 0.1 0.0001
+        1 1.0 1e-05
         1 0.001 0.0
     """
-    divisor = check_divisor(divisor)
-    # The verdicts need values, which ZeRO-3 partitions; FSDP1 wraps the model later.
+    rates = Rates(divisor, shift_multiplier)
     with gathered(module, fsdp=False):
         records = find_batch_norms(module, include=include, exclude=exclude)
-    scales = {id(scale) for scale in rule_scales(records)} if divisor > 1 else set[int]()
-    exempt = {id(parameter) for parameter in exempt_parameters(module, records, weight_decay_exempt)}
-    parameters = list(module.parameters())
+    scales = {id(scale) for scale in rule_scales(records)} if rates.divides_scales else set[int]()
+    shifts = {id(shift) for shift in rule_shifts(records)} if rates.multiplies_shifts else set[int]()
+    exempt = {id(parameter) for parameter in exempt_parameters(module, weight_decay_exempt, records=records)}
+    order: list[tuple[Role, bool]] = [(role, gets_none) for role in get_args(Role) for gets_none in (False, True)]
+    found: dict[tuple[Role, bool], list[nn.Parameter]] = {key: [] for key in order}
+    for parameter in module.parameters():
+        role = "scale" if id(parameter) in scales else "shift" if id(parameter) in shifts else "other"
+        found[role, id(parameter) in exempt].append(parameter)
+    marks: dict[Role, Group] = {
+        "other": {},
+        "shift": {SHIFT_MARK: rates.multiplier},
+        "scale": {GROUP_MARK: rates.divisor},
+    }
     return [
-        _permanent_group(part, parameters, lr, weight_decay, divisor) for part in parts_of(parameters, scales, exempt)
+        {
+            "params": parameters,
+            "lr": rates.lr(role, lr, "scale_param_groups"),
+            "weight_decay": 0.0 if gets_none else rates.weight_decay(role, weight_decay),
+            **marks[role],
+        }
+        for (role, gets_none), parameters in found.items()
+        if parameters
     ]
 
 
-def _permanent_group(
-    part: Part, parameters: Sequence[nn.Parameter], lr: float | Tensor, weight_decay: float, divisor: float
-) -> Group:
-    group: Group = {
-        "params": [parameters[position] for position in part.positions],
-        "lr": divide_lr(lr, divisor, "lr") if part.divided else lr,
-        "weight_decay": 0.0 if part.exempt else weight_decay,
-    }
-    if part.divided:
-        group[GROUP_MARK] = divisor
-    return group
-
-
-@dataclass(frozen=True)
-class Part:
-    """Parameters that learn alike, out of a list of parameters.
-
-    Attributes:
-        positions: Where the parameters stand in the list.
-        divided: Whether they learn with lr / c.
-        exempt: Whether they take no weight decay.
-    """
-
-    positions: tuple[int, ...]
-    divided: bool
-    exempt: bool
-
-
-def parts_of(params: Sequence[Tensor], scales: Collection[int], exempt: Collection[int]) -> list[Part]:
-    """Sort parameters into parts, in a group or in a whole model.
-
-    Args:
-        params: The parameters.
-        scales: The `id` of every parameter that learns with lr / c.
-        exempt: The `id` of every parameter that takes no weight decay.
-
-    Returns:
-        The parts that are not empty; a part that learns as any other parameter comes first.
-    """
-    positions: dict[tuple[bool, bool], list[int]] = {}
-    for position, parameter in enumerate(params):
-        positions.setdefault((id(parameter) in scales, id(parameter) in exempt), []).append(position)
-    return [Part(tuple(found), divided, exempt) for (divided, exempt), found in sorted(positions.items())]
-
-
 def exempt_parameters(
-    module: nn.Module, records: Sequence[BatchNormRecord], weight_decay_exempt: WeightDecayExempt | None
+    module: nn.Module,
+    weight_decay_exempt: WeightDecayExempt | None = "scale",
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    records: Sequence[BatchNormRecord] | None = None,
 ) -> list[nn.Parameter]:
-    """List the parameters that take no weight decay.
+    """List the parameters that take no weight decay, for `ScaleUpdateRule(weight_decay_exempt=...)`.
 
     Args:
         module: The model.
-        records: Its batch norm layers; those that patterns leave out count as any other module.
-        weight_decay_exempt: `"scale"`, `"norm"`, `"vectors"` or None, as in `scale_param_groups`.
+        weight_decay_exempt: `"scale"`, `"norm"` (scales and shifts of batch norm), `"vectors"` (batch norm and every
+            bias: the paper's recipe) or None.
+        include: `fnmatch` patterns on dotted names of batch norm layers; a layer that matches none counts as any other
+            module.
+        exclude: Patterns of layers that count as any other module; stronger than `include`.
+        records: The batch norm layers, if they are known already; `include` and `exclude` do not count then.
 
     Returns:
         The parameters, each once. Scales kept at a deliberate zero are among the scales.
 
     Raises:
-        ValueError: If the choice is unknown.
+        ValueError: If the choice is unknown, or a pattern matches no layer.
+
+    Example:
+        >>> import torch
+        >>> from lightning_revbn import ScaleUpdateRule, init_batch_norms
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> scales = init_batch_norms(model).scales
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)
+        >>> ScaleUpdateRule(optimizer, scales, weight_decay_exempt=exempt_parameters(model, "vectors"))
+        ScaleUpdateRule(SGD, 1 scales, divisor=100, 3 without weight decay)
     """
     check_choice("weight_decay_exempt", weight_decay_exempt, [*get_args(WeightDecayExempt), None])
     if weight_decay_exempt is None:
         return []
+    if records is None:
+        with gathered(module, fsdp=False):
+            records = find_batch_norms(module, include=include, exclude=exclude)
     found: dict[int, nn.Parameter] = {}
     for record in records:
         if record.target is None:
@@ -160,7 +163,6 @@ def exempt_parameters(
         for parameter in (record.scale, None if weight_decay_exempt == "scale" else record.shift):
             if parameter is not None:
                 found[id(parameter)] = parameter
-    # By name, since the scale of a LayerNorm, which is to decay, has one dimension as well.
     if weight_decay_exempt == "vectors":
         for name, parameter in module.named_parameters():
             attribute = name.rpartition(".")[2]
@@ -169,43 +171,71 @@ def exempt_parameters(
     return list(found.values())
 
 
-def divide_lr(lr: Any, divisor: float, where: str) -> Any:
-    """Divide a learning rate; a tensor gives a new tensor, since one tensor may serve all groups.
-
-    Args:
-        lr: A number or a tensor.
-        divisor: The constant c.
-        where: What holds the learning rate, for the message.
-
-    Returns:
-        lr / c, of the type of `lr`.
-
-    Raises:
-        ValueError: If there is no learning rate to divide.
-    """
-    if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)):
-        raise ValueError(
-            f"{where} has lr={lr!r}: lr / c needs a number or a tensor, so give the optimizer an explicit lr"
-        )
-    return lr / divisor
-
-
-def is_divided(optimizer: object, scales: Iterable[Tensor], exempt: Iterable[Tensor]) -> bool:
+def is_divided(
+    optimizer: object, scales: Iterable[Tensor], exempt: Iterable[Tensor], shifts: Iterable[Tensor] = ()
+) -> bool:
     """Tell whether an optimizer's own groups, made by `scale_param_groups`, do what a rule would do.
 
     Args:
         optimizer: The optimizer, of any kind.
         scales: The scales that are to learn with lr / c.
         exempt: The parameters that are to take no weight decay.
+        shifts: The shifts that are to learn with lr * k.
 
     Returns:
-        True if it has such groups, every scale that it holds is in one, and no exempt parameter decays.
+        True if it has such groups, every scale and every shift that it holds is in one of its kind, and no exempt
+        parameter decays.
     """
     groups: list[Group] = getattr(optimizer, "param_groups", [])
-    divided, undecayed = {id(scale) for scale in scales}, {id(parameter) for parameter in exempt}
-    return any(GROUP_MARK in group for group in groups) and not any(
+    divided, multiplied, undecayed = ({id(parameter) for parameter in own} for own in (scales, shifts, exempt))
+    return any(mark in group for group in groups for mark in MARKS) and not any(
         (id(parameter) in divided and GROUP_MARK not in group)
+        or (id(parameter) in multiplied and SHIFT_MARK not in group)
         or (id(parameter) in undecayed and group.get("weight_decay", 0.0) != 0.0)
         for group in groups
         for parameter in group["params"]
     )
+
+
+def keep_marks(optimizer: Optimizer) -> MarkKeeper:
+    """Keep the marks of `scale_param_groups` in an optimizer's groups, whatever checkpoint is loaded into it.
+
+    torch's `load_state_dict` takes over the keys of the saved groups. Groups made by hand have no mark, so after such a
+    load a rule would divide a learning rate that is divided already. A `ScaleUpdateRule` keeps the marks of its own
+    optimizer; this function is for an optimizer without a rule.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        A handle; its `remove()` ends it.
+    """
+    return MarkKeeper(optimizer)
+
+
+class MarkKeeper:
+    """Sets the marks of groups again after a load; a mark that the checkpoint brings itself counts more."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._marks: dict[int, Group] = {}
+        self._handles = [
+            optimizer.register_load_state_dict_pre_hook(self._note),
+            optimizer.register_load_state_dict_post_hook(self._restore),
+        ]
+
+    def remove(self) -> None:
+        """Keep the marks no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, optimizer: Optimizer, state_dict: object) -> None:
+        self._marks = {
+            id(parameter): {mark: group[mark] for mark in MARKS if mark in group}
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                group.update({**self._marks.get(id(parameter), {}), **group})

@@ -11,6 +11,7 @@ from torch.nn.modules import batchnorm
 from torch.optim import Optimizer
 
 __all__ = [
+    "STEP_HOOKS",
     "WRAPPER_LEVELS",
     "BatchNormBase",
     "forward_pre_hooks",
@@ -18,6 +19,7 @@ __all__ = [
     "is_functorch_wrapped",
     "runs_step_hooks",
     "step_pre_hooks",
+    "version_of",
 ]
 
 BatchNormBase = batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage] # no public name
@@ -28,6 +30,13 @@ WRAPPER_LEVELS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_modu
 
 Where a version calls a level otherwise, the level stays in the names of layers: patterns on full names do not match a
 wrapped model, and a checkpoint of one does not fit a model that is not wrapped.
+"""
+
+STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+"""Attributes that hold an optimizer's step hooks.
+
+Where a version calls them otherwise, an optimizer whose step calls its base's step hands hooks of that inner step the
+object that it runs on itself, with groups in which scales stand apart.
 """
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -77,7 +86,7 @@ def step_pre_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     Returns:
         The hooks in the order in which they run.
     """
-    hooks: dict[int, Callable[..., Any]] = getattr(optimizer, "_optimizer_step_pre_hooks", {})
+    hooks: dict[int, Callable[..., Any]] = getattr(optimizer, STEP_HOOKS[0], {})
     return list(hooks.values())
 
 
@@ -109,3 +118,21 @@ def has_hooks(module: nn.Module) -> bool:
         True if so.
     """
     return any(vars(module).get(name) for name in _HOOKS)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Count the changes of a tensor in place, as far as torch counts them: its fused optimizers do not.
+
+    Without torch's name for the count, and for tensors made in inference mode, no change is seen. An update that did
+    not read its groups is then told by the values, one step later.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        The count, or None where there is none.
+    """
+    try:
+        return tensor._version
+    except (AttributeError, RuntimeError):
+        return None

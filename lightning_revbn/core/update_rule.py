@@ -1,30 +1,32 @@
-"""The update rule: batch norm scales learn with lr / c, inside the optimizer's own step.
+"""The update rule: scales learn with lr / c and shifts with lr * k, inside the optimizer's own step.
 
 The optimizer that everybody holds is never changed. For the time of one update its code runs on a *view* of it: the
 same object in every respect (they share one `__dict__`), except that `param_groups` shows each group that holds scales
-as two, the scales with lr / c. Schedulers, gradient clipping, loggers, `state_dict()` and exception handlers hold the
-optimizer itself, so none of them can ever meet a divided group, whatever happens inside the step.
+or shifts as several, the scales with lr / c. Schedulers, gradient clipping, loggers, `state_dict()` and exception
+handlers hold the optimizer itself, so none of them can ever meet a divided group, whatever happens inside the step.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_revbn.core.arguments import check_divisor
-from lightning_revbn.core.group_plan import GroupPlan
-from lightning_revbn.core.param_groups import GROUP_MARK, Group, divide_lr
+from lightning_revbn.core.group_parts import Coverage, GroupPlan
+from lightning_revbn.core.optimizer_view import OptimizerView
+from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK, Group, keep_marks
+from lightning_revbn.core.rates import Rates, Role
 from lightning_revbn.core.torch_compat import runs_step_hooks, step_pre_hooks
+from lightning_revbn.core.update_watch import UpdateWatch
 
-__all__ = ["ScaleUpdateRule", "active_rule", "scale_learning_rates"]
+__all__ = ["ScaleUpdateRule", "active_rule", "scale_learning_rates", "shift_learning_rates"]
 
 
 class ScaleUpdateRule:
@@ -35,22 +37,42 @@ class ScaleUpdateRule:
     parameter groups (see `scale_param_groups`) to the bit, where a schedule lets those keep their ratio. Scales may
     be added to the optimizer later; groups made by `scale_param_groups` are left as they are.
 
+    Batch norm shifts can learn faster in the same way, with lr * k. Their weight decay becomes weight_decay / k, so
+    that a step shrinks them as before.
+
     The rule ends with `remove()`, at the end of a `with` block, or with the optimizer. Copies and pickles of the
     optimizer do not carry it.
+
+    During a step, the optimizer finds a copy of a group for each part that learns differently. What becomes of the
+    values that it writes there:
+
+    - A key that is set, deleted or changed in place is so in the group. If the copies disagree, the first copy that was
+      written counts, and parameters that are neither scales nor shifts come first.
+    - A learning rate or weight decay becomes the group's if the parts follow from it: `group["lr"] *= 0.9` in every
+      group does. One number for scales and other parameters alike, or a change in one part alone, is a RuntimeError.
+    - A group that `add_param_group` adds is the optimizer's. Removed, replaced or reordered groups, and other
+      parameters in a group, are a RuntimeError.
+    - State that an optimizer keeps in a group (a count of steps, the d of D-Adaptation, the sum of weights of
+      schedule-free optimizers) is shared by all parts. Permanent groups would each have their own. This is the one
+      difference to them.
 
     Args:
         optimizer: Any optimizer that derives from `torch.optim.Optimizer` and updates from its `param_groups`; or what
             `Fabric.setup` returned for one.
         scales: The scales, as the optimizer holds them: take them after the model was moved or wrapped.
         divisor: The constant c. Any sufficiently large value works in the paper, which uses 100
-            (https://arxiv.org/abs/2110.13989). Values up to 1 leave the learning rate alone.
-        weight_decay_exempt: Parameters that take no weight decay, scales or others.
+            (https://arxiv.org/abs/2110.13989). Values up to 1 leave the learning rate of scales alone.
+        weight_decay_exempt: Parameters that take no weight decay, scales or others; `exempt_parameters` lists the
+            usual choices.
+        shifts: The shifts, as the optimizer holds them.
+        shift_multiplier: The factor k; 1 leaves shifts alone.
         warn_if_unused: Whether to warn, at the first step, that the optimizer holds none of these parameters.
 
     Raises:
-        TypeError: If `optimizer` is no torch optimizer, or a scale is no tensor.
-        ValueError: If the divisor is not finite and positive, the optimizer is one for which the rule cannot hold
-            (the message names it), it has a rule already, or a group with scales has no learning rate.
+        TypeError: If `optimizer` is no torch optimizer, a scale or shift is no tensor, or a number is none.
+        ValueError: If the divisor or the multiplier is not finite and positive, the optimizer is one for which the rule
+            cannot hold (the message names it), it has a rule already, a group with scales or shifts has no learning
+            rate, or `scale_param_groups` has made it with another divisor or multiplier.
 
     Example:
         >>> from torch import nn
@@ -72,27 +94,39 @@ class ScaleUpdateRule:
         divisor: float = 100.0,
         weight_decay_exempt: Iterable[Tensor] = (),
         *,
+        shifts: Iterable[Tensor] = (),
+        shift_multiplier: float = 1.0,
         warn_if_unused: bool = True,
     ) -> None:
-        self.divisor = check_divisor(divisor)
+        rates = Rates(divisor, shift_multiplier)
         optimizer = _behind_stand_in(optimizer)
         _refuse_unsupported(optimizer)
         self._optimizer = optimizer
-        # By identity, since == of tensors compares values. The tensors are kept, so no other tensor takes over an id.
-        self._scales = _by_id("scales", scales) if self.divisor > 1 else {}
-        self._exempt = _by_id("weight_decay_exempt", weight_decay_exempt)
-        self._warn_if_unused = warn_if_unused
+        # The tensors are kept so that no other one can take over an id.
+        self._coverage = Coverage(
+            _by_id("scales", scales),
+            _by_id("shifts", shifts),
+            _by_id("weight_decay_exempt", weight_decay_exempt),
+            rates,
+        )
+        if not self._coverage.scales.keys().isdisjoint(self._coverage.shifts):
+            raise ValueError("a parameter is among the scales and among the shifts: it can learn in one way only")
+        self._warn_if_unused = warn_if_unused and bool(self._coverage)
+        self._updates = 0
+        self._in_step = self._was_read = self._is_stale = False
+        self._shown: list[Group] = []
+        self._expected: list[Group] = []
         self._plans: list[GroupPlan] = []
-        self._shown: list[Group] | None = None
-        self._was_read = False
-        self._probe: tuple[Tensor, Tensor] | None = None
-        for index, group in enumerate(optimizer.param_groups):
-            if any(id(parameter) in self._scales for parameter in group["params"]) and GROUP_MARK not in group:
-                divide_lr(group.get("lr"), self.divisor, f"parameter group {index} of {type(optimizer).__name__}")
-        self._view_class = _view_class(type(optimizer), self._read_groups)
-        self._handles: list[RemovableHandle] = [
+        self._candidates: list[Tensor] = []
+        self._chosen: Tensor | None = None
+        self._plan(optimizer.param_groups)
+        self._watch = UpdateWatch()
+        self._view = OptimizerView(optimizer, self._read_groups, self._hand_back, self._is_own_hook)
+        self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            keep_marks(optimizer),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
 
     def __enter__(self) -> Self:
@@ -103,13 +137,17 @@ class ScaleUpdateRule:
 
     def __repr__(self) -> str:
         """Return the class, the optimizer's class and the settings."""
+        coverage = self._coverage
+        scales = len(coverage.scales) if coverage.rates.divides_scales else 0
+        shifts = f"{len(coverage.shifts)} shifts, shift_multiplier={self.shift_multiplier:g}, "
         return (
-            f"{type(self).__name__}({type(self._optimizer).__name__}, {len(self._scales)} scales, "
-            f"divisor={self.divisor:g}, {len(self._exempt)} without weight decay)"
+            f"{type(self).__name__}({type(self._optimizer).__name__}, {scales} scales, divisor={self.divisor:g}, "
+            f"{shifts if coverage.rates.multiplies_shifts else ''}{len(coverage.exempt)} without weight decay)"
         )
 
     def remove(self) -> None:
         """End the rule and leave the optimizer as if it had never been there; a second call does nothing."""
+        self._in_step = False
         for handle in self._handles:
             handle.remove()
 
@@ -119,14 +157,32 @@ class ScaleUpdateRule:
         return self._optimizer
 
     @property
+    def divisor(self) -> float:
+        """The constant c."""
+        return self._coverage.rates.divisor
+
+    @property
+    def shift_multiplier(self) -> float:
+        """The factor k."""
+        return self._coverage.rates.multiplier
+
+    @property
     def covered(self) -> int:
         """How many of the optimizer's parameters learn with lr / c now."""
-        return sum(
-            id(parameter) in self._scales
-            for group in self._optimizer.param_groups
-            if GROUP_MARK not in group
-            for parameter in group["params"]
-        )
+        return self._count("scale")
+
+    @property
+    def covered_shifts(self) -> int:
+        """How many of the optimizer's parameters learn with lr * k now."""
+        return self._count("shift")
+
+    @property
+    def updates(self) -> int:
+        """How many steps have read their groups from the rule.
+
+        It stands still where `optimizer.step` was replaced by a function that calls no step hooks.
+        """
+        return self._updates
 
     def learning_rates(self) -> list[float]:
         """Return the learning rates that the scales would be updated with now.
@@ -135,23 +191,43 @@ class ScaleUpdateRule:
             One number for every parameter group that holds scales, in the order of the groups; empty if the optimizer
             holds none.
         """
-        where = type(self._optimizer).__name__
-        return [
-            float(group["lr"] if GROUP_MARK in group else divide_lr(group["lr"], self.divisor, where))
+        return self._learning_rates("scale")
+
+    def shift_learning_rates(self) -> list[float]:
+        """Return the learning rates that the shifts would be updated with now.
+
+        Returns:
+            One number for every parameter group that holds shifts, in the order of the groups; empty if the optimizer
+            holds none.
+        """
+        return self._learning_rates("shift")
+
+    def _count(self, role: Role) -> int:
+        return sum(
+            self._coverage.role(parameter, group) == role
             for group in self._optimizer.param_groups
-            if any(id(parameter) in self._scales for parameter in group["params"])
+            for parameter in group["params"]
+        )
+
+    def _learning_rates(self, role: Role) -> list[float]:
+        rates = self._coverage.rates
+        if role == "scale":
+            own, mark, is_changed = self._coverage.scales, GROUP_MARK, rates.divides_scales
+        else:
+            own, mark, is_changed = self._coverage.shifts, SHIFT_MARK, rates.multiplies_shifts
+        return [
+            float(group["lr"] if mark in group else rates.lr(role, group["lr"], type(self._optimizer).__name__))
+            for group in self._optimizer.param_groups
+            if is_changed and any(id(parameter) in own for parameter in group["params"])
         ]
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if optimizer is not self._optimizer:
-            return None  # a subclass has called super().step() on the view
-        self._shown = None
-        if not self._was_read:
-            self._probe = self._take_probe()
-        # With one `__dict__` for both, what the step sets on the view is set on the optimizer.
-        view = object.__new__(self._view_class)
-        view.__dict__ = optimizer.__dict__
-        # torch calls the step with what this hook returns: with the view in place of the optimizer.
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if self._in_step:  # an exception has ended the last step
+            for plan in self._plans:
+                plan.forget()
+        self._in_step, self._was_read, self._is_stale = True, False, True
+        self._watch.start(self._watched())
+        view = self._view.enter()
         if len(args) > 1 and callable(args[1]):
             return (view, self._wrap(args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
@@ -159,58 +235,74 @@ class ScaleUpdateRule:
         return (view, *args[1:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is not self._optimizer:
+        self._in_step = False
+        if self._was_read:
+            self._view.leave()
+            self._write_back()
+            self._updates += 1
+            self._watch.by_value = False
             return
-        self._write_back()
-        if self._was_read or self._probe is None:
-            return
-        # A step may do nothing at all, on overflow say. A step that updates must have read the groups: else parameters
-        # are held elsewhere, and the rule would have no effect without a word.
-        parameter, before = self._probe
-        if not torch.equal(parameter, before):
+        # A step that does nothing at all is the optimizer's right; one that updates must have read its groups.
+        if self._chosen is not None and (args[0] is not self._view.view or self._watch.has_changed()):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() did not update from its param_groups, so the scales did not learn "
                 "with lr / c: use scale_param_groups for this optimizer, and look for a step hook that replaces "
                 "the step's arguments"
             )
+        self._watch.by_value = True
 
-    def _take_probe(self) -> tuple[Tensor, Tensor] | None:
-        """Remember one covered parameter's values, until an update has been seen to read the divided groups."""
-        held = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
-        covered = (p for p in held if (id(p) in self._scales or id(p) in self._exempt) and not is_lazy(p))
-        parameter = next((p for p in covered if p.numel()), None)  # FSDP1 leaves some ranks no part of a scale
-        return None if parameter is None else (parameter, parameter.detach().clone())
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Refuse groups that were made with other numbers, as soon as a checkpoint has brought them."""
+        self._plan(optimizer.param_groups)
+
+    def _is_own_hook(self, hook: Callable[..., Any]) -> bool:
+        return getattr(hook, "__self__", None) is self
+
+    def _watched(self) -> Tensor | None:
+        """Choose the parameter by which to tell whether a step has updated: a covered one that the optimizer holds."""
+        chosen = self._chosen
+        if chosen is None or not chosen.requires_grad:
+            # FSDP1 leaves some ranks no part of a scale.
+            self._candidates = [p for p in self._candidates if is_lazy(p) or p.numel()]
+            chosen = next((p for p in self._candidates if not is_lazy(p) and p.requires_grad), None)
+            self._chosen = chosen
+        return chosen
 
     def _wrap(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """Let the closure run before the groups are divided, since it may change learning rates or add groups."""
+        """Let the closure run on the optimizer's own groups, since it may change learning rates or add groups."""
 
-        def write_back_and_run(*args: Any, **kwargs: Any) -> Any:
-            self._write_back()
-            return closure(*args, **kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._hand_back()
+            result = closure(*args, **kwargs)
+            if self._was_read and self._in_step:
+                self._refresh()  # the optimizer may hold the groups that it read before
+            self._watch.start_again()
+            return result
 
-        return write_back_and_run
+        return run
 
     def _read_groups(self) -> list[Group]:
-        """Return what the view shows as `param_groups`: the same objects until the next closure or step."""
-        # An optimizer may read its groups more than once in a step, and must find there what it has written.
-        self._was_read, self._probe = True, None
-        if self._shown is None:
-            self._shown = self._copy_groups()
+        """Return what the view shows as its `param_groups`: in a step the parts of the groups, else the groups."""
+        if not self._in_step:
+            return self._optimizer.param_groups
+        self._was_read = True
+        if self._is_stale:
+            self._refresh()
+        elif len(self._shown) != len(self._expected):
+            self._hand_back()
+            self._refresh()
         return self._shown
 
-    def _copy_groups(self) -> list[Group]:
-        """Return the groups with every group that holds covered parameters copied into its parts."""
+    def _refresh(self) -> None:
+        """Bring the view's groups up to the optimizer's."""
         groups = self._optimizer.param_groups
-        # Groups and parameters may come and go while training, so every plan is held against its group at every step.
-        del self._plans[len(groups) :]
+        self._plan(groups)
         shown: list[Group] = []
-        for index, group in enumerate(groups):
-            if index == len(self._plans):
-                self._plans.append(GroupPlan(group, self._scales, self._exempt))
-            elif not self._plans[index].fits(group):
-                self._plans[index] = GroupPlan(group, self._scales, self._exempt)
-            shown += self._plans[index].copy_into_parts(group, self.divisor)
-        if self._warn_if_unused and (self._scales or self._exempt):
+        for plan, group in zip(self._plans, groups, strict=True):
+            shown += plan.show(group)
+        self._shown[:] = self._expected = shown
+        self._is_stale = False
+        if self._warn_if_unused:
             self._warn_if_unused = False
             if all(plan.is_plain for plan in self._plans):
                 warnings.warn(
@@ -218,14 +310,47 @@ class ScaleUpdateRule:
                     "wrapped after the scales were taken from it?",
                     stacklevel=2,
                 )
-        return shown
+
+    def _plan(self, groups: list[Group]) -> None:
+        """Find the parts of every group, anew where its parameters have changed."""
+        is_new = len(self._plans) > len(groups)
+        del self._plans[len(groups) :]
+        for index, group in enumerate(groups):
+            if index == len(self._plans) or not self._plans[index].fits(group):
+                where = f"parameter group {index} of {type(self._optimizer).__name__}"
+                self._plans[index : index + 1] = [GroupPlan(group, self._coverage, where)]
+                is_new = True
+        if is_new:
+            covered = self._coverage.covered
+            self._candidates = [p for group in groups for p in group["params"] if id(p) in covered]
+            self._chosen = None
+
+    def _hand_back(self) -> None:
+        """Let code that is not the optimizer's find its groups up to date, and the optimizer what that code writes."""
+        if self._in_step and self._was_read and not self._is_stale:
+            self._write_back()
+            self._is_stale = True
 
     def _write_back(self) -> None:
-        """Carry over to the groups what the optimizer wrote into their copies, and drop the copies."""
-        if self._shown is not None:
-            for plan in self._plans:
-                plan.write_back()
-            self._shown = None
+        """Carry over to the groups what the optimizer wrote into their copies."""
+        shown, expected = self._shown, self._expected
+        if len(shown) != len(expected) or not all(map(is_, shown, expected)):
+            self._adopt(shown, expected)
+        for plan in self._plans:
+            plan.write_back(self._undivided_rates)
+
+    def _adopt(self, shown: list[Group], expected: list[Group]) -> None:
+        """Make groups that the step has added the optimizer's own."""
+        if len(shown) < len(expected) or not all(map(is_, shown, expected)):
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__}.step() has removed or reordered its param_groups, which "
+                "ScaleUpdateRule cannot follow: use scale_param_groups"
+            )
+        self._optimizer.param_groups.extend(shown[len(expected) :])
+        self._expected = shown.copy()
+
+    def _undivided_rates(self) -> Iterator[Any]:
+        return (rate for plan in self._plans if (rate := plan.undivided_lr) is not None)
 
 
 def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list[float]:
@@ -241,11 +366,31 @@ def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list
     rule = active_rule(optimizer)
     if rule is not None and rule.divisor > 1:
         return rule.learning_rates()
-    ids = {id(scale) for scale in scales}
+    return _group_rates(optimizer, scales, GROUP_MARK)
+
+
+def shift_learning_rates(optimizer: Optimizer, shifts: Iterable[Tensor]) -> list[float]:
+    """Return the learning rates that an optimizer would update shifts with now, whoever set them.
+
+    Args:
+        optimizer: The optimizer, with or without a `ScaleUpdateRule`.
+        shifts: The shifts; with a rule those that it covers count instead.
+
+    Returns:
+        One number for every parameter group that holds shifts; empty if the optimizer holds none.
+    """
+    rule = active_rule(optimizer)
+    if rule is not None and rule.shift_multiplier != 1:
+        return rule.shift_learning_rates()
+    return _group_rates(optimizer, shifts, SHIFT_MARK)
+
+
+def _group_rates(optimizer: Optimizer, parameters: Iterable[Tensor], mark: str) -> list[float]:
+    ids = {id(parameter) for parameter in parameters}
     return [
         float(group["lr"])
         for group in optimizer.param_groups
-        if GROUP_MARK in group or any(id(parameter) in ids for parameter in group["params"])
+        if mark in group or any(id(parameter) in ids for parameter in group["params"])
     ]
 
 
@@ -275,31 +420,58 @@ def _behind_stand_in(optimizer: Optimizer) -> Optimizer:
 
 
 def _refuse_unsupported(optimizer: object) -> None:
+    """Raise if the rule cannot hold for an optimizer, before anything is changed."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"ScaleUpdateRule needs a torch.optim.Optimizer, got {name}; where an engine has taken over the optimizer, "
             "build the optimizer from scale_param_groups"
         )
-    # Its step is a search along one direction for all parameters together, with one learning rate.
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            f"{name} takes one step for all parameters in one group: scales cannot learn with lr / c in it"
-        )
+    for obstacle in _OBSTACLES:
+        problem = obstacle(optimizer, name)
+        if problem is not None:
+            raise ValueError(problem)
+
+
+def _is_lbfgs(optimizer: Optimizer, name: str) -> str | None:
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        return None
+    return f"{name} takes one step for all parameters in one group: scales cannot learn with lr / c in it"
+
+
+def _wraps_another(optimizer: Optimizer, name: str) -> str | None:
     inner = [key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)]
-    if inner:
-        raise ValueError(
-            f"{name} wraps another optimizer (its attribute {inner[0]!r}), which does the update: build the parameter "
-            f"groups that {name} starts from with scale_param_groups; or, in a loop of your own, give the optimizer "
-            "inside to ScaleUpdateRule"
-        )
-    if not runs_step_hooks(optimizer):
-        raise ValueError(
-            f"{name}.step() does not run torch's step hooks (it does not call Optimizer.__init__): "
-            "use scale_param_groups for this optimizer"
-        )
-    if active_rule(optimizer) is not None:
-        raise ValueError(f"this {name} has a ScaleUpdateRule already: remove() that one first")
+    if not inner:
+        return None
+    return (
+        f"{name} wraps another optimizer (its attribute {inner[0]!r}), which does the update: build the parameter "
+        f"groups that {name} starts from with scale_param_groups; or, in a loop of your own, give the optimizer "
+        "inside to ScaleUpdateRule"
+    )
+
+
+def _runs_no_hooks(optimizer: Optimizer, name: str) -> str | None:
+    if runs_step_hooks(optimizer):
+        return None
+    return (
+        f"{name}.step() does not run torch's step hooks (it does not call Optimizer.__init__): "
+        "use scale_param_groups for this optimizer"
+    )
+
+
+def _has_a_rule(optimizer: Optimizer, name: str) -> str | None:
+    if active_rule(optimizer) is None:
+        return None
+    return f"this {name} has a ScaleUpdateRule already: remove() that one first"
+
+
+_OBSTACLES: tuple[Callable[[Optimizer, str], str | None], ...] = (
+    _is_lbfgs,
+    _wraps_another,
+    _runs_no_hooks,
+    _has_a_rule,
+)
+"""Each says why the rule cannot hold for an optimizer, or returns None. The first that objects is heard."""
 
 
 def _by_id(argument: str, parameters: Iterable[Tensor]) -> dict[int, Tensor]:
@@ -309,19 +481,3 @@ def _by_id(argument: str, parameters: Iterable[Tensor]) -> dict[int, Tensor]:
             raise TypeError(f"{argument} takes parameters, got {type(parameter).__name__}")
         found[id(parameter)] = parameter
     return found
-
-
-def _view_class(cls: type[Optimizer], read_groups: Callable[[], list[Group]]) -> type[Optimizer]:
-    """Derive a class whose `param_groups` come from a function."""
-
-    def refuse_write(view: Optimizer, groups: Any) -> None:
-        raise RuntimeError(
-            f"{cls.__name__}.step() replaces its param_groups, which ScaleUpdateRule cannot follow: "
-            "use scale_param_groups"
-        )
-
-    # A property outranks the instance's `__dict__`, which holds the optimizer's own groups. The view is of a subclass
-    # rather than a proxy, since a step calls `super()`, private methods and `isinstance`.
-    namespace = {"param_groups": property(lambda view: read_groups(), refuse_write), "__module__": cls.__module__}
-    make_class: Any = type(cls)  # the optimizer may have a metaclass, such as ABCMeta
-    return make_class(cls.__name__, (cls,), namespace)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.models import images, residual_net, scales
 from torch import nn
 
 from lightning_revbn import ScaleUpdateRule, find_batch_norms
+from lightning_revbn.core import update_watch
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
 from lightning_revbn.core.torch_compat import (
     forward_pre_hooks,
@@ -15,6 +18,7 @@ from lightning_revbn.core.torch_compat import (
     is_functorch_wrapped,
     runs_step_hooks,
     step_pre_hooks,
+    version_of,
 )
 
 
@@ -57,3 +61,36 @@ def test_hooks_are_listed_in_their_order() -> None:
         layer.register_forward_pre_hook(hook)
     assert has_hooks(layer)
     assert forward_pre_hooks(layer) == hooks
+
+
+def test_changes_in_place_are_counted_where_torch_counts_them() -> None:
+    tensor = torch.ones(2)
+    before = version_of(tensor)
+    assert before is not None
+    tensor.add_(1)
+    assert version_of(tensor) != before
+    with torch.inference_mode():
+        assert version_of(torch.ones(2)) is None
+
+
+def test_without_torchs_count_an_update_that_passes_the_rule_by_is_found_one_step_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Wandering(torch.optim.SGD):
+        groups = None
+
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.groups or self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.sub_(0.1)
+
+    monkeypatch.setattr(update_watch, "version_of", lambda tensor: None)
+    model = residual_net()
+    optimizer = Wandering(model.parameters(), lr=0.1)
+    with ScaleUpdateRule(optimizer, scales(model)):
+        optimizer.step()
+        optimizer.groups = optimizer.param_groups
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="did not update from its param_groups"):
+            optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import warnings
@@ -11,11 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from helpers.by_hand import LR, C, by_hand
 from helpers.loop import STEPS, ruled_sgd, train
-from helpers.models import assert_same_parameters, images, residual_net, scales
+from helpers.models import assert_same_parameters, images, residual_net, scales, shifts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -24,8 +26,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as sched
 
-from lightning_revbn import ScaleUpdateRule, scale_param_groups
-from lightning_revbn.core.update_rule import active_rule, scale_learning_rates
+from lightning_revbn import InputBatchNorm, ScaleUpdateRule, init_batch_norms, scale_param_groups
+from lightning_revbn.core.update_rule import active_rule, scale_learning_rates, shift_learning_rates
 
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"weight_decay": 0.0}),
@@ -76,19 +78,32 @@ def build(options: dict[str, Any], params: Any, **overrides: Any) -> Optimizer:
     return options.pop("cls")(params, **options)
 
 
+MULTIPLIERS = (1.0, 10.0)
+
+
 # SequentialLR of torch 2.5 passes an argument to the schedules inside it that these deprecate.
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+@pytest.mark.parametrize("multiplier", MULTIPLIERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in KINDS])
-def test_the_rule_equals_groups_made_by_hand_to_the_bit(options: dict[str, Any], schedule: str) -> None:
+def test_the_rule_equals_groups_made_by_hand_to_the_bit(
+    options: dict[str, Any], schedule: str, multiplier: float
+) -> None:
     hand, ruled = residual_net(), residual_net()
-    optimizer = build(options, by_hand(hand, LR, options.get("weight_decay")))
-    train(hand, optimizer, SCHEDULES[schedule](optimizer))
+    optimizer = build(options, by_hand(hand, LR, options.get("weight_decay"), multiplier=multiplier))
+    train(hand, optimizer, SCHEDULES[schedule](optimizer), steps=10)
 
     optimizer = build(options, ruled.parameters())
     scheduler = SCHEDULES[schedule](optimizer)
-    with ScaleUpdateRule(optimizer, scales(ruled), C, weight_decay_exempt=scales(ruled)):
-        train(ruled, optimizer, scheduler)
+    with ScaleUpdateRule(
+        optimizer,
+        scales(ruled),
+        C,
+        weight_decay_exempt=scales(ruled),
+        shifts=shifts(ruled),
+        shift_multiplier=multiplier,
+    ):
+        train(ruled, optimizer, scheduler, steps=10)
 
     assert_same_parameters(hand, ruled)
     assert not torch.equal(ruled.bn1.weight, torch.ones(6))
@@ -99,13 +114,21 @@ def test_the_rule_equals_groups_made_by_hand_to_the_bit(options: dict[str, Any],
     options=st.sampled_from([options for _, options in KINDS]),
     lr=st.floats(1e-4, 0.2),
     divisor=st.floats(1.5, 1e4),
+    multiplier=st.floats(0.1, 10.0),
     widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     exempt=st.booleans(),
     closure=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_the_rule_equals_groups_made_by_hand_for_random_models_and_settings(
-    options: dict[str, Any], lr: float, divisor: float, widths: list[int], exempt: bool, closure: bool, seed: int
+    options: dict[str, Any],
+    lr: float,
+    divisor: float,
+    multiplier: float,
+    widths: list[int],
+    exempt: bool,
+    closure: bool,
+    seed: int,
 ) -> None:
     def network() -> nn.Module:
         torch.manual_seed(seed)
@@ -115,12 +138,72 @@ def test_the_rule_equals_groups_made_by_hand_for_random_models_and_settings(
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 5))
 
     hand, ruled = network(), network()
-    groups = by_hand(hand, lr, options.get("weight_decay") if exempt else None, divisor)
+    groups = by_hand(hand, lr, options.get("weight_decay"), divisor, multiplier, exempt)
     train(hand, build(options, groups, lr=lr), steps=5, closure=closure)
     optimizer = build(options, ruled.parameters(), lr=lr)
-    with ScaleUpdateRule(optimizer, scales(ruled), divisor, scales(ruled) if exempt else ()):
+    undecayed = scales(ruled) if exempt else ()
+    with ScaleUpdateRule(
+        optimizer, scales(ruled), divisor, undecayed, shifts=shifts(ruled), shift_multiplier=multiplier
+    ):
         train(ruled, optimizer, steps=5, closure=closure)
     assert_same_parameters(hand, ruled)
+
+
+NUMBERS: dict[str, Callable[[float], Any]] = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "array of float32": lambda value: np.array(value, np.float32),
+    "array of float64": np.array,
+    "int": lambda value: 1,
+    "NumPy's int": lambda value: np.int64(1),
+}
+TABLE = [1.0, 0.7, 0.3, 0.9, 0.1, 0.05]
+ADAMS_AND_NUMBERS = [
+    pytest.param(options, number, id=f"{name}-{number}")
+    for name, options in KINDS
+    for number in NUMBERS
+    if "Adam" in name and not (options.get("fused") and "array" in number)  # torch's fused optimizers take no arrays
+]
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # torch's array * tensor
+@pytest.mark.parametrize(("options", "number"), ADAMS_AND_NUMBERS)
+def test_learning_rates_may_be_numbers_of_any_kind(options: dict[str, Any], number: str) -> None:
+    def follow_table(model: nn.Module, optimizer: Optimizer, changes: list[Callable[[Any], Any]]) -> None:
+        for value in TABLE:
+            for group, change in zip(optimizer.param_groups, changes, strict=True):
+                group["lr"] = change(NUMBERS[number](value * LR))
+            train(model, optimizer, steps=1)
+
+    hand, ruled = residual_net(), residual_net()
+    optimizer = build(options, by_hand(hand, LR, options.get("weight_decay"), 64.0, 4.0))
+    follow_table(hand, optimizer, [lambda lr: lr, lambda lr: lr * 4.0, lambda lr: lr / 64.0])
+    optimizer = build(options, ruled.parameters())
+    with ScaleUpdateRule(optimizer, scales(ruled), 64, scales(ruled), shifts=shifts(ruled), shift_multiplier=4) as rule:
+        follow_table(ruled, optimizer, [lambda lr: lr])
+        assert rule.learning_rates() == [float(optimizer.param_groups[0]["lr"]) / 64]
+    assert_same_parameters(hand, ruled)
+
+
+def test_a_schedule_may_come_from_a_table_of_numpy() -> None:
+    table = np.linspace(1.0, 0.1, STEPS + 1, dtype=np.float32)
+    model = residual_net()
+    optimizer = Spy(model.parameters(), model, lr=LR)
+    scheduler = sched.LambdaLR(optimizer, lambda step: table[step])
+    with ScaleUpdateRule(optimizer, scales(model), C):
+        train(model, optimizer, scheduler)
+    assert len(optimizer.seen) == STEPS
+    assert all(scale == pytest.approx(rest / C) for rest, scale in optimizer.seen)
+
+
+@pytest.mark.parametrize("number", [np.float32(100), np.array(100), "1e2", 100])
+def test_divisor_and_multiplier_may_be_numbers_of_any_kind(number: Any) -> None:
+    model = residual_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with ScaleUpdateRule(optimizer, scales(model), number, shifts=shifts(model), shift_multiplier=number) as rule:
+        assert (rule.divisor, rule.shift_multiplier) == (100.0, 100.0)
+    groups = scale_param_groups(model, LR, divisor=number, shift_multiplier=number)
+    assert [group["lr"] for group in groups] == [LR, LR * 100, LR / 100]
 
 
 class Spy(torch.optim.SGD):
@@ -332,6 +415,108 @@ def test_groups_that_are_added_later_are_covered() -> None:
     assert_same_parameters(hand, ruled)
 
 
+def test_a_parameter_put_in_the_place_of_another_is_the_one_that_is_updated() -> None:
+    model, optimizer, _ = ruled_sgd()
+    train(model, optimizer, steps=1)
+    params = optimizer.param_groups[0]["params"]
+    place = next(index for index, parameter in enumerate(params) if parameter is model.bn1.weight)
+    params[place] = nn.Parameter(torch.ones(6))
+    params[place].grad = torch.ones(6)
+    old = model.bn1.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.bn1.weight, old)
+    torch.testing.assert_close(1 - params[place], torch.full((6,), LR), rtol=1e-3, atol=0)  # it is no scale
+
+
+def test_a_group_that_is_marked_as_divided_later_is_left_alone_from_then_on() -> None:
+    model, optimizer, _ = ruled_sgd()
+    train(model, optimizer, steps=1)
+    optimizer.param_groups[0]["scale_lr_divisor"] = C
+    old = model.bn1.weight.detach().clone()
+    model.bn1.weight.grad = torch.ones(6)
+    optimizer.step()
+    torch.testing.assert_close(old - model.bn1.weight, torch.full((6,), LR), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"fused": True}])
+def test_one_tensor_learning_rate_shared_by_all_groups_is_never_divided_in_place(options: dict[str, Any]) -> None:
+    hand, ruled = residual_net(), residual_net()
+    # A power of two, so that lr / c is the same number whether float32 or float64 did the division.
+    shared, divisor = torch.tensor(LR), 64.0
+    optimizer = torch.optim.Adam(
+        [{"params": p, "lr": shared} for p in (list(ruled.stem.parameters()), list(ruled.bn1.parameters()))],
+        lr=shared,
+        **options,
+    )
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]
+    with ScaleUpdateRule(optimizer, scales(ruled), divisor):
+        train(ruled, optimizer, steps=4)
+    assert shared.item() == torch.tensor(LR).item()
+    assert optimizer.param_groups[0]["lr"] is shared
+
+    rest = [*hand.stem[0].parameters(), hand.stem[1].bias, hand.bn1.bias]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": rest, "lr": torch.tensor(LR)},
+            {"params": [hand.stem[1].weight, hand.bn1.weight], "lr": torch.tensor(LR) / divisor},
+        ],
+        **options,
+    )
+    train(hand, optimizer, steps=4)
+    assert_same_parameters(hand, ruled)
+
+
+class GroupCounter(torch.optim.SGD):
+    """Keeps a step count and a running figure in its groups, as Lion, Prodigy or schedule-free optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            group.setdefault("counter", torch.zeros(())).add_(1)
+        return super().step(closure)
+
+
+def test_what_an_optimizer_writes_into_its_groups_is_kept_once() -> None:
+    model = residual_net()
+    optimizer = GroupCounter(model.parameters(), lr=LR)
+    with ScaleUpdateRule(optimizer, scales(model), C):
+        train(model, optimizer, steps=3)
+        group = optimizer.param_groups[0]
+        assert (group["k"], group["counter"].item(), group["lr"]) == (3, 3.0, LR)
+        assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_a_group_of_scales_alone_is_not_given_an_empty_twin() -> None:
+    model = residual_net()
+    sizes: list[int] = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            sizes.extend(len(group["params"]) for group in self.param_groups)
+            return super().step(closure)
+
+    optimizer = Counting([{"params": [model.head.weight]}, {"params": scales(model)}], lr=LR)
+    with ScaleUpdateRule(optimizer, scales(model), C):
+        train(model, optimizer, steps=1)
+    assert sizes == [1, 3]
+
+
+def test_parameter_names_stay_beside_their_parameters() -> None:
+    model = residual_net()
+    seen: dict[int, str] = {}
+
+    class Named(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                seen.update(zip(map(id, group["params"]), group["param_names"], strict=True))
+            return super().step(closure)
+
+    optimizer = Named([{"params": list(model.parameters()), "param_names": [n for n, _ in model.named_parameters()]}])
+    with ScaleUpdateRule(optimizer, scales(model), C):
+        train(model, optimizer, steps=1)
+    assert seen == {id(p): name for name, p in model.named_parameters()}
+
+
 def test_only_exempt_parameters_escape_weight_decay() -> None:
     model = residual_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.5)
@@ -364,6 +549,72 @@ def test_a_divisor_up_to_one_switches_the_division_off(divisor: float) -> None:
     with ScaleUpdateRule(optimizer, scales(ruled), divisor):
         train(ruled, optimizer)
     assert_same_parameters(plain, ruled)
+
+
+@pytest.mark.parametrize("multiplier", [1, 1.0, np.float32(1)])
+def test_a_multiplier_of_one_leaves_shifts_alone(multiplier: float) -> None:
+    plain, ruled = residual_net(), residual_net()
+    train(plain, torch.optim.SGD(plain.parameters(), lr=LR, weight_decay=0.1))
+    optimizer = torch.optim.SGD(ruled.parameters(), lr=LR, weight_decay=0.1)
+    with ScaleUpdateRule(optimizer, [], shifts=shifts(ruled), shift_multiplier=multiplier) as rule:
+        assert rule.covered_shifts == 0
+        train(ruled, optimizer)
+    assert_same_parameters(plain, ruled)
+
+
+def test_shifts_learn_faster_and_decay_as_before() -> None:
+    model = residual_net()
+    with torch.no_grad():
+        for shift in shifts(model):
+            shift.fill_(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    model.bn1.bias.grad = torch.ones(6)
+    exempt = [*scales(model), model.bn2.bias]
+    with ScaleUpdateRule(optimizer, scales(model), C, exempt, shifts=shifts(model), shift_multiplier=10.0):
+        optimizer.step()
+    torch.testing.assert_close(model.bn1.bias, torch.full((6,), 1 - LR * 10 - LR * 0.5))
+    torch.testing.assert_close(model.stem[1].bias, torch.full((6,), 1 - LR * 0.5))
+    assert torch.equal(model.bn2.bias, torch.ones(6))
+    assert torch.equal(model.bn1.weight, torch.ones(6))
+
+
+def test_a_multiplier_below_one_slows_shifts() -> None:
+    model = residual_net()
+    model.bn1.bias.grad = torch.ones(6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with ScaleUpdateRule(optimizer, [], shifts=shifts(model), shift_multiplier=0.1):
+        optimizer.step()
+    torch.testing.assert_close(model.bn1.bias, torch.full((6,), -LR * 0.1))
+
+
+@pytest.mark.parametrize("multiplier", [0, -1.0, float("nan"), float("inf")])
+def test_a_multiplier_that_is_not_finite_and_positive_is_refused(multiplier: float) -> None:
+    model = residual_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.raises(ValueError, match="the multiplier of the shifts' learning rate must be finite and positive"):
+        ScaleUpdateRule(optimizer, [], shifts=shifts(model), shift_multiplier=multiplier)
+    with pytest.raises(ValueError, match="the multiplier of the shifts' learning rate must be finite and positive"):
+        scale_param_groups(model, LR, shift_multiplier=multiplier)
+    assert hooks_of(optimizer) == 0
+
+
+def test_a_parameter_cannot_be_scale_and_shift() -> None:
+    model = residual_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.raises(ValueError, match="among the scales and among the shifts"):
+        ScaleUpdateRule(optimizer, scales(model), shifts=scales(model), shift_multiplier=2.0)
+
+
+def test_the_report_lists_the_shifts_that_the_rule_takes() -> None:
+    model = residual_net(zero_init_residual=True)
+    model.bn1.bias.requires_grad_(False)  # it may be unfrozen later
+    report = init_batch_norms(model, exclude=["stem.1"])
+    assert [id(p) for p in report.scales] == [id(model.bn1.weight)]
+    assert [id(p) for p in report.shifts] == [id(model.bn1.bias), id(model.bn2.bias)]
+    front = nn.Sequential(InputBatchNorm(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False))
+    assert [id(p) for p in init_batch_norms(front).shifts] == [id(front[1].bias)]
 
 
 def hooks_of(optimizer: Optimizer) -> int:
@@ -582,11 +833,96 @@ def test_an_optimizer_that_keeps_its_parameters_elsewhere_is_found_out_at_its_fi
         optimizer.step()
 
 
-def test_a_hook_that_replaces_the_arguments_of_the_step_is_found_out() -> None:
-    model, optimizer, _ = ruled_sgd()
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_hook_that_replaces_the_arguments_of_the_step_is_found_out_at_that_step(first: int, fused: bool) -> None:
+    model, optimizer, _ = ruled_sgd(fused=fused)
+    train(model, optimizer, steps=first)
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, *args[1:]), kwargs))
     with pytest.raises(RuntimeError, match="look for a step hook that replaces the step's arguments"):
         train(model, optimizer, steps=1)
+
+
+def test_a_hook_may_replace_the_arguments_where_the_rule_covers_nothing() -> None:
+    model = residual_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, *args[1:]), kwargs))
+    with ScaleUpdateRule(optimizer, scales(residual_net()), C, warn_if_unused=False) as rule:
+        optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, *args[1:]), kwargs))
+        train(model, optimizer, steps=2)
+        assert rule.updates == 0
+
+
+class Wandering(torch.optim.SGD):
+    """SGD that reads its groups at first, and later updates what it has remembered of them."""
+
+    def __init__(self, params: Any, lr: float, through_data: bool) -> None:
+        super().__init__(params, lr=lr)
+        self.remembered = [p for group in self.param_groups for p in group["params"]]
+        self.through_data = through_data
+        self.wanders = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if not self.wanders:
+            super().step()
+        for parameter in self.remembered if self.wanders else ():
+            (parameter.data if self.through_data else parameter).sub_(parameter.grad, alpha=LR)
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_an_update_that_did_not_read_the_groups_is_found_out_whenever_it_comes(through_data: bool) -> None:
+    model = residual_net()
+    optimizer = Wandering(model.parameters(), LR, through_data)
+    with ScaleUpdateRule(optimizer, scales(model), C) as rule:
+        train(model, optimizer, steps=3, closure=False)
+        optimizer.wanders = True
+        if through_data:  # moves no version counter: this step leaves a doubt, and the next is looked at closely
+            train(model, optimizer, steps=1, closure=False)
+        with pytest.raises(RuntimeError, match=r"Wandering.step\(\) did not update from its param_groups"):
+            train(model, optimizer, steps=1, closure=False)
+        assert rule.updates == 3
+
+
+def test_the_parameter_that_tells_of_updates_is_one_that_learns() -> None:
+    model = residual_net()
+    optimizer = Wandering(model.parameters(), LR, through_data=False)
+    with ScaleUpdateRule(optimizer, scales(model), C):
+        train(model, optimizer, steps=1, closure=False)
+        model.stem[1].weight.requires_grad_(False)
+        model.stem[1].weight.grad = None
+        optimizer.remembered = [p for p in optimizer.remembered if p.requires_grad]
+        optimizer.wanders = True
+        with pytest.raises(RuntimeError, match="did not update from its param_groups"):
+            optimizer.step()
+
+
+def test_a_closure_may_change_parameters_in_a_step_that_is_skipped() -> None:
+    class Skipping(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return closure()
+
+    model = residual_net()
+    optimizer = Skipping(model.parameters(), lr=LR)
+
+    @torch.no_grad()
+    def clamp() -> None:
+        for scale in scales(model):
+            scale.sub_(0.1)
+
+    with ScaleUpdateRule(optimizer, scales(model), C) as rule:
+        for _ in range(3):
+            optimizer.step(clamp)
+        assert rule.updates == 0
+
+
+def test_updates_stand_still_where_the_step_was_replaced() -> None:
+    model, optimizer, rule = ruled_sgd()
+    train(model, optimizer, steps=2)
+    assert rule.updates == 2
+    optimizer.step = functools.partial(type(optimizer).step.__wrapped__, optimizer)
+    train(model, optimizer, steps=2)
+    assert rule.updates == 2
 
 
 def test_an_optimizer_may_skip_steps_at_any_time() -> None:
@@ -647,3 +983,20 @@ def test_true_learning_rates_are_told_with_and_without_the_rule() -> None:
     with ScaleUpdateRule(permanent, scales(model), C) as rule:
         assert rule.learning_rates() == [LR / C]
         assert rule.covered == 0
+
+
+def test_true_learning_rates_of_shifts_are_told_with_and_without_the_rule() -> None:
+    model = residual_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with ScaleUpdateRule(optimizer, [], shifts=shifts(model), shift_multiplier=10) as rule:
+        assert rule.shift_learning_rates() == shift_learning_rates(optimizer, []) == [LR * 10]
+        assert (rule.covered, rule.covered_shifts) == (0, 3)
+        assert rule.learning_rates() == []
+        assert repr(rule) == (
+            "ScaleUpdateRule(SGD, 0 scales, divisor=100, 3 shifts, shift_multiplier=10, 0 without weight decay)"
+        )
+    assert shift_learning_rates(optimizer, shifts(model)) == [LR]
+    permanent = torch.optim.SGD(scale_param_groups(model, lr=LR, shift_multiplier=10), lr=LR)
+    with ScaleUpdateRule(permanent, scales(model), C, shifts=shifts(model), shift_multiplier=10) as rule:
+        assert rule.shift_learning_rates() == [LR * 10]
+        assert rule.covered_shifts == 0

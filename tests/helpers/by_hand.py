@@ -8,21 +8,29 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from helpers.models import scales
+from helpers.models import scales, shifts
 
 LR, C = 0.05, 100.0
 
 
 def by_hand(
-    model: nn.Module, lr: float = LR, weight_decay: float | None = 0.01, divisor: float = C
+    model: nn.Module,
+    lr: float = LR,
+    weight_decay: float | None = 0.01,
+    divisor: float = C,
+    multiplier: float = 1.0,
+    exempt: bool = True,
 ) -> list[dict[str, Any]]:
-    """Return the groups a careful user would write: scales apart, with lr / c and no decay."""
-    own = {id(scale) for scale in scales(model)}
+    """Return the groups a careful user would write: scales with lr / c and no decay, shifts with lr * k and decay / k."""
+    fast = shifts(model) if multiplier != 1 else []
+    own = {id(parameter) for parameter in [*scales(model), *fast]}
     rest: dict[str, Any] = {"params": [p for p in model.parameters() if id(p) not in own], "lr": lr}
+    multiplied: dict[str, Any] = {"params": fast, "lr": lr * multiplier}
     divided: dict[str, Any] = {"params": scales(model), "lr": lr / divisor}
     if weight_decay is not None:
-        rest["weight_decay"], divided["weight_decay"] = weight_decay, 0.0
-    return [rest, divided]
+        rest["weight_decay"], multiplied["weight_decay"] = weight_decay, weight_decay / multiplier
+        divided["weight_decay"] = 0.0 if exempt else weight_decay
+    return [rest, *[multiplied] * bool(fast), divided]
 
 
 def sgd_by_hand(module: nn.Module) -> Optimizer:

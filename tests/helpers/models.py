@@ -80,6 +80,10 @@ def scales(model: nn.Module) -> list[nn.Parameter]:
     return [layer.weight for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
+def shifts(model: nn.Module) -> list[nn.Parameter]:
+    return [layer.bias for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
 def assert_same_parameters(first: nn.Module, second: nn.Module) -> None:
     """Assert that two models hold the same values to the bit, buffers too."""
     left, right = first.state_dict(), second.state_dict()

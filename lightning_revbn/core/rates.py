@@ -1,0 +1,116 @@
+"""How scales and shifts learn: their learning rate and weight decay, from those of their parameter group and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from lightning_revbn.core.arguments import as_number, check_divisor, check_multiplier
+
+__all__ = ["Rates", "Role"]
+
+Role: TypeAlias = Literal["other", "shift", "scale"]
+"""Batch norm scales, batch norm shifts, and every other parameter, as far as they learn differently."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Scales learn with lr / divisor, shifts with lr * multiplier and with weight decay / multiplier.
+
+    So a step changes a shift by lr * multiplier for its gradient, and shrinks it by lr * weight decay as before.
+
+    Attributes:
+        divisor: The constant c; values up to 1 leave scales alone.
+        multiplier: The factor k; 1 leaves shifts alone.
+
+    Raises:
+        TypeError: If one of them is no number.
+        ValueError: If one of them is not finite and positive.
+    """
+
+    divisor: float = 1.0
+    multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "divisor", check_divisor(self.divisor))
+        object.__setattr__(self, "multiplier", check_multiplier(self.multiplier))
+
+    @property
+    def divides_scales(self) -> bool:
+        """Whether scales learn differently."""
+        return self.divisor > 1
+
+    @property
+    def multiplies_shifts(self) -> bool:
+        """Whether shifts learn differently."""
+        return self.multiplier != 1
+
+    def lr(self, role: Role, group_lr: Any, where: str) -> Any:
+        """Work out a learning rate; a tensor gives a new tensor, since one tensor may serve all groups.
+
+        Args:
+            role: Of which parameters.
+            group_lr: The learning rate of their group: a number of Python or NumPy, or a tensor.
+            where: What holds the learning rate, for the message.
+
+        Returns:
+            The learning rate, a number if the group has a number and a tensor if the group has a tensor.
+
+        Raises:
+            ValueError: If the group has no learning rate.
+        """
+        if role == "other":
+            return group_lr
+        if not _is_lr(group_lr):
+            raise ValueError(
+                f"{where} has lr={group_lr!r}: {'lr / c' if role == 'scale' else 'lr * k'} needs a number or a tensor, "
+                "so give the optimizer an explicit lr"
+            )
+        # NumPy's numbers keep their precision, as they do in a group that somebody divided by hand.
+        return group_lr / self.divisor if role == "scale" else group_lr * self.multiplier
+
+    def group_lr(self, role: Role, lr: Any) -> Any:
+        """Work out the learning rate of the group, for which parameters learn with a given one.
+
+        Args:
+            role: Of which parameters.
+            lr: Their learning rate.
+
+        Returns:
+            The group's.
+        """
+        return {"other": lambda: lr, "scale": lambda: lr * self.divisor, "shift": lambda: lr / self.multiplier}[role]()
+
+    def weight_decay(self, role: Role, group_weight_decay: Any) -> Any:
+        """Work out a weight decay.
+
+        Args:
+            role: Of which parameters.
+            group_weight_decay: The weight decay of their group; None where the optimizer takes that for none.
+
+        Returns:
+            The weight decay.
+        """
+        if role != "shift" or group_weight_decay is None:
+            return group_weight_decay
+        return group_weight_decay / self.multiplier
+
+    def group_weight_decay(self, role: Role, weight_decay: Any) -> Any:
+        """Work out the weight decay of the group, for which parameters have a given one.
+
+        Args:
+            role: Of which parameters.
+            weight_decay: Theirs.
+
+        Returns:
+            The group's.
+        """
+        return weight_decay * self.multiplier if role == "shift" and weight_decay is not None else weight_decay
+
+
+def _is_lr(lr: object) -> bool:
+    if isinstance(lr, (int, float, Tensor)):  # the usual kinds first: this runs at every step
+        return not isinstance(lr, bool)
+    return not isinstance(lr, str) and as_number(lr) is not None

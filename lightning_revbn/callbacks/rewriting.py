@@ -9,14 +9,13 @@ from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
+from lightning_revbn.core.copies import networks_held_by
 from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.initialization import fill_scale, forget_lazy, refuse, write_scales, zero_kept_names
-from lightning_revbn.core.layers import BatchNormRecord, Selection
-from lightning_revbn.lightning_compat import callbacks_of, twins
+from lightning_revbn.core.layers import BatchNormRecord, Selection, copies_in
+from lightning_revbn.lightning_compat import callbacks_of
 
 __all__ = ["Rewriting", "settled"]
 
@@ -69,13 +68,11 @@ class Rewriting:
             for record in rewritten:
                 if record.values is not None and not _has_target(record):
                     self._before[record.name] = _Before(record)
-            write_scales(records)
+            copies = _copies_of_callbacks(trainer, module, rewritten)
+            write_scales([*records, *copies])
             self.records = records
-            names = {record.name for record in rewritten}
-            self._rewritten |= names
+            self._rewritten |= {record.name for record in rewritten}
             self.zero_kept |= set(zero_kept_names(records))
-            for copy in _averages(trainer, module):
-                write_scales([r for r in self._judge(copy) if r.name in names and r.state != "lazy"])
 
     def settle(self, trainer: Trainer, module: LightningModule) -> None:
         """Bring the records up to the layers as they are now that all were made, moved and perhaps restored.
@@ -90,7 +87,9 @@ class Rewriting:
         earlier = {record.name: record for record in self.records}
         with gathered(trainer.strategy.model or module, write=True):
             found = self._selection.look(module)
-            self._give_back(trainer, module, [record for record in found if record.state == "frozen"])
+            copies = {record.name for record in self.records if record.copy_of is not None}
+            frozen = [record for record in found if record.state == "frozen" and record.name not in copies]
+            self._give_back(trainer, module, frozen)
             records = [settled(earlier.get(record.name), record) for record in found]
             self._selection.check_patterns_match(records)
             refuse(records)
@@ -126,24 +125,27 @@ class Rewriting:
 
     def _judge(self, module: nn.Module) -> list[BatchNormRecord]:
         """Look at the layers; trained ones that an earlier fit has written are not new to us."""
-        return [
+        records = [
             replace(record, verdict="skip", reason="trained in an earlier fit")
             if record.state == "trained" and record.name in self._earlier_fits
             else record
             for record in self._selection.look(module)
         ]
+        return self._selection.follow_copies(module, records)
 
     def _give_back(self, trainer: Trainer, module: LightningModule, frozen: Sequence[BatchNormRecord]) -> None:
         """Undo the rewrite of layers that were frozen since, by a hook or by a callback that comes after ours."""
-        written = {
-            record.name: self._before[record.name].scale
+        written = [
+            record
             for record in frozen
             if _has_target(record) and record.name in self._before and self._before[record.name].is_same_layer(record)
-        }
-        for part in (module, *_averages(trainer, module)) if written else ():
-            for record in self._selection.look(part):
-                if record.name in written and _has_target(record):
-                    fill_scale(record.module, written[record.name])
+        ]
+        in_module = [record for record in self.records if record.copy_of in {record.name for record in written}]
+        for copy in (*in_module, *_copies_of_callbacks(trainer, module, written)):
+            if copy.copy_of is not None and _has_target(copy):
+                fill_scale(copy.module, self._before[copy.copy_of].scale)
+        for record in written:
+            fill_scale(record.module, self._before[record.name].scale)
 
 
 def settled(earlier: BatchNormRecord | None, present: BatchNormRecord) -> BatchNormRecord:
@@ -158,6 +160,9 @@ def settled(earlier: BatchNormRecord | None, present: BatchNormRecord) -> BatchN
     """
     if earlier is None or earlier.target is None:
         return present
+    if earlier.copy_of is not None and present.has_scale(earlier.target):
+        # Copies are compared at setup alone: later on, weights may be sharded.
+        return replace(earlier, module=present.module)
     if earlier.verdict == "rewrite" and present.has_scale(earlier.target):
         # Written at setup: it looks "trained" only where its reason to be rewritten was the policy for trained layers.
         return replace(present, verdict="rewrite", reason=earlier.reason)
@@ -193,13 +198,9 @@ def _has_target(record: BatchNormRecord) -> bool:
     return record.target is not None and record.has_scale(record.target)
 
 
-def _averages(trainer: Trainer, module: LightningModule) -> list[nn.Module]:
-    """List the copies of the module that other callbacks average weights in, and made before ours was set up."""
-    found: list[nn.Module] = []
-    for callback in callbacks_of(trainer):
-        for value in vars(callback).values():
-            if isinstance(value, AveragedModel):
-                found.append(value.module)
-            elif isinstance(callback, twins(StochasticWeightAveraging)) and isinstance(value, twins(LightningModule)):
-                found.append(value)
-    return [copy for copy in found if type(copy) is type(module) and copy is not module]
+def _copies_of_callbacks(
+    trainer: Trainer, module: LightningModule, originals: Sequence[BatchNormRecord]
+) -> list[BatchNormRecord]:
+    """List the copies of layers that other callbacks keep, in averages that they made before ours was set up."""
+    networks = (network for callback in callbacks_of(trainer) for network in networks_held_by(callback))
+    return [record for network in networks for record in copies_in(network, module, originals)]

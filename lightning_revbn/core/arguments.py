@@ -21,6 +21,7 @@ __all__ = [
     "as_number",
     "check_choice",
     "check_divisor",
+    "check_eps",
     "check_multiplier",
     "check_patterns",
     "check_patterns_match",
@@ -173,6 +174,29 @@ def check_multiplier(multiplier: float) -> float:
         ValueError: If it is not finite and positive.
     """
     return _check_factor(multiplier, "the multiplier of the shifts", "1 leaves the shifts alone")
+
+
+def check_eps(eps: float | None) -> float | None:
+    """Return eps, or say what is wrong with it.
+
+    Args:
+        eps: The number that batch norm layers add to variances; None for their own.
+
+    Returns:
+        The same as a float, or None.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite and positive.
+    """
+    if eps is None:
+        return None
+    number = as_number(eps)
+    if number is None:
+        raise TypeError(f"eps must be a number such as 1e-3, or None to leave the eps of the layers, got {eps!r}")
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"eps={eps!r} must be finite and positive: torch's default is 1e-5, TensorFlow's 1e-3")
+    return number
 
 
 def _check_factor(value: object, factor: str, advice: str) -> float:

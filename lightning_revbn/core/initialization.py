@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_revbn.core.arguments import ScaleSpec, TrainedPolicy, ZeroScalePolicy
+from lightning_revbn.core.arguments import ScaleSpec, TrainedPolicy, ZeroScalePolicy, check_eps
+from lightning_revbn.core.eps import choose_eps, write_eps
 from lightning_revbn.core.gathered import gathered
 from lightning_revbn.core.layers import BatchNormRecord, Verdict, find_batch_norms
-from lightning_revbn.core.table import plain_table, rich_table
+from lightning_revbn.core.table import first_to_last, plain_table, rich_table
 from lightning_revbn.core.torch_compat import forward_pre_hooks
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "fill_scale",
     "forget_lazy",
     "init_batch_norms",
+    "note_eps",
     "refuse",
     "rule_scales",
+    "rule_shifts",
     "write_scales",
     "zero_kept_names",
 ]
@@ -69,6 +72,9 @@ class InitReport:
                 "state": record.state,
                 "reason": record.reason,
                 "target": record.target,
+                "copy_of": record.copy_of,
+                "eps": record.eps,
+                "eps_before": record.eps_before,
             }
             for record in self.records
         ]
@@ -108,12 +114,13 @@ def init_batch_norms(
     exclude: Sequence[str] = (),
     zero_scale: ZeroScalePolicy = "keep",
     trained: TrainedPolicy = "keep",
+    eps: float | None = None,
 ) -> InitReport:
     """Start the scale of every fresh batch norm layer below 1 (the method of https://arxiv.org/abs/2110.13989).
 
     Only scales are written, in place and without gradient; shifts, running statistics, hooks and classes stay as they
     are. Call it once the model has its final values, and before training. Trained layers and scales started at 0 on
-    purpose are kept, unless asked for otherwise.
+    purpose are kept, unless asked for otherwise. Frozen copies of a network get the scales of the network.
 
     Args:
         module: The model; its layers are found by `find_batch_norms`.
@@ -123,6 +130,8 @@ def init_batch_norms(
         exclude: Patterns of layers to leave alone; stronger than `include`.
         zero_scale: `"keep"` or `"overwrite"` scales that start at 0.
         trained: `"keep"`, `"overwrite"` or `"error"` for layers that are not freshly initialised.
+        eps: The eps to set in the layers that are fresh, as `lightning_revbn.core.eps.set_eps` does; None
+            leaves it. It is an attribute of the layers and in no `state_dict`.
 
     Returns:
         The report. `report.scales` is what `ScaleUpdateRule` takes.
@@ -136,14 +145,29 @@ def init_batch_norms(
         >>> len(report.rewritten), round(model[1].weight[0].item(), 4)
         (1, 0.1)
     """
+    eps = check_eps(eps)
     # FSDP1 is left out: before the whole model is wrapped, a gather would make a part of it the root.
     with gathered(module, write=True, fsdp=False):
         records = find_batch_norms(
             module, scale, include=include, exclude=exclude, zero_scale=zero_scale, trained=trained
         )
         refuse(records)
+        chosen = {} if eps is None else choose_eps(module, records, eps)
         write_scales(records)
-    return InitReport(tuple(records))
+    return InitReport(tuple(note_eps(records, write_eps(module, chosen))))
+
+
+def note_eps(records: Sequence[BatchNormRecord], before: Mapping[str, float | None]) -> list[BatchNormRecord]:
+    """Let records tell which eps their layers had before.
+
+    Args:
+        records: The layers.
+        before: What `write_eps` has returned.
+
+    Returns:
+        The records, whose table now shows eps.
+    """
+    return [replace(record, eps_before=before[record.name]) if record.name in before else record for record in records]
 
 
 def refuse(records: Sequence[BatchNormRecord]) -> None:
@@ -287,23 +311,38 @@ def zero_kept_names(records: Sequence[BatchNormRecord]) -> list[str]:
 
 def _table(records: Sequence[BatchNormRecord]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
     """Return header, rows and closing sentence of a report, equal layers folded into one row."""
+    shows_eps = any(record.eps_before is not None for record in records)
     folded: dict[tuple[object, ...], list[BatchNormRecord]] = {}
     for record in records:
-        folded.setdefault(_fold_key(record), []).append(record)
+        folded.setdefault((*_fold_key(record), _eps_cell(record) if shows_eps else None), []).append(record)
     rewritten = sum(record.verdict == "rewrite" for record in records)
     summary = f"{rewritten} of {len(records)} batch norm layers start from a new scale"
-    return ("Layers", "Type", "Channels", "Scale", "Why"), [_row(group) for group in folded.values()], summary
+    header = ["Layers", "Type", "Channels", "Scale", "Why"]
+    rows = [_row(group) for group in folded.values()]
+    if shows_eps:
+        header.insert(4, "eps")
+        rows = [(*row[:4], _eps_cell(group[0]), *row[4:]) for row, group in zip(rows, folded.values(), strict=True)]
+        summary += f", eps is set in {sum(record.eps_before is not None for record in records)}"
+    return tuple(header), rows, summary
 
 
 def _fold_key(record: BatchNormRecord) -> tuple[object, ...]:
-    return type(record.module), record.verdict, record.target if record.verdict == "rewrite" else None, record.reason
+    reason = record.reason if record.copy_of is None else record.state  # each copy names an original of its own
+    return type(record.module), record.verdict, record.target if record.verdict == "rewrite" else None, reason
 
 
-def _row(group: list[BatchNormRecord]) -> tuple[str, str, str, str, str]:
-    first, last = group[0], group[-1]
-    name = first.name or "(the model)"
-    layers = name if len(group) == 1 else f"{name} ... {last.name} ({len(group)})"
+def _row(group: list[BatchNormRecord]) -> tuple[str, ...]:
+    first = group[0]
     channels = sorted({record.channels for record in group})
     width = str(channels[0]) if len(channels) == 1 else f"{channels[0]}-{channels[-1]}"
     scale = f"-> {first.target:g}" if first.verdict == "rewrite" else "kept"
-    return layers, type(first.module).__name__, width, scale, first.reason
+    originals = [record.copy_of for record in group if record.copy_of is not None]
+    reason = f"copy of {first_to_last(originals)}" if originals else first.reason
+    return first_to_last([record.name for record in group]), type(first.module).__name__, width, scale, reason
+
+
+def _eps_cell(record: BatchNormRecord) -> str:
+    if record.eps is None:
+        return "-"
+    new = f"{record.eps:g}"
+    return new if record.eps_before in (None, record.eps) else f"{record.eps_before:g} -> {new}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Literal, TypeAlias, cast, get_args
@@ -26,11 +26,23 @@ from lightning_revbn.core.arguments import (
     check_patterns_match,
     check_scale,
 )
+from lightning_revbn.core.copies import find_copies
 from lightning_revbn.core.gathered import is_partitioned
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
-from lightning_revbn.core.torch_compat import WRAPPER_LEVELS, BatchNormBase
+from lightning_revbn.core.module_names import unwrapped
+from lightning_revbn.core.torch_compat import BatchNormBase
 
-__all__ = ["BatchNormRecord", "Selection", "State", "Verdict", "find_batch_norms", "is_flattened"]
+__all__ = [
+    "BatchNormRecord",
+    "Selection",
+    "State",
+    "Verdict",
+    "copies_in",
+    "eps_of",
+    "find_batch_norms",
+    "is_flattened",
+    "statistics_moved",
+]
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
@@ -40,6 +52,7 @@ State: TypeAlias = Literal[
     "zero",
     "trained",
     "frozen",
+    "copy",
     "input",
     "no scale",
     "excluded",
@@ -63,12 +76,15 @@ class BatchNormRecord:
         state: What the layer was found to be, for programs: `"fresh"` (as torch initialises it, or already at the
             target), `"zero"` (scale 0 in every channel and never trained), `"trained"` (running statistics have moved,
             or the scale starts at other values), `"frozen"` (the scale is a buffer or does not require a gradient),
+            `"copy"` (frozen, and a copy of a layer that is rewritten, as target networks and momentum encoders are),
             `"input"` (an `InputBatchNorm`, which starts at a scale of its own), `"no scale"` (`affine=False`),
             `"excluded"` (by `include`, `exclude` or a scale mapping), `"lazy"` (made by its first input),
             `"unmaterialized"` (on the meta device), `"shared"` (its scale is also a parameter of a module that is no
             batch norm) or `"unsupported"` (quantised, or parametrised in a way that cannot be set).
         target: The scale that the settings ask for in this layer, that of an `InputBatchNorm` the layer itself; None
-            where they ask for none.
+            where they ask for none. A copy has the target of its original.
+        copy_of: Name of the layer that this one is a copy of; None for a layer that is none.
+        eps_before: The layer's eps before `set_eps` or `init_batch_norms(eps=...)` set it; None where they did not.
     """
 
     name: str
@@ -77,6 +93,8 @@ class BatchNormRecord:
     reason: str
     state: State
     target: float | None
+    copy_of: str | None = None
+    eps_before: float | None = None
 
     @property
     def scale(self) -> nn.Parameter | None:
@@ -96,6 +114,11 @@ class BatchNormRecord:
         """The values that the layer multiplies with, shape `(C,)`; None where it has none yet or at all."""
         value: object = getattr(self.module, "weight", None)
         return value.detach() if isinstance(value, Tensor) and not is_lazy(value) else None
+
+    @property
+    def eps(self) -> float | None:
+        """The number that the layer adds to variances now; None where the layer has none, or none is known."""
+        return eps_of(self.module)
 
     @property
     def channels(self) -> int:
@@ -132,7 +155,8 @@ def find_batch_norms(
 
     Layers are recognised by their class (`BatchNorm1d`, `2d`, `3d`, `SyncBatchNorm` and whatever derives from torch's
     base of these, and `InputBatchNorm`), never by name. A layer that is used twice, or whose scale belongs to two batch
-    norm layers, is listed once.
+    norm layers, is listed once. A frozen copy of a fresh network (`copy.deepcopy` with gradients off) is to get the
+    scales of that network; `lightning_revbn.core.copies` says what proves a copy.
 
     Args:
         module: The model, or any part of one. A batch norm layer itself will do.
@@ -159,7 +183,7 @@ def find_batch_norms(
     selection = Selection(scale, include, exclude, zero_scale, trained)
     records = selection.look(module)
     selection.check_patterns_match(records)
-    return records
+    return selection.follow_copies(module, records)
 
 
 @dataclass(frozen=True)
@@ -206,6 +230,41 @@ class Selection:
             records.append(BatchNormRecord(name, layer, self._judge(state), reason, state, target))
         return records
 
+    def follow_copies(self, module: nn.Module, records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
+        """Let copies of the layers that are to be rewritten be rewritten too.
+
+        Args:
+            module: The model, before its scales are written.
+            records: Its layers, as `look` has returned them.
+
+        Returns:
+            The records, those of frozen copies with the verdict `"rewrite"` and the target of their originals. Only
+            `exclude` leaves out a copy: `include` and a scale mapping choose networks, and a copy is part of its
+            original's choice.
+        """
+        originals = {
+            record.name: record
+            for record in records
+            if record.verdict == "rewrite" and record.state in ("fresh", "zero")
+        }
+        frozen = [
+            record.name
+            for record in records
+            if record.state == "frozen" or (record.state == "excluded" and not self._excludes(record.name))
+        ]
+        matches = find_copies(module, frozen, module, originals) if frozen else {}
+        found: list[BatchNormRecord] = []
+        for record in records:
+            match = matches.get(record.name)
+            if match is None:
+                found.append(record)
+            elif match.differs is None:
+                found.append(_as_copy(record, originals[match.original]))
+            else:
+                reason = f"{record.reason}; no copy of {match.original}, since {match.differs} differs"
+                found.append(replace(record, reason=reason))
+        return found
+
     def check_patterns_match(self, records: Sequence[BatchNormRecord]) -> None:
         """Raise if a pattern matches no layer of a model that has layers.
 
@@ -224,11 +283,14 @@ class Selection:
         """Return the scale asked for in a layer, or None where the patterns leave it out."""
         if not any(fnmatchcase(name, pattern) for pattern in self.include):
             return None
-        if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+        if self._excludes(name):
             return None
         if isinstance(self.scale, Mapping):
             return next((value for pattern, value in self.scale.items() if fnmatchcase(name, pattern)), None)
         return self.scale
+
+    def _excludes(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def _judge(self, state: State) -> Verdict:
         if state == "zero":
@@ -240,6 +302,36 @@ class Selection:
         return "rewrite" if state in ("fresh", "lazy") else "skip"
 
 
+def copies_in(holder: nn.Module, module: nn.Module, originals: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
+    """List the layers of another network that are copies of a module's layers.
+
+    Args:
+        holder: The other network, such as an average of weights that a callback keeps. It may be larger than the
+            copy in it; whether it is frozen does not matter.
+        module: The module, with the values that it was copied with.
+        originals: Those of its layers that are to be rewritten.
+
+    Returns:
+        A record for each copy, with the verdict `"rewrite"` and its original's target.
+    """
+    by_name = {record.name: record for record in originals if record.state != "lazy"}
+    if holder is module or not by_name:
+        return []
+    layers = dict(_walk(holder)[0])
+    return [
+        _as_copy(BatchNormRecord(name, layers[name], "skip", "", "frozen", None), by_name[match.original])
+        for name, match in find_copies(holder, layers, module, by_name).items()
+        if match.differs is None
+    ]
+
+
+def _as_copy(record: BatchNormRecord, original: BatchNormRecord) -> BatchNormRecord:
+    reason = f"copy of {original.name or 'the model'}"
+    return replace(
+        record, verdict="rewrite", reason=reason, state="copy", target=original.target, copy_of=original.name
+    )
+
+
 def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str]]:
     """Return the batch norm layers by name, and the names of all parameters of other modules by their identity."""
     layers: list[tuple[str, nn.Module]] = []
@@ -248,7 +340,7 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
     seen: set[int] = set()
     modules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
     for path, layer in modules:
-        name = _name(path)
+        name = unwrapped(path)
         if isinstance(layer, (BatchNormBase, InputBatchNorm)) or _is_frozen_batch_norm(layer):
             names.add(name)
             parameter = _parameter(layer, "weight")
@@ -261,13 +353,6 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
             for attribute, parameter in layer.named_parameters(recurse=False):
                 other_owners.setdefault(id(parameter), f"{name}.{attribute}" if name else attribute)
     return layers, other_owners
-
-
-def _name(path: str) -> str:
-    """Return the name that a module has where nothing is compiled or wrapped."""
-    if not any(wrapper in path for wrapper in WRAPPER_LEVELS):
-        return path
-    return ".".join(part for part in path.split(".") if part not in WRAPPER_LEVELS)
 
 
 def _belongs_to(name: str, batch_norms: set[str]) -> bool:
@@ -313,7 +398,7 @@ def _state_of(layer: nn.Module, target: float, other_owners: Mapping[int, str]) 
         return "unmaterialized", "partitioned by DeepSpeed's ZeRO-3; gather it with deepspeed.zero.GatheredParameters"
     # Only from here on values are read: what is above has none, or none to judge by. A layer that has seen data is
     # trained even if its scale still is 1, so the running statistics come first.
-    if _statistics_moved(layer):
+    if statistics_moved(layer):
         return "trained", "its running statistics are not fresh"
     if not scale.numel():
         return "fresh", "freshly initialised, as far as this rank can tell, which holds no part of its scale"
@@ -347,7 +432,15 @@ def _obstacle(layer: nn.Module) -> str | None:
     return f"its scale is parametrised by {names[0]}, which has no right_inverse" if names else None
 
 
-def _statistics_moved(layer: nn.Module) -> bool:
+def statistics_moved(layer: nn.Module) -> bool:
+    """Tell whether a layer's running statistics are no longer as torch initialises them.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        True if so; False for a layer that keeps none.
+    """
     # A model may have thousands of layers: few calls, and the cheapest sign first.
     batches, mean, variance = (
         cast("Tensor | None", getattr(layer, name, None))
@@ -377,6 +470,19 @@ def _roundings(value: float, dtype: torch.dtype) -> frozenset[float]:
     """Return what a value may have become: a model is converted to the precision of the run after it was written."""
     written = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return frozenset(torch.tensor(value, dtype=first).to(dtype).item() for first in written)
+
+
+def eps_of(layer: nn.Module) -> float | None:
+    """Return the eps of a batch norm layer.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        The number; None where the layer has no attribute `eps`, or no number there.
+    """
+    eps: object = getattr(layer, "eps", None)
+    return float(eps) if isinstance(eps, (int, float)) else None
 
 
 def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TextIO
 
-__all__ = ["plain_table", "print_table", "rich_table", "use_rich"]
+__all__ = ["first_to_last", "plain_table", "print_table", "rich_table", "use_rich"]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], summary: str) -> None:
@@ -62,6 +62,23 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], summary: s
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:], rule, summary])
+
+
+def first_to_last(names: Sequence[str]) -> str:
+    """Name the layers that one row stands for.
+
+    Args:
+        names: Their dotted names, `""` for the model itself.
+
+    Returns:
+        The name of a single layer; of several layers the first, the last and their number.
+
+    Example:
+        >>> first_to_last(["bn1"]), first_to_last(["bn1", "bn2", "bn3"])
+        ('bn1', 'bn1 ... bn3 (3)')
+    """
+    first = names[0] or "(the model)"
+    return first if len(names) == 1 else f"{first} ... {names[-1]} ({len(names)})"
 
 
 def rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], summary: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,3 +52,12 @@ def test_what_was_found_at_setup_and_what_is_found_now_decide_on_a_layer(
     assert (found.verdict, found.reason) == (verdict, reason)
     assert found.module is present.module
     assert (found.state, found.target) == (present.state, present.target)
+
+
+def test_a_copy_that_was_written_stays_a_copy_unless_it_was_restored() -> None:
+    earlier = replace(record("copy", "rewrite"), copy_of="net.bn")
+    kept = settled(earlier, present := record("frozen", "skip", TARGET))
+    assert (kept.state, kept.verdict, kept.copy_of, kept.reason) == ("copy", "rewrite", "net.bn", earlier.reason)
+    assert kept.module is present.module
+    restored = record("frozen", "skip", 0.3)
+    assert settled(earlier, restored) == restored

@@ -228,9 +228,9 @@ def test_a_resumed_average_is_that_of_the_undisturbed_run(tmp_path: Path, name: 
 def test_only_copies_of_the_same_model_are_rewritten(tmp_path: Path) -> None:
     class Others(L.Callback):
         def __init__(self) -> None:
-            self.teacher = AveragedModel(LitNet())
+            self.teacher = AveragedModel(LitNet(model=residual_net(1)))
             self.trained = AveragedModel(trained)
-            self.plain = Together()
+            self.plain = Together(model=residual_net(2))
 
     trained = Together()
     trained.model(images(8)[0])

@@ -228,6 +228,9 @@ def test_the_report_in_plain_values_has_every_layer_and_the_counts() -> None:
         "state": "zero",
         "reason": "its scale starts at 0 on purpose",
         "target": 0.1,
+        "copy_of": None,
+        "eps": 1e-5,
+        "eps_before": None,
     }
     assert len(report["layers"]) == 3
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _SHOWN = ("mean", "std", "min", "max")
+_TORCH_EPS = 1e-5
 _SORT_KEYS = (
     *("model", "name", "channels", "verdict"),
     *(affine_quantity(kind, statistic) for kind in AFFINE_KINDS for statistic in _SHOWN),
@@ -32,7 +33,8 @@ def add_parser(commands: Any) -> None:
         "inspect",
         help="show the batch norm layers of a model or checkpoint",
         description="Show the batch norm layers of a model or checkpoint: the verdict that RevisitedBatchNorm would "
-        "pass on each with its default settings, and the values of scale and shift.",
+        "pass on each with its default settings, the values of scale and shift, and eps where it is not torch's 1e-5. "
+        "A checkpoint has no eps, unless RevisitedBatchNorm(eps=...) wrote it down.",
     )
     parser.add_argument(
         "target", help="a checkpoint file, torchvision:NAME, timm:NAME, or package.module:callable (returns a module)"
@@ -71,8 +73,11 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items() if count)
     summary = f"{arguments.target}: {len(layers)} batch norm layers" + (f" ({counts})" if counts else "")
-    header = ("Layer", "Type", "Channels", "Scale", "std", "min", "max", "Shift", "std", "min", "max", "Verdict", "Why")
-    rows = [_row(layer) for layer in layers]
+    # Most layers have torch's eps, and the table is wide without it.
+    eps = ("eps",) if any(layer["eps"] not in (None, _TORCH_EPS) for layer in layers) else ()
+    values = ("Scale", "std", "min", "max", "Shift", "std", "min", "max")
+    header = ("Layer", "Type", "Channels", *eps, *values, "Verdict", "Why")
+    rows = [_row(layer, shows_eps=bool(eps)) for layer in layers]
     print_table(header, rows, summary)
     return 0
 
@@ -107,7 +112,8 @@ def _describe(report: InitReport, sort: str = "model") -> list[dict[str, Any]]:
     return layers
 
 
-def _row(layer: dict[str, Any]) -> tuple[str, ...]:
+def _row(layer: dict[str, Any], *, shows_eps: bool) -> tuple[str, ...]:
     numbers = [f"{layer[kind][statistic]:.4g}" if layer[kind] else "-" for kind in AFFINE_KINDS for statistic in _SHOWN]
     name = layer["name"] or "(the model)"
-    return (name, layer["class"], str(layer["channels"]), *numbers, layer["verdict"], layer["reason"])
+    eps = ("-" if layer["eps"] is None else f"{layer['eps']:g}",) if shows_eps else ()
+    return (name, layer["class"], str(layer["channels"]), *eps, *numbers, layer["verdict"], layer["reason"])

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lightning_revbn.cli.terminal import CommandError
 from lightning_revbn.core.arguments import nearest_names
+from lightning_revbn.core.eps import EPS_KEY
+from lightning_revbn.core.module_names import unwrapped
 
 __all__ = ["BatchNorm", "TargetError", "from_state_dict", "load_state_dict", "resolve"]
 
@@ -41,7 +43,8 @@ def resolve(target: str) -> nn.Module:
         TargetError: If the target cannot be read.
     """
     if Path(target).is_file():
-        return from_state_dict(load_state_dict(Path(target)))
+        content = _read(Path(target))
+        return from_state_dict(_tensors(content, Path(target)), _saved_eps(content))
     scheme, colon, name = target.partition(":")
     if not colon:
         raise TargetError(f"{target!r} is no file; a model is named as torchvision:NAME, timm:NAME or module:callable")
@@ -64,6 +67,10 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         TargetError: If the file is damaged, is no checkpoint, or holds anything but plain data.
     """
+    return _tensors(_read(path), path)
+
+
+def _read(path: Path) -> dict[Any, Any]:
     try:
         content = _load(path)
     except Exception as error:  # damaged bytes make torch's unpickler raise whatever they happen to spell
@@ -77,14 +84,24 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     top = _as_dict(content)
     if top is None:
         raise TargetError(f"{path} holds a {type(content).__name__}, not a model's state_dict")
-    inner = (_as_dict(top.get(key)) for key in _STATE_DICT_KEYS)
-    named = next((found for found in inner if found is not None), top)
+    return top
+
+
+def _tensors(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+    inner = (_as_dict(content.get(key)) for key in _STATE_DICT_KEYS)
+    named = next((found for found in inner if found is not None), content)
     tensors = {key: value for key, value in named.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         raise TargetError(
             f"{path} holds no model: no tensor by name, at the top or under {', '.join(_STATE_DICT_KEYS)}"
         )
     return tensors
+
+
+def _saved_eps(content: dict[Any, Any]) -> dict[str, float]:
+    """Return the eps that RevisitedBatchNorm set, by layer, as its state in a checkpoint of Lightning has it."""
+    states = (_as_dict(state) or {} for state in (_as_dict(content.get("callbacks")) or {}).values())
+    return {name: eps for state in states for name, eps in (_as_dict(state.get(EPS_KEY)) or {}).items()}
 
 
 def _load(path: Path) -> Any:
@@ -100,8 +117,12 @@ def _as_dict(value: object) -> dict[Any, Any] | None:
 class BatchNorm(nn.BatchNorm1d):
     """A batch norm layer of a checkpoint, which does not tell whether it is for 1, 2 or 3 dimensions."""
 
+    def __init__(self, channels: int, affine: bool, eps: float | None) -> None:
+        super().__init__(channels, affine=affine)  # pyright: ignore[reportUnknownMemberType] # torch types it in part
+        self.eps = eps  # pyright: ignore[reportAttributeAccessIssue] # unknown, as no state dict has it
 
-def from_state_dict(tensors: Mapping[str, Tensor]) -> nn.Module:
+
+def from_state_dict(tensors: Mapping[str, Tensor], eps: Mapping[str, float] | None = None) -> nn.Module:
     """Build the batch norm layers that a state dict shows.
 
     A layer is known by its running statistics; one without them cannot be told from other norms, and a frozen layer
@@ -109,10 +130,12 @@ def from_state_dict(tensors: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         tensors: The model's tensors by name.
+        eps: The eps of layers by name, where it is known.
 
     Returns:
         A module that holds the layers under their names.
     """
+    eps = eps or {}
     root = nn.Module()
     for key, mean in tensors.items():
         name, _, attribute = key.rpartition(".")
@@ -120,7 +143,7 @@ def from_state_dict(tensors: Mapping[str, Tensor]) -> nn.Module:
         if attribute != "running_mean" or variance is None or mean.dim() != 1 or variance.shape != mean.shape:
             continue
         own = {k: tensors.get(f"{name}.{k}" if name else k) for k in ("weight", "bias", "num_batches_tracked")}
-        layer = BatchNorm(mean.numel(), affine=own["weight"] is not None).to(mean.dtype)
+        layer = BatchNorm(mean.numel(), own["weight"] is not None, eps.get(unwrapped(name))).to(mean.dtype)
         state = {"running_mean": mean, "running_var": variance, **{k: v for k, v in own.items() if v is not None}}
         layer.load_state_dict(state, strict=False)
         if not name:

@@ -23,6 +23,7 @@ from torch import nn
 from lightning_revbn import RevisitedBatchNorm
 from lightning_revbn.cli.main import main
 from lightning_revbn.cli.targets import TargetError, from_state_dict, load_state_dict
+from lightning_revbn.core.eps import EPS_KEY
 
 
 def inspected(target: object, *options: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -132,6 +133,46 @@ def test_the_table_has_a_row_a_layer_and_the_counts(tmp_path: Path, capsys: pyte
         ),
     ]
     assert summary == f"{tmp_path / 'model.pt'}: 3 batch norm layers (2 rewrite, 1 skip)"
+
+
+EPS_NETS = """
+from torch import nn
+def build(eps=1e-3):
+    return nn.Sequential(nn.BatchNorm2d(3, eps=eps), nn.BatchNorm2d(3))
+def usual():
+    return build(1e-5)
+"""
+
+
+def test_a_column_shows_eps_where_it_is_not_that_of_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "eps_nets.py").write_text(EPS_NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["inspect", "eps_nets:build"]) == 0
+    header, _, *rows, _, _ = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[3].strip() for row in [header, *rows]] == ["eps", "0.001", "1e-05"]
+    assert main(["inspect", "eps_nets:usual"]) == 0
+    assert "eps" not in capsys.readouterr().out.splitlines()[0]
+    assert [layer["eps"] for layer in inspected("eps_nets:build", capsys=capsys)["layers"]] == [1e-3, 1e-5]
+
+
+def test_the_eps_of_a_checkpoint_is_what_the_callback_wrote_down_and_else_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = residual_net().state_dict()
+    torch.save(state, tmp_path / "plain.pt")
+    assert [layer["eps"] for layer in inspected(tmp_path / "plain.pt", capsys=capsys)["layers"]] == [None] * 3
+    compiled = {key.replace("stem.", "stem._orig_mod."): value for key, value in state.items()}
+    callbacks = {"Other": 3, "RevisitedBatchNorm": {EPS_KEY: {"stem.1": 1e-3, "bn1": 1e-3}}}
+    torch.save({"state_dict": compiled, "callbacks": callbacks}, tmp_path / "fit.ckpt")
+    shown = inspected(tmp_path / "fit.ckpt", capsys=capsys)["layers"]
+    assert {layer["name"]: layer["eps"] for layer in shown} == {"stem.1": 1e-3, "bn1": 1e-3, "bn2": None}
+    assert main(["inspect", str(tmp_path / "fit.ckpt")]) == 0
+    assert [line.split("|")[3].strip() for line in capsys.readouterr().out.splitlines() if "|" in line] == [
+        *("eps", "0.001", "0.001", "-")
+    ]
 
 
 def test_a_model_without_batch_norm_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

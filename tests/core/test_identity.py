@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_revbn import ScaleUpdateRule, init_batch_norms
+from lightning_revbn.core.identity import ScaleOneTerms, scale_1_terms
+from lightning_revbn.core.initialization import InitReport
 
 LR, MOMENTUM, DECAY, STEPS = 0.05, 0.9, 1e-3, 25
 BEHIND_SCALED = ("bn1", "bn2")
@@ -38,26 +40,43 @@ def sort_parameters(model: ResidualNet) -> dict[str, list[nn.Parameter]]:
     return {**named, "rest": [p for p in model.parameters() if id(p) not in taken]}
 
 
-@pytest.mark.parametrize(("g", "c"), [(0.1, 100.0), (0.25, 100.0), (0.5, 7.0)])
-def test_a_small_scale_equals_scale_one_with_other_learning_rates_start_and_eps(g: float, c: float) -> None:
+@pytest.mark.parametrize(
+    ("g", "c", "k", "eps"),
+    [
+        (0.1, 100.0, 1.0, 1e-5),
+        (0.25, 100.0, 1.0, 1e-5),
+        (0.5, 7.0, 1.0, 1e-5),
+        (0.25, 100.0, 3.0, 1e-3),
+        (1, 1, 10, 1e-3),
+    ],
+)
+def test_a_small_scale_equals_scale_one_with_other_learning_rates_start_and_eps(
+    g: float, c: float, k: float, eps: float
+) -> None:
     revisited = residual_net().double()
-    found = init_batch_norms(revisited, scale=g)
+    found = init_batch_norms(revisited, scale=g, eps=eps) if g < 1 else init_without_warning(revisited, eps)
     own = sort_parameters(revisited)
-    decayed = [{"params": own["head"] + own["rest"], "weight_decay": DECAY}, {"params": own["shifts"]}]
-    optimizer = torch.optim.SGD([*decayed, {"params": own["scales"]}], lr=LR, momentum=MOMENTUM)
+    groups = [
+        {"params": own["head"] + own["rest"], "weight_decay": DECAY},
+        {"params": own["shifts"], "lr": LR * k, "weight_decay": DECAY / k},
+        {"params": own["scales"]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
     with ScaleUpdateRule(optimizer, found.scales, divisor=c):
         logits = train(revisited, optimizer)
 
+    terms = scale_1_terms(g, c, k, eps)
     equal = residual_net().double()
     with torch.no_grad():
-        equal.head.weight.mul_(g)
+        equal.head.weight.mul_(terms.head_start)
+    equal.stem[1].eps = eps  # type: ignore[assignment]
     for name in BEHIND_SCALED:
-        equal.get_submodule(name).eps /= g**2  # type: ignore[operator]
+        equal.get_submodule(name).eps = terms.eps  # type: ignore[assignment]
     other = sort_parameters(equal)
     groups = [
-        {"params": other["scales"], "lr": LR / (c * g**2)},
-        {"params": other["shifts"], "lr": LR / g**2},
-        {"params": other["head"], "lr": LR * g**2, "weight_decay": DECAY / g**2},
+        {"params": other["scales"], "lr": LR * terms.scale_lr},
+        {"params": other["shifts"], "lr": LR * terms.shift_lr, "weight_decay": DECAY / terms.shift_lr},
+        {"params": other["head"], "lr": LR * terms.head_lr, "weight_decay": DECAY / terms.head_lr},
         {"params": other["rest"], "weight_decay": DECAY},
     ]
     expected = train(equal, torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM))
@@ -72,6 +91,15 @@ def test_a_small_scale_equals_scale_one_with_other_learning_rates_start_and_eps(
         torch.testing.assert_close(*variances, rtol=1e-9, atol=0)
     moved = (equal.bn1.weight - 1).abs().max()
     assert moved > 1e-3  # the scales have learned
+
+
+def init_without_warning(model: nn.Module, eps: float) -> InitReport:
+    with pytest.warns(UserWarning, match="starts batch norm scales below 1"):
+        return init_batch_norms(model, scale=1.0, eps=eps)
+
+
+def test_values_of_the_divisor_that_switch_the_rule_off_count_as_one() -> None:
+    assert scale_1_terms(0.5, 0.0) == scale_1_terms(0.5, 1.0) == ScaleOneTerms(4.0, 4.0, 0.5, 0.25, 4e-5)
 
 
 def test_without_one_of_its_parts_the_identity_does_not_hold() -> None:

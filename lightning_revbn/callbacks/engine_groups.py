@@ -11,8 +11,9 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
+from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.core.layers import Selection
-from lightning_revbn.core.param_groups import GROUP_MARK, WeightDecayExempt, scale_param_groups
+from lightning_revbn.core.param_groups import MARKS, WeightDecayExempt, scale_param_groups
 from lightning_revbn.lightning_compat import MisconfigurationException
 
 __all__ = ["check_engine_groups", "permanent_groups", "what_groups_miss"]
@@ -27,7 +28,7 @@ def permanent_groups(optimizer: Any) -> list[dict[str, Any]]:
     Returns:
         The groups.
     """
-    return [group for group in optimizer.param_groups if GROUP_MARK in group]
+    return [group for group in optimizer.param_groups if any(mark in group for mark in MARKS)]
 
 
 def what_groups_miss(optimizer: Any, weight_decay_exempt: WeightDecayExempt | None) -> str:
@@ -49,12 +50,7 @@ def what_groups_miss(optimizer: Any, weight_decay_exempt: WeightDecayExempt | No
 
 
 def check_engine_groups(
-    owner: str,
-    optimizer: Any,
-    trainer: Trainer,
-    selection: Selection,
-    divisor: float,
-    weight_decay_exempt: WeightDecayExempt | None,
+    owner: str, optimizer: Any, trainer: Trainer, selection: Selection, settings: RuleSettings
 ) -> None:
     """Look for groups of `scale_param_groups` in the optimizer of an engine.
 
@@ -63,8 +59,7 @@ def check_engine_groups(
         optimizer: The engine's optimizer.
         trainer: The Trainer.
         selection: The settings that decide on every layer.
-        divisor: The constant c.
-        weight_decay_exempt: What takes no weight decay.
+        settings: How scales and shifts learn.
 
     Raises:
         MisconfigurationException: If there is none; the message has the code to add.
@@ -73,7 +68,7 @@ def check_engine_groups(
         return
     inner = cast("type[object]", type(getattr(optimizer, "optimizer", optimizer)))
     name = f"torch.optim.{inner.__name__}" if inner.__module__.startswith("torch.optim.") else inner.__name__
-    arguments = _arguments(optimizer.param_groups[0], selection, divisor, weight_decay_exempt)
+    arguments = _arguments(optimizer.param_groups[0], selection, settings)
     config: object = getattr(trainer.strategy, "config", None)
     in_config = isinstance(config, Mapping) and "optimizer" in config
     replaced = ", and remove the optimizer from DeepSpeed's configuration, which takes its place" if in_config else ""
@@ -84,17 +79,16 @@ def check_engine_groups(
         f"    return {name}(scale_param_groups(self, "
         f"{', '.join(f'{key}={value!r}' for key, value in arguments.items())}))\n\n"
         f"with the other arguments of {inner.__name__} that you use{replaced}. "
-        "To train without lr / c: scale_lr_divisor=1, weight_decay_exempt=None."
+        "To train without lr / c: scale_lr_divisor=1, shift_lr_multiplier=1, weight_decay_exempt=None."
     )
 
 
-def _arguments(
-    group: Mapping[str, Any], selection: Selection, divisor: float, weight_decay_exempt: WeightDecayExempt | None
-) -> dict[str, Any]:
+def _arguments(group: Mapping[str, Any], selection: Selection, settings: RuleSettings) -> dict[str, Any]:
     """Return the arguments that make `scale_param_groups` do what the callback's settings ask for."""
-    settings: dict[str, Any] = {
-        "divisor": divisor,
-        "weight_decay_exempt": weight_decay_exempt,
+    asked: dict[str, Any] = {
+        "divisor": settings.divisor,
+        "weight_decay_exempt": settings.weight_decay_exempt,
+        "shift_multiplier": settings.shift_multiplier,
         "include": selection.include,
         "exclude": selection.exclude,
     }
@@ -102,5 +96,5 @@ def _arguments(
     return {
         "lr": float(group.get("initial_lr", group["lr"])),
         "weight_decay": group.get("weight_decay", 0.0),
-        **{name: value for name, value in settings.items() if value != defaults[name].default},
+        **{name: value for name, value in asked.items() if value != defaults[name].default},
     }

@@ -26,10 +26,11 @@ from lightning_revbn.core.metric_keys import (
     NORMALIZED_ABSMAX,
     NORMALIZED_OVER_3,
     SCALE_LR,
+    SHIFT_LR,
     WHOLE_MODEL_QUANTITIES,
     metric_key,
 )
-from lightning_revbn.core.update_rule import scale_learning_rates
+from lightning_revbn.core.update_rule import scale_learning_rates, shift_learning_rates
 from lightning_revbn.lightning_compat import (
     accumulates,
     is_logging_step,
@@ -85,9 +86,9 @@ class BatchNormMonitor(Callback):
     Keys, with the dotted name of the layer: `revbn/{layer}/scale_mean`, `scale_std`, `scale_min`, `scale_max`,
     `scale_drift`, the same for `shift_`; for the whole model `revbn/scale_mean`, `revbn/scale_drift`,
     `revbn/shift_drift` and `revbn/scale_lr`, the learning rate that the scales are updated with (the mean over
-    parameter groups where they differ). Drift is the root mean square distance from the value at the start of
-    training; a resumed run goes on measuring from there. The keys of the whole model are in
-    `trainer.callback_metrics` too, for ModelCheckpoint and EarlyStopping.
+    parameter groups where they differ); and `revbn/shift_lr` where shifts learn with a multiple of it. Drift is the
+    root mean square distance from the value at the start of training; a resumed run goes on measuring from there.
+    The keys of the whole model are in `trainer.callback_metrics` too, for ModelCheckpoint and EarlyStopping.
 
     Every logger gets one dict a logging step. Values are those before the step they are logged at, on the step axis of
     Lightning's LearningRateMonitor. In a model with lazy layers everything starts with the first logging step after
@@ -249,8 +250,10 @@ class BatchNormMonitor(Callback):
             histograms = fit.statistics.histograms() if self.histograms else {}
         scales = [record.scale for record in fit.records if record.scale is not None]
         rates = [rate for optimizer in trainer.optimizers for rate in scale_learning_rates(optimizer, scales)]
-        if rates:
-            metrics[metric_key(self.prefix, "", SCALE_LR)] = sum(rates) / len(rates)
+        fast = [rate for optimizer in trainer.optimizers for rate in shift_learning_rates(optimizer, ())]
+        for quantity, found in ((SCALE_LR, rates), (SHIFT_LR, fast)):
+            if found:
+                metrics[metric_key(self.prefix, "", quantity)] = sum(found) / len(found)
         return _Event(step, metrics, histograms)
 
     def _measurable(self, records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:

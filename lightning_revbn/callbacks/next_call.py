@@ -1,17 +1,17 @@
-"""Changes one call of a method of an object that is not ours."""
+"""Routes calls of a method through a function: the next call alone, or every call until it is undone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["NextCall", "followed_by"]
+__all__ = ["EveryCall", "NextCall", "followed_by"]
 
 
-class NextCall:
-    """Has the next call of an object's method go through a function; the object is as before from then on.
+class EveryCall:
+    """Routes every call of `owner.name` through `around`, until `undo` restores the method.
 
-    Copies and pickles of the object get the method without the addition.
+    Copies and pickles of the owner get the method without the addition.
 
     Args:
         owner: The object.
@@ -27,20 +27,39 @@ class NextCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make the call."""
-        self.undo()
         return self._around(self.__wrapped__, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
         return getattr, (self._owner, self._name)
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the addition is still there."""
+        return vars(self._owner).get(self._name) is self
+
     def undo(self) -> None:
-        """Take the addition away, if it is still there."""
-        if vars(self._owner).get(self._name) is not self:
+        """Restore the method, if the addition is still there."""
+        if not self.is_pending:
             return
         if self._was_attribute:
             vars(self._owner)[self._name] = self.__wrapped__
         else:
             del vars(self._owner)[self._name]
+
+
+class NextCall(EveryCall):
+    """Routes the next call of `owner.name` through `around`, then restores the method.
+
+    Args:
+        owner: The object.
+        name: Of its method.
+        around: Takes the method and the arguments of the call, and returns the result of the call.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the call."""
+        self.undo()
+        return super().__call__(*args, **kwargs)
 
 
 def followed_by(then: Callable[[], None]) -> Callable[..., Any]:

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
 from lightning_revbn.callbacks import hyperparameters
+from lightning_revbn.callbacks.eps_state import EpsState, EvaluationEps
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.next_call import NextCall, followed_by
 from lightning_revbn.callbacks.rewriting import Rewriting
+from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.callbacks.rules import UpdateRules
 from lightning_revbn.callbacks.telling import tell
-from lightning_revbn.core.arguments import TrainedPolicy, ZeroScalePolicy, check_choice, check_divisor
-from lightning_revbn.core.initialization import InitReport
+from lightning_revbn.core.arguments import (
+    TrainedPolicy,
+    ZeroScalePolicy,
+    check_choice,
+    check_divisor,
+    check_eps,
+    check_multiplier,
+)
+from lightning_revbn.core.initialization import InitReport, note_eps
 from lightning_revbn.core.layers import Selection
 from lightning_revbn.core.param_groups import WeightDecayExempt
-from lightning_revbn.lightning_compat import callbacks_of, overrides, rank_zero_warn
+from lightning_revbn.lightning_compat import (
+    MisconfigurationException,
+    callbacks_of,
+    overrides,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignored
 
 __all__ = ["RevisitedBatchNorm"]
@@ -38,6 +55,10 @@ class RevisitedBatchNorm(Callback):
         scale: The value the scales start from, or a mapping from name patterns to values of which the first match
             counts. 0.1 is the paper's starting point; it is a hyperparameter, to be chosen on validation data.
         scale_lr_divisor: The constant c. Values up to 1 switch the division off.
+        shift_lr_multiplier: The constant k: shifts learn with k times the learning rate at every step, and decay as
+            before. 1 leaves them alone, as the paper does.
+        eps: The eps of layers that are fresh when they are first met; None leaves it. Every stage of a Trainer with the
+            callback sets it. It is an attribute of layers and in no `state_dict`: write it into the model for good.
         weight_decay_exempt: What takes no weight decay: `"scale"`, `"norm"` (scales and shifts of batch norm),
             `"vectors"` (the paper's recipe: batch norm and every bias) or None. Independent of `scale_lr_divisor`.
         include: `fnmatch` patterns on dotted module names; a layer must match one of them.
@@ -61,6 +82,8 @@ class RevisitedBatchNorm(Callback):
         self,
         scale: float | Mapping[str, float] = 0.1,
         scale_lr_divisor: float = 100.0,
+        shift_lr_multiplier: float = 1.0,
+        eps: float | None = None,
         weight_decay_exempt: WeightDecayExempt | None = "scale",
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
@@ -71,6 +94,7 @@ class RevisitedBatchNorm(Callback):
     ) -> None:
         self._selection = Selection(scale, include, exclude, zero_scale, trained)
         self.scale_lr_divisor = check_divisor(scale_lr_divisor)
+        self.shift_lr_multiplier = check_multiplier(shift_lr_multiplier)
         check_choice("weight_decay_exempt", weight_decay_exempt, [*get_args(WeightDecayExempt), None])
         self.weight_decay_exempt: WeightDecayExempt | None = weight_decay_exempt
         self.enabled: bool = enabled
@@ -85,13 +109,23 @@ class RevisitedBatchNorm(Callback):
         self._monitor: Callback = own if enabled and own is not None else Callback()
         self._rewriting = Rewriting(self._selection)
         name = type(self).__name__
-        self._rules = UpdateRules(name, self._selection, self.scale_lr_divisor, self.weight_decay_exempt)
+        self._eps = EpsState(name, check_eps(eps))
+        learning = RuleSettings(self.scale_lr_divisor, self.shift_lr_multiplier, self.weight_decay_exempt)
+        self._rules = UpdateRules(name, self._selection, learning)
+        self._trainer: weakref.ref[Trainer] | None = None
         self._wraps: list[NextCall] = []
+        self._is_resumed = False
+        self._evaluations: weakref.WeakKeyDictionary[Trainer, EvaluationEps] = weakref.WeakKeyDictionary()
 
     @property
     def scale(self) -> float | Mapping[str, float]:
         """The value, or values by name pattern, that scales start from."""
         return self._selection.scale
+
+    @property
+    def eps(self) -> float | None:
+        """The eps that fresh layers get; None if they keep their own."""
+        return self._eps.eps
 
     @property
     def include(self) -> Sequence[str]:
@@ -120,6 +154,8 @@ class RevisitedBatchNorm(Callback):
         return {
             "scale": dict(scale) if isinstance(scale, Mapping) else scale,
             "scale_lr_divisor": self.scale_lr_divisor,
+            "shift_lr_multiplier": self.shift_lr_multiplier,
+            "eps": self.eps,
             "weight_decay_exempt": self.weight_decay_exempt,
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -135,14 +171,16 @@ class RevisitedBatchNorm(Callback):
     @property
     def report(self) -> InitReport:
         """What was found in the model and what was done about it; complete once a fit has started."""
-        return InitReport(tuple(self._rewriting.records))
+        return InitReport(tuple(note_eps(self._rewriting.records, self._eps.before)))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
+            if self.enabled:
+                records = self._selection.look(pl_module)
+                self._evaluations[trainer] = EvaluationEps(type(self).__name__, self._eps, pl_module, records)
             return
-        # Another callback's error in on_exception keeps Lightning from calling ours: what is left of that fit goes now.
-        self.teardown(trainer, pl_module, stage)
+        self._begin(trainer)
         # Where the Trainer has a monitor of its own, one is enough.
         others = any(isinstance(callback, BatchNormMonitor) for callback in callbacks_of(trainer))
         own = self._own_monitor if self.enabled and not others else None
@@ -150,6 +188,7 @@ class RevisitedBatchNorm(Callback):
         if not self.enabled:
             return
         self._rewriting.begin(pl_module)
+        self._eps.begin(pl_module)
         self._monitor.setup(trainer, pl_module, stage)
         warn_if_ignored(trainer.strategy)
         rewrite = functools.partial(self._rewrite, trainer, pl_module)
@@ -161,6 +200,7 @@ class RevisitedBatchNorm(Callback):
                 self._wraps.append(NextCall(pl_module, hook, followed_by(rewrite)))
         attach = functools.partial(self._rules.attach, trainer, pl_module, self._rewriting)
         self._wraps.append(NextCall(trainer.strategy, "setup_optimizers", followed_by(attach)))
+        self._rules.begin(trainer, functools.partial(self._follow, trainer, pl_module))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,8 +208,7 @@ class RevisitedBatchNorm(Callback):
             return
         self._unwrap()
         self._wraps += hyperparameters.announce(trainer, self._settings)
-        self._rewriting.settle(trainer, pl_module)
-        self._rules.attach(trainer, pl_module, self._rewriting)
+        self._settle(trainer, pl_module)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._tell(trainer)
 
@@ -179,15 +218,15 @@ class RevisitedBatchNorm(Callback):
             return
         if trainer.strategy.restore_checkpoint_after_setup:
             # Weights, and the names of the scales kept at zero, may have come from a checkpoint only now.
-            self._rewriting.settle(trainer, pl_module)
-            self._rules.remove()
-            self._rules.attach(trainer, pl_module, self._rewriting)
+            self._settle(trainer, pl_module)
             self._tell(trainer)
         hyperparameters.log(trainer, self._settings)
         self._monitor.on_train_start(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.enabled:  # optimizers that a loop of the user's own steps by itself are seen here at the latest
+            self._follow(trainer, pl_module)
         self._monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
@@ -205,15 +244,29 @@ class RevisitedBatchNorm(Callback):
         self._monitor.on_train_end(trainer, pl_module)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation(trainer)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation(trainer)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation(trainer)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._unwrap()
-        self._rules.remove()
-        self._rewriting.end()
-        self._monitor.teardown(trainer, pl_module, stage)
+        # Another Trainer may validate or test with the same callback in the middle of a fit.
+        self._end_evaluation(trainer)
+        if stage == "fit" and self._belongs_to(trainer):
+            self._end(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
+        self._end_evaluation(trainer)
+        if self._belongs_to(trainer):
+            self._abandon(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -222,34 +275,109 @@ class RevisitedBatchNorm(Callback):
         return {
             **self._settings,
             "zero_kept": sorted(self._rewriting.zero_kept),
+            **self._eps.state_dict(),
             "monitor": self._monitor.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not self.enabled:
+        # A Trainer that evaluates loads the state too; a fit that is under way must not take it.
+        if not self.enabled or self._evaluations:
             return
         for name, own in self._settings.items():
+            if name == "eps" and own is None:
+                continue  # what becomes of a restored eps is told once the layers are there
             if name in state_dict and state_dict[name] != own:
                 rank_zero_warn(
                     f"{type(self).__name__}: the checkpoint was made with {name}={state_dict[name]!r}, this run has "
                     f"{name}={own!r}. Restored scales keep their values; from here on this run's settings apply."
                 )
+        self._is_resumed = True
+        self._eps.restore(state_dict)
         if "zero_kept" in state_dict:
             self._rewriting.zero_kept = set(state_dict["zero_kept"])
         self._monitor.load_state_dict(state_dict.get("monitor", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind the wrapped methods, since their owners belong to this process."""
-        return {**self.__dict__, "_wraps": []}
+        """Leave behind Trainers and wrapped methods, which belong to this process."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "_evaluations"}
+        return {**kept, "_wraps": [], "_trainer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._evaluations = weakref.WeakKeyDictionary()
+
+    def _belongs_to(self, trainer: Trainer) -> bool:
+        return self._trainer is not None and self._trainer() is trainer
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Take the callback for a fit.
+
+        Raises:
+            MisconfigurationException: If another Trainer is in the middle of a fit with it.
+        """
+        other = self._trainer() if self._trainer is not None else None
+        if other is not None and other is not trainer and other.state.status == TrainerStatus.RUNNING:
+            raise MisconfigurationException(
+                f"{type(self).__name__} is in the middle of a fit of another Trainer: give each Trainer its own"
+            )
+        if other is not None:
+            # Another callback's error in on_exception keeps Lightning from calling ours: that fit is left now.
+            self._abandon(other, other.lightning_module)
+        self._trainer = weakref.ref(trainer)
+        self._is_resumed = False
+
+    def _abandon(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a fit that has failed; without an update the module becomes what it was."""
+        if not self._rules.has_stepped:
+            self._rewriting.give_back(trainer, pl_module)
+            self._eps.give_back(pl_module)
+        self._end(trainer, pl_module)
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = None
+        self._unwrap()
+        self._rules.remove()
+        self._rewriting.end()
+        self._monitor.teardown(trainer, pl_module, "fit")
 
     def _rewrite(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_damage(trainer.strategy, pl_module)
         self._rewriting.write(trainer, pl_module)
+        self._eps.choose(pl_module, self._rewriting.records)
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rewriting.settle(trainer, pl_module)
+        self._eps.choose(pl_module, self._rewriting.records)
+        self._eps.settle(pl_module)
+        self._rules.attach(trainer, pl_module, self._rewriting)
+
+    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep up with optimizers that were replaced, and with layers that were added to them."""
+        # Cheap to ask before every step, so that the walk through the model is made where something has changed.
+        if self._rules.are_current(trainer):
+            return
+        new = self._rewriting.write_new(pl_module)
+        self._eps.choose(pl_module, new)
+        self._rules.attach(trainer, pl_module, self._rewriting)
+        if new:
+            rewritten = sum(record.verdict == "rewrite" for record in new)
+            rank_zero_info(
+                f"{type(self).__name__}: {len(new)} batch norm layers were added, {new[0].name!r} for one; "
+                f"{rewritten} of them start from a new scale"
+            )
+
+    def _start_evaluation(self, trainer: Trainer) -> None:
+        if trainer in self._evaluations:
+            self._evaluations[trainer].start()
+
+    def _end_evaluation(self, trainer: Trainer) -> None:
+        evaluation = self._evaluations.pop(trainer, None)
+        if evaluation is not None:
+            evaluation.end()
 
     def _tell(self, trainer: Trainer) -> None:
-        name, optimizers = type(self).__name__, trainer.strategy.optimizers
-        tell(name, self.report, optimizers, self._rules.covered, self.scale_lr_divisor)
+        tell(type(self).__name__, self.report, trainer, self._rules, is_resumed=self._is_resumed)
 
     def _unwrap(self) -> None:
         while self._wraps:

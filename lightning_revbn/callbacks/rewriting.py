@@ -1,15 +1,16 @@
-"""What was found in a module, what was written into its scales, what was kept, and what is given back."""
+"""What was found in a module, what was written into it, what was kept, and what is given back."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_revbn.core.copies import networks_held_by
 from lightning_revbn.core.gathered import gathered
@@ -19,12 +20,22 @@ from lightning_revbn.lightning_compat import callbacks_of
 
 __all__ = ["Rewriting", "settled"]
 
+_Look: TypeAlias = tuple[float, ...]
+
+
+@dataclass
+class _Memory:
+    """What is remembered of a module from fit to fit, by the names of its layers."""
+
+    rewritten: set[str] = field(default_factory=lambda: set[str]())
+    zero_kept: set[str] = field(default_factory=lambda: set[str]())
+
 
 class Rewriting:
-    """The batch norm layers of one module through its fits: records, verdicts, and what was written.
+    """The batch norm layers of a module through its fits: records, verdicts, and what was written.
 
     `write` runs in setup, and again after hooks that make layers. `settle` runs once everything was made, moved and
-    restored, and `end` when the fit is over.
+    restored. `end` closes the fit; `give_back` undoes what was written where a fit ends before its first update.
 
     Args:
         selection: The settings that decide on every layer.
@@ -33,23 +44,34 @@ class Rewriting:
     def __init__(self, selection: Selection) -> None:
         self._selection = selection
         self.records: list[BatchNormRecord] = []
-        self.zero_kept: set[str] = set()
-        self._rewritten: set[str] = set()
+        # Weak keys: a module that is gone takes its memory along.
+        self._memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
+        self._memory = _Memory()
+        self._carried: tuple[_Memory, dict[str, _Look]] | None = None
         self._earlier_fits: frozenset[str] = frozenset()
         self._before: dict[str, _Before] = {}
-        self._module: weakref.ref[LightningModule] | None = None
+        self._copies: list[tuple[BatchNormRecord, _Before]] = []
+
+    @property
+    def zero_kept(self) -> set[str]:
+        """Names of the layers whose scale was kept at a deliberate zero, in the module of the last fit."""
+        return self._memory.zero_kept
+
+    @zero_kept.setter
+    def zero_kept(self, names: set[str]) -> None:
+        self._memory.zero_kept = names
 
     def begin(self, module: LightningModule) -> None:
-        """Start a fit; of another module than before, nothing is known yet.
+        """Start a fit with what earlier fits of the same module have left to know.
 
         Args:
             module: The module to be trained.
         """
-        if self._module is None or self._module() is not module:
-            self._module = weakref.ref(module)
-            self._rewritten, self.zero_kept = set(), set()
-        self._earlier_fits = frozenset(self._rewritten)
-        self._before = {}
+        if module not in self._memories:
+            self._memories[module] = self._recognized(module)
+        self._memory = self._memories[module]
+        self._earlier_fits = frozenset(self._memory.rewritten)
+        self._forget_before()
 
     def write(self, trainer: Trainer, module: LightningModule) -> None:
         """Write the scales of the layers that exist now, in the module and in copies that callbacks have made of it.
@@ -64,15 +86,34 @@ class Rewriting:
         with gathered(module, write=True, fsdp=False):
             records = self._judge(module)
             refuse([record for record in records if record.state != "unmaterialized"])
-            rewritten = [record for record in records if record.verdict == "rewrite"]
-            for record in rewritten:
-                if record.values is not None and not _has_target(record):
-                    self._before[record.name] = _Before(record)
-            copies = _copies_of_callbacks(trainer, module, rewritten)
-            write_scales([*records, *copies])
+            # A copy is known by its values, so it is looked for before anything is written.
+            copies = _copies_of_callbacks(trainer, module, [r for r in records if r.verdict == "rewrite"])
+            self._write(records)
+            self._copies += [(copy, _Before(copy)) for copy in copies if not _has_target(copy)]
+            write_scales(copies)
             self.records = records
-            self._rewritten |= {record.name for record in rewritten}
-            self.zero_kept |= set(zero_kept_names(records))
+            # A layer that is as torch makes it has not started at zero this time.
+            made_anew = {record.name for record in records if record.state == "fresh" and _is_held(record)}
+            self.zero_kept = (self.zero_kept - made_anew) | set(zero_kept_names(records))
+
+    def write_new(self, module: LightningModule) -> list[BatchNormRecord]:
+        """Write the scales of layers that were added while training.
+
+        Args:
+            module: The module in training.
+
+        Returns:
+            The records of the new layers.
+
+        Raises:
+            ValueError: If a new layer cannot be rewritten.
+        """
+        known = {record.name for record in self.records}
+        new = [record for record in self._selection.look(module) if record.name not in known]
+        refuse(new)
+        self._write(new)
+        self.records += new
+        return new
 
     def settle(self, trainer: Trainer, module: LightningModule) -> None:
         """Bring the records up to the layers as they are now that all were made, moved and perhaps restored.
@@ -87,14 +128,20 @@ class Rewriting:
         earlier = {record.name: record for record in self.records}
         with gathered(trainer.strategy.model or module, write=True):
             found = self._selection.look(module)
+            # A layer that was frozen since, by a hook or by a callback that comes after ours, is not to be changed.
             copies = {record.name for record in self.records if record.copy_of is not None}
-            frozen = [record for record in found if record.state == "frozen" and record.name not in copies]
-            self._give_back(trainer, module, frozen)
+            frozen = {
+                record.name for record in found if record.state == "frozen" and self._is_unchanged(record)
+            } - copies
+            self._fill_back(module, frozen | {r.name for r in self.records if r.copy_of in frozen})
             records = [settled(earlier.get(record.name), record) for record in found]
             self._selection.check_patterns_match(records)
             refuse(records)
-            write_scales(records)
+            self._write(records)
         self.records = records
+        # What was frozen, or brought by a checkpoint, is not ours to give back.
+        ours = {record.name for record in records if record.verdict == "rewrite"}
+        self._before = {name: before for name, before in self._before.items() if name in ours}
 
     def look(self, module: nn.Module) -> list[BatchNormRecord]:
         """List the layers as they are, for the update rule; scales kept at zero are remembered.
@@ -113,15 +160,45 @@ class Rewriting:
         self.zero_kept |= set(zero_kept_names(records))  # layers that are newer than a restored state, too
         return records
 
+    def give_back(self, trainer: Trainer, module: LightningModule) -> None:
+        """Undo every rewrite of a fit that has ended before its first update.
+
+        No rank waits for another here, since an exception may have come on one alone. A scale that DeepSpeed's ZeRO-3
+        has partitioned keeps the new value, since ranks could only fill it together.
+
+        Args:
+            trainer: The Trainer.
+            module: The module that was to be trained.
+        """
+        self._fill_back(module, set(self._before))
+        self._memory.rewritten -= self._before.keys() - self._earlier_fits
+        self._forget_before()
+
     def end(self) -> None:
-        """Forget the values from before the fit, and take back the orders to write lazy layers."""
-        self._before = {}
+        """Close the fit: forget the values from before it, and take back the orders to write lazy layers."""
+        self._forget_before()
         for record in self.records:
             forget_lazy(record)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave behind the module and its values, which belong to this process."""
-        return {**self.__dict__, "_module": None, "_before": {}}
+        """Leave behind the modules, which belong to this process; a copy knows the layers by what they look like."""
+        module = next((module for module, memory in self._memories.items() if memory is self._memory), None)
+        looks = {} if module is None else {record.name: _look(record) for record in self._selection.look(module)}
+        carried = self._carried if module is None else (self._memory, looks)
+        kept = {name: value for name, value in self.__dict__.items() if name != "_memories"}
+        return {**kept, "records": [], "_before": {}, "_copies": [], "_carried": carried}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._memories = weakref.WeakKeyDictionary()
+
+    def _recognized(self, module: nn.Module) -> _Memory:
+        """Return what the callback that this one was copied from knew of the layers that look the same."""
+        if self._carried is None:
+            return _Memory()
+        memory, looks = self._carried
+        same = {r.name for r in self._selection.look(module) if r.name in looks and looks[r.name] == _look(r)}
+        return _Memory(memory.rewritten & same, memory.zero_kept & same)
 
     def _judge(self, module: nn.Module) -> list[BatchNormRecord]:
         """Look at the layers; trained ones that an earlier fit has written are not new to us."""
@@ -133,19 +210,31 @@ class Rewriting:
         ]
         return self._selection.follow_copies(module, records)
 
-    def _give_back(self, trainer: Trainer, module: LightningModule, frozen: Sequence[BatchNormRecord]) -> None:
-        """Undo the rewrite of layers that were frozen since, by a hook or by a callback that comes after ours."""
-        written = [
-            record
-            for record in frozen
-            if _has_target(record) and record.name in self._before and self._before[record.name].is_same_layer(record)
-        ]
-        in_module = [record for record in self.records if record.copy_of in {record.name for record in written}]
-        for copy in (*in_module, *_copies_of_callbacks(trainer, module, written)):
-            if copy.copy_of is not None and _has_target(copy):
-                fill_scale(copy.module, self._before[copy.copy_of].scale)
-        for record in written:
-            fill_scale(record.module, self._before[record.name].scale)
+    def _write(self, records: list[BatchNormRecord]) -> None:
+        """Write scales, and remember what they were."""
+        for record in records:
+            if record.verdict == "rewrite":
+                self._memory.rewritten.add(record.name)
+                if record.name not in self._before and not _has_target(record):
+                    self._before[record.name] = _Before(record)
+        write_scales(records)
+
+    def _is_unchanged(self, record: BatchNormRecord) -> bool:
+        return record.name in self._before and self._before[record.name].is_same_layer(record)
+
+    def _fill_back(self, module: LightningModule, names: set[str]) -> None:
+        """Write back the values from before the fit where the new values still stand, in copies of these layers too."""
+        targets = {record.name: record.target for record in self.records if record.verdict == "rewrite"}
+        for record in self._selection.look(module) if names else ():
+            target = targets.get(record.name)
+            if record.name in names and target is not None and record.has_scale(target):
+                fill_scale(record.module, self._before[record.name].scale)
+        for copy, before in self._copies:
+            if copy.copy_of in names and _has_target(copy):
+                fill_scale(copy.module, before.scale)
+
+    def _forget_before(self) -> None:
+        self._before, self._copies = {}, []
 
 
 def settled(earlier: BatchNormRecord | None, present: BatchNormRecord) -> BatchNormRecord:
@@ -178,9 +267,13 @@ class _Before:
     """What a layer was before its scale was written."""
 
     def __init__(self, record: BatchNormRecord) -> None:
-        values = cast("Tensor", record.values)
-        # One number does for the shards of a scale too.
-        self.scale = values[0].item() if (values == values[0]).all() else values.clone()
+        # One number does for the shards of a scale too, and is known without reading them.
+        starts = {"fresh": 1.0, "lazy": 1.0, "zero": 0.0}
+        self.scale: float | Tensor
+        if record.state in starts:
+            self.scale = starts[record.state]
+        else:
+            self.scale = cast("Tensor", record.values).clone()
         mean = _running_mean(record)
         self._mean = None if mean is None else mean.clone()
 
@@ -190,8 +283,21 @@ class _Before:
         return mean is None or (self._mean is not None and torch.equal(self._mean.to(mean), mean))
 
 
+def _look(record: BatchNormRecord) -> _Look:
+    """Return numbers by which a trained layer is known again; of sharded and lazy layers there are none."""
+    tensors = (record.values, _running_mean(record), getattr(record.module, "running_var", None))
+    plain = [tensor for tensor in tensors if type(tensor) in (Tensor, nn.Parameter) and isinstance(tensor, Tensor)]
+    return tuple(float(tensor.detach().double().sum()) for tensor in plain if not tensor.is_meta)
+
+
+def _is_held(record: BatchNormRecord) -> bool:
+    """Tell whether this rank holds a part of the scale, so that its values are known here."""
+    return record.values is not None and record.values.numel() > 0
+
+
 def _running_mean(record: BatchNormRecord) -> Tensor | None:
-    return cast("Tensor | None", record.module.running_mean)
+    mean: object = getattr(record.module, "running_mean", None)
+    return mean if isinstance(mean, Tensor) and not is_lazy(mean) else None
 
 
 def _has_target(record: BatchNormRecord) -> bool:

@@ -1,20 +1,41 @@
-"""Puts the update rule on the optimizers of a fit, and takes it away."""
+"""Puts the update rule on the optimizers of a fit, keeps up with optimizers that are replaced, and takes it away."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_revbn.callbacks.engine_groups import check_engine_groups, what_groups_miss
+from lightning_revbn.callbacks.next_call import EveryCall
 from lightning_revbn.callbacks.rewriting import Rewriting
-from lightning_revbn.core.initialization import rule_scales
+from lightning_revbn.callbacks.rule_settings import RuleSettings
+from lightning_revbn.core.initialization import rule_scales, rule_shifts
 from lightning_revbn.core.layers import Selection
-from lightning_revbn.core.param_groups import WeightDecayExempt, exempt_parameters, is_divided
+from lightning_revbn.core.param_groups import exempt_parameters, is_divided
 from lightning_revbn.core.update_rule import ScaleUpdateRule
+from lightning_revbn.core.update_watch import UpdateWatch
 from lightning_revbn.lightning_compat import MisconfigurationException
 
 __all__ = ["UpdateRules"]
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """What the rule changes for."""
+
+    scales: list[nn.Parameter]
+    shifts: list[nn.Parameter]
+    exempt: list[nn.Parameter]
+
+    @property
+    def all(self) -> list[nn.Parameter]:
+        return [*self.scales, *self.shifts, *self.exempt]
 
 
 class UpdateRules:
@@ -23,26 +44,58 @@ class UpdateRules:
     Args:
         owner: What the user calls the callback, for messages.
         selection: The settings that decide on every layer.
-        divisor: The constant c.
-        weight_decay_exempt: What takes no weight decay.
+        settings: How scales and shifts learn.
     """
 
-    def __init__(
-        self, owner: str, selection: Selection, divisor: float, weight_decay_exempt: WeightDecayExempt | None
-    ) -> None:
+    def __init__(self, owner: str, selection: Selection, settings: RuleSettings) -> None:
         self._owner = owner
         self._selection = selection
-        self._divisor = divisor
-        self._exempt: WeightDecayExempt | None = weight_decay_exempt
-        self._rules: list[ScaleUpdateRule] = []
+        self.settings = settings
+        self._attached: list[_Attached] = []
+        self._seen: object = None
+        self._guard: EveryCall | None = None
+        self.has_stepped = False
 
     @property
     def covered(self) -> int:
         """How many scales learn with lr / c now."""
-        return sum(rule.covered for rule in self._rules)
+        return sum(attached.rule.covered for attached in self._attached)
+
+    @property
+    def covered_shifts(self) -> int:
+        """How many shifts learn with lr * k now."""
+        return sum(attached.rule.covered_shifts for attached in self._attached)
+
+    def begin(self, trainer: Trainer, follow: Callable[[], None]) -> None:
+        """Start a fit: from now on every step of the strategy is announced and checked.
+
+        Args:
+            trainer: The Trainer.
+            follow: Called before every step, to keep up with optimizers that were replaced.
+        """
+        self.has_stepped = False
+
+        def around(method: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            follow()
+            result = self._checked(optimizer, method, *args, **kwargs)
+            self.has_stepped = True
+            return result
+
+        self._guard = EveryCall(trainer.strategy, "optimizer_step", around)
+
+    def are_current(self, trainer: Trainer) -> bool:
+        """Tell whether optimizers and their parameters are the same as when the rules were attached.
+
+        Args:
+            trainer: The Trainer.
+
+        Returns:
+            Whether they are; True before rules were attached at all.
+        """
+        return self._seen is None or self._seen == _signature(trainer)
 
     def attach(self, trainer: Trainer, module: LightningModule, rewriting: Rewriting) -> None:
-        """Put the update rule on every optimizer that does not have it yet.
+        """Put the update rule on every optimizer of the strategy.
 
         Args:
             trainer: The Trainer.
@@ -52,36 +105,117 @@ class UpdateRules:
         Raises:
             MisconfigurationException: If the rule cannot hold for an optimizer.
         """
-        ruled = {id(rule.optimizer) for rule in self._rules}
-        optimizers = [optimizer for optimizer in trainer.strategy.optimizers if id(optimizer) not in ruled]
-        divided, exempt = self._choose(module, rewriting) if optimizers else ([], [])
-        for optimizer in optimizers if divided or exempt else ():
+        self._remove_rules()
+        optimizers = trainer.strategy.optimizers
+        parameters = self._choose(module, rewriting) if optimizers else _Parameters([], [], [])
+        for optimizer in optimizers if parameters.all else ():
             if isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance] # an engine's own
-                self._attach(optimizer, divided, exempt)
+                self._attach(optimizer, parameters)
             else:
-                check_engine_groups(self._owner, optimizer, trainer, self._selection, self._divisor, self._exempt)
+                check_engine_groups(self._owner, optimizer, trainer, self._selection, self.settings)
+        self._seen = _signature(trainer)
 
     def remove(self) -> None:
-        """Take the rules away."""
-        while self._rules:
-            self._rules.pop().remove()
+        """Take the rules away, and follow no more."""
+        self._remove_rules()
+        if self._guard is not None:
+            self._guard.undo()
+            self._guard = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave behind the rules, since optimizers belong to this process."""
-        return {**self.__dict__, "_rules": []}
+        """Leave behind the rules, since optimizers and the strategy belong to this process."""
+        return {**self.__dict__, "_attached": [], "_seen": None, "_guard": None}
 
-    def _choose(self, module: nn.Module, rewriting: Rewriting) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Return the scales that are to learn with lr / c, and the parameters that take no weight decay."""
-        records = rewriting.look(module)
-        divided = rule_scales(records, sorted(rewriting.zero_kept)) if self._divisor > 1 else []
-        return divided, exempt_parameters(module, self._exempt, records=records) if records else []
+    def _remove_rules(self) -> None:
+        self._seen = None
+        while self._attached:
+            self._attached.pop().rule.remove()
 
-    def _attach(self, optimizer: Optimizer, divided: list[nn.Parameter], exempt: list[nn.Parameter]) -> None:
+    def _choose(self, module: nn.Module, rewriting: Rewriting) -> _Parameters:
+        """Return the scales that learn with lr / c, the shifts that learn with lr * k, and all without weight decay."""
+        records, settings = rewriting.look(module), self.settings
+        return _Parameters(
+            rule_scales(records, sorted(rewriting.zero_kept)) if settings.divisor > 1 else [],
+            rule_shifts(records) if settings.shift_multiplier != 1 else [],
+            exempt_parameters(module, settings.weight_decay_exempt, records=records) if records else [],
+        )
+
+    def _attach(self, optimizer: Optimizer, parameters: _Parameters) -> None:
         try:
-            rule = ScaleUpdateRule(optimizer, divided, self._divisor, exempt, warn_if_unused=False)
+            rule = ScaleUpdateRule(
+                optimizer,
+                parameters.scales,
+                self.settings.divisor,
+                parameters.exempt,
+                shifts=parameters.shifts,
+                shift_multiplier=self.settings.shift_multiplier,
+                warn_if_unused=False,
+            )
         except (TypeError, ValueError) as error:
-            if is_divided(optimizer, divided, exempt):
+            if is_divided(optimizer, parameters.scales, parameters.exempt, parameters.shifts):
                 return  # its own groups do what the rule would do
-            missing = what_groups_miss(optimizer, self._exempt)
+            missing = what_groups_miss(optimizer, self.settings.weight_decay_exempt)
             raise MisconfigurationException(f"{self._owner}: {error}{missing}") from error
-        self._rules.append(rule)
+        self._attached.append(_Attached(rule, parameters))
+
+    def _checked(self, optimizer: Optimizer, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Make a step, which must pass by the rule: a `step` that was replaced on the optimizer may run no hooks."""
+        attached = next((attached for attached in self._attached if attached.rule.optimizer is optimizer), None)
+        if attached is None:
+            return method(optimizer, *args, **kwargs)
+        attached.before_step()
+        result = method(optimizer, *args, **kwargs)
+        if attached.has_passed_by():
+            raise MisconfigurationException(
+                f"{self._owner}: {type(optimizer).__name__} has updated without running torch's step hooks, so scales "
+                "learned with the full learning rate. Its step() was replaced, by a wrapper or a patch: let the new "
+                "step() call the class's own, or build the optimizer from scale_param_groups"
+            )
+        return result
+
+
+class _Attached:
+    """A rule on an optimizer, and what tells whether a step has passed it by.
+
+    Args:
+        rule: The rule.
+        parameters: What it changes.
+    """
+
+    def __init__(self, rule: ScaleUpdateRule, parameters: _Parameters) -> None:
+        self.rule = rule
+        self._ids = {id(parameter) for parameter in parameters.all}
+        self._step = _own_step(rule.optimizer)
+        self._watch = UpdateWatch()
+        self._updates = 0
+
+    def before_step(self) -> None:
+        """Look at a parameter of the rule."""
+        rule = self.rule
+        self._updates = rule.updates
+        # Values tell what the version does not, such as an update by a fused optimizer. They are compared until the
+        # rule has seen an update, and after `step` was replaced.
+        self._watch.by_value = not rule.updates or _own_step(rule.optimizer) is not self._step
+        held = (parameter for group in rule.optimizer.param_groups for parameter in group["params"])
+        covered = (p for p in held if id(p) in self._ids and p.requires_grad and not is_lazy(p) and p.numel())
+        self._watch.start(next(covered, None))
+
+    def has_passed_by(self) -> bool:
+        """Tell whether the step has updated a parameter of the rule without the rule."""
+        if self.rule.updates != self._updates:
+            self._step = _own_step(self.rule.optimizer)
+            return False
+        return self._watch.has_changed()
+
+
+def _own_step(optimizer: Optimizer) -> object:
+    """Return the `step` that was set on an optimizer, such as the one by which a scheduler counts; None if none was."""
+    return vars(optimizer).get("step")
+
+
+def _signature(trainer: Trainer) -> list[tuple[int, int]]:
+    """Return what changes when optimizers are replaced or get parameters."""
+    return [
+        (id(optimizer), sum(len(group["params"]) for group in optimizer.param_groups))
+        for optimizer in trainer.strategy.optimizers
+    ]

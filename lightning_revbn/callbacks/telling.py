@@ -9,44 +9,111 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_revbn.callbacks.engine_groups import permanent_groups
+from lightning_revbn.callbacks.rule_settings import RuleSettings
+from lightning_revbn.callbacks.rules import UpdateRules
+from lightning_revbn.core.identity import scale_1_terms
 from lightning_revbn.core.initialization import InitReport
 from lightning_revbn.core.layers import BatchNormRecord
+from lightning_revbn.core.param_groups import GROUP_MARK
 from lightning_revbn.core.table import use_rich
 from lightning_revbn.lightning_compat import rank_zero_only, rank_zero_warn
 
 __all__ = ["tell"]
 
 
-def tell(owner: str, report: InitReport, optimizers: Sequence[Any], covered: int, divisor: float) -> None:
+def tell(owner: str, report: InitReport, trainer: Trainer, rules: UpdateRules, *, is_resumed: bool) -> None:
     """Print the table of layers, and warn where nothing or only half of the method happens.
 
     Args:
         owner: What the user calls the callback.
         report: The layers and what was done to each.
-        optimizers: Those of the fit.
-        covered: How many scales the update rules cover.
-        divisor: The constant c.
+        trainer: The Trainer.
+        rules: The update rules on them.
+        is_resumed: Whether the fit goes on from a checkpoint of a run with the callback.
     """
     if not report.records:
         rank_zero_warn(f"{owner} has no effect: the model has no batch norm layers")
         return
+    optimizers: list[Any] = trainer.strategy.optimizers
     permanent = [(own, group) for own in optimizers for group in permanent_groups(own)]
-    rate = f"{covered} scales learn with lr / {divisor:g}" if divisor > 1 else ""
-    if permanent and not covered:
-        # An engine's optimizer holds flat copies.
-        held = sum(len(group["params"]) for own, group in permanent if isinstance(own, Optimizer))
-        rate = f"{held or 'the'} scales learn with the learning rate of their groups, made by scale_param_groups"
-    _print_report(owner, report, rate)
-    if not report.rewritten and not covered and not permanent:
-        rank_zero_warn(f"{owner} has no effect: no scale was rewritten, and none learns with lr / {divisor:g}")
-    elif divisor > 1 and not covered and not permanent:
+    lines = (_rates(rules, permanent), _eps(report), _at_scale_1(trainer.lightning_module, report, rules))
+    _print_report(owner, report, "\n".join(line for line in lines if line))
+    divides, multiplies = rules.settings.divisor > 1, rules.settings.shift_multiplier != 1
+    learns = rules.covered or rules.covered_shifts or permanent
+    if not report.rewritten and not learns:
+        rank_zero_warn(f"{owner} has no effect: no scale was rewritten, and {_nothing_learns(rules.settings)}")
+    elif divides and not rules.covered and not permanent:
         rank_zero_warn(f"{owner}: no optimizer holds a batch norm scale, so none learns with lr / c")
-    elif covered:  # an engine that trains 16-bit copies of its own numbers is not among them
-        _warn_of_rounding(owner, report.records, divisor)
+    elif multiplies and not rules.covered_shifts and not permanent:
+        rank_zero_warn(f"{owner}: no optimizer holds a batch norm shift, so none learns with lr * k")
+    if rules.covered and not is_resumed:
+        _warn_of_half(owner, report, rules)
+    if rules.covered:  # an engine that trains 16-bit copies of its own numbers is not among them
+        _warn_of_rounding(owner, report.records, rules.settings.divisor)
+
+
+def _rates(rules: UpdateRules, permanent: Sequence[tuple[Any, dict[str, Any]]]) -> str:
+    """Say in a line for each how scales and shifts learn."""
+    settings = rules.settings
+    if permanent and not rules.covered:
+        # An engine's optimizer holds flat copies.
+        groups = [group for own, group in permanent if isinstance(own, Optimizer) and GROUP_MARK in group]
+        held = sum(parameter.requires_grad for group in groups for parameter in group["params"])
+        return f"{held or 'the'} scales learn with the learning rate of their groups, made by scale_param_groups"
+    scales = f"{rules.covered} scales learn with lr / {settings.divisor:g}" if settings.divisor > 1 else ""
+    fast = settings.shift_multiplier != 1
+    shifts = f"{rules.covered_shifts} shifts learn with lr * {settings.shift_multiplier:g}" if fast else ""
+    return "\n".join(line for line in (scales, shifts) if line)
+
+
+def _eps(report: InitReport) -> str:
+    """Say where eps was set that no `state_dict` holds it."""
+    values = {record.eps for record in report.records if record.eps_before is not None and record.eps is not None}
+    if not values:
+        return ""
+    numbers = " and ".join(f"{value:g}" for value in sorted(values))
+    return f"No state_dict holds eps: to load this network without the callback, write eps={numbers} into its layers"
+
+
+def _at_scale_1(module: nn.Module, report: InitReport, rules: UpdateRules) -> str:
+    """Say what the settings amount to at scale 1, for networks of ReLU whose scales all start alike."""
+    scales = [record for record in report.records if record.state not in ("no scale", "input")]
+    starts = {(record.target, record.eps) for record in scales}
+    if len(starts) != 1 or any(record.verdict != "rewrite" for record in scales):
+        return ""
+    if not any(isinstance(part, nn.ReLU) for part in module.modules()):
+        return ""
+    target, eps = next(iter(starts))
+    if target is None or eps is None:
+        return ""
+    return str(scale_1_terms(target, rules.settings.divisor, rules.settings.shift_multiplier, eps))
+
+
+def _nothing_learns(settings: RuleSettings) -> str:
+    if settings.shift_multiplier != 1 and settings.divisor <= 1:
+        return f"no shift learns with lr * {settings.shift_multiplier:g}"
+    return f"none learns with lr / {settings.divisor:g}"
+
+
+def _warn_of_half(owner: str, report: InitReport, rules: UpdateRules) -> None:
+    """Warn where scales learn slowly from values that the method has not written: a pretrained network, mostly."""
+    judged = [record for record in report.records if record.state not in ("no scale", "excluded", "input", "frozen")]
+    asked = [record for record in judged if record.target is not None and record.target < 1]
+    known = ("trained in an earlier fit",)
+    if not asked or any(record.verdict == "rewrite" or record.reason in known for record in asked):
+        return
+    first = asked[0]
+    rank_zero_warn(
+        f"{owner} applies half of the method: no scale was rewritten, since none of the {len(asked)} layers is freshly "
+        f"initialised ({first.name!r}: {first.reason}), yet {rules.covered} scales learn with "
+        f"lr / {rules.settings.divisor:g}. To start these scales anew, set trained='overwrite' (and zero_scale for "
+        "scales at 0); to train them as before, set scale_lr_divisor=1 or leave the callback out"
+    )
 
 
 def _warn_of_rounding(owner: str, records: Sequence[BatchNormRecord], divisor: float) -> None:

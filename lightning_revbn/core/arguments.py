@@ -137,7 +137,7 @@ def _check_scale_value(value: object, where: str) -> float:
         raise TypeError(f"{where} must be a number above 0 (the method: below 1), got {value!r}")
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{where}={value!r} must be finite and positive; the method uses values below 1, such as 0.1")
-    if number >= 1:
+    if number > 1:
         warnings.warn(
             f"{where}={value!r}: the method starts batch norm scales below 1 (torch starts them at 1)", stacklevel=2
         )

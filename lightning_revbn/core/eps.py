@@ -25,7 +25,7 @@ from lightning_revbn.core.layers import BatchNormRecord, eps_of, find_batch_norm
 from lightning_revbn.core.module_names import unwrapped
 from lightning_revbn.core.table import first_to_last, plain_table, rich_table
 
-__all__ = ["EPS_KEY", "EpsReport", "LayerEps", "choose_eps", "set_eps", "write_eps"]
+__all__ = ["EPS_KEY", "EpsReport", "LayerEps", "choose_eps", "layers_with_eps", "set_eps", "write_eps"]
 
 EPS_KEY = "eps_by_layer"
 """Key under which a callback's state in a checkpoint has the eps that was set, by the layer's name."""
@@ -158,7 +158,7 @@ def choose_eps(module: nn.Module, records: Sequence[BatchNormRecord], eps: float
     untrained = not any(map(_is_trained, records))
     chosen = {record.name: eps for record in records if _takes_eps(record, untrained)}
     scales = {id(record.scale) for record in records if record.name in chosen and record.scale is not None}
-    layers = _layers(module).items()
+    layers = layers_with_eps(module).items()
     return chosen | {name: eps for name, layer in layers if id(getattr(layer, "weight", None)) in scales}
 
 
@@ -178,7 +178,7 @@ def write_eps(module: nn.Module, values: Mapping[str, float | None]) -> dict[str
     """
     if not values:
         return {}
-    layers = _layers(module)
+    layers = layers_with_eps(module)
     missing = [name for name in values if name not in layers]
     if missing:
         raise ValueError(
@@ -209,7 +209,7 @@ def _takes_eps(record: BatchNormRecord, untrained: bool) -> bool:
         return is_lazy(statistics) or (not statistics.is_meta and not statistics_moved(record.module))
     if record.state == "trained" and record.verdict == "skip":
         return not _is_trained(record)
-    return record.verdict == "rewrite" or record.state == "zero"
+    return record.verdict == "rewrite" or record.state in ("fresh", "lazy", "zero", "copy")
 
 
 def _is_trained(record: BatchNormRecord) -> bool:
@@ -222,7 +222,14 @@ def _running_mean(record: BatchNormRecord) -> Tensor | None:
     return cast("Tensor | None", record.module.running_mean)
 
 
-def _layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return every module that has an eps, by name; records tell which of them are batch norm layers."""
+def layers_with_eps(module: nn.Module) -> dict[str, nn.Module]:
+    """List every module that has an eps; records tell which of them are batch norm layers.
+
+    Args:
+        module: The model.
+
+    Returns:
+        The modules by dotted name.
+    """
     modules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
     return {unwrapped(path): layer for path, layer in modules if hasattr(layer, "eps")}

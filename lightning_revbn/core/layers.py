@@ -227,7 +227,10 @@ class Selection:
                 state, reason = "excluded", "not selected by the patterns"
             else:
                 state, reason = _state_of(layer, target, other_owners)
-            records.append(BatchNormRecord(name, layer, self._judge(state), reason, state, target))
+            verdict = self._judge(state)
+            if target == 1.0 and verdict == "rewrite":
+                verdict, reason = "skip", "scale=1 writes nothing"
+            records.append(BatchNormRecord(name, layer, verdict, reason, state, target))
         return records
 
     def follow_copies(self, module: nn.Module, records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
@@ -245,7 +248,7 @@ class Selection:
         originals = {
             record.name: record
             for record in records
-            if record.verdict == "rewrite" and record.state in ("fresh", "zero")
+            if record.state in ("fresh", "zero") and (record.verdict == "rewrite" or record.target == 1.0)
         }
         frozen = [
             record.name
@@ -328,7 +331,7 @@ def copies_in(holder: nn.Module, module: nn.Module, originals: Sequence[BatchNor
 def _as_copy(record: BatchNormRecord, original: BatchNormRecord) -> BatchNormRecord:
     reason = f"copy of {original.name or 'the model'}"
     return replace(
-        record, verdict="rewrite", reason=reason, state="copy", target=original.target, copy_of=original.name
+        record, verdict=original.verdict, reason=reason, state="copy", target=original.target, copy_of=original.name
     )
 
 

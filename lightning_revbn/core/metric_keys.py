@@ -17,6 +17,7 @@ __all__ = [
     "SCALE_LR",
     "SCALE_MEAN",
     "SHIFT_DRIFT",
+    "SHIFT_LR",
     "SHIFT_MEAN",
     "STATISTICS",
     "WHOLE_MODEL_QUANTITIES",
@@ -40,6 +41,8 @@ SHIFT_MEAN = "shift_mean"
 SHIFT_DRIFT = "shift_drift"
 SCALE_LR = "scale_lr"
 """The learning rate that scales are updated with."""
+SHIFT_LR = "shift_lr"
+"""The learning rate that shifts are updated with, where it is another than their group's."""
 NORMALIZED_ABSMAX = "normalized_absmax"
 """The greatest `|x_hat|` of a batch."""
 NORMALIZED_OVER_3 = "normalized_over_3"
@@ -47,7 +50,7 @@ NORMALIZED_OVER_3 = "normalized_over_3"
 
 ACTIVATION_QUANTITIES = (NORMALIZED_ABSMAX, NORMALIZED_OVER_3)
 """Quantities that `BatchNormMonitor(activations=True)` adds, for layers and for the whole model."""
-WHOLE_MODEL_QUANTITIES = (SCALE_MEAN, SCALE_DRIFT, SHIFT_DRIFT, SCALE_LR, *ACTIVATION_QUANTITIES)
+WHOLE_MODEL_QUANTITIES = (SCALE_MEAN, SCALE_DRIFT, SHIFT_DRIFT, SCALE_LR, SHIFT_LR, *ACTIVATION_QUANTITIES)
 """Quantities over all layers; callbacks and the progress bar see them too."""
 
 

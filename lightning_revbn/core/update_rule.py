@@ -204,7 +204,7 @@ class ScaleUpdateRule:
 
     def _count(self, role: Role) -> int:
         return sum(
-            self._coverage.role(parameter, group) == role
+            parameter.requires_grad and self._coverage.role(parameter, group) == role
             for group in self._optimizer.param_groups
             for parameter in group["params"]
         )

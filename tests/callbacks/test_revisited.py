@@ -33,6 +33,8 @@ from torch.nn.functional import cross_entropy
 from lightning_revbn import BatchNormMonitor, InputBatchNorm, RevisitedBatchNorm, ScaleUpdateRule, init_batch_norms
 from lightning_revbn.core.update_rule import active_rule
 
+HALF = "applies half of the method: no scale was rewritten"
+
 
 def scale_values(module: nn.Module) -> list[float]:
     values = [scale.unique() for scale in scales(module)]
@@ -161,7 +163,8 @@ class Pretrained(LitNet):
 
 
 def test_weights_loaded_in_the_modules_own_setup_are_kept(tmp_path: Path) -> None:
-    trainer(tmp_path, callback := quiet(include=["model.*"])).fit(module := Pretrained(), loader())
+    with pytest.warns(UserWarning, match=HALF):
+        trainer(tmp_path, callback := quiet(include=["model.*"])).fit(module := Pretrained(), loader())
     assert module.first_scale == pytest.approx(0.7)
     assert {record.state for record in callback.report.left_alone} == {"trained", "excluded"}
 
@@ -253,7 +256,8 @@ def test_a_pretrained_network_keeps_its_scales_and_the_report_says_so(tmp_path: 
     module.model(images(8)[0])
     nn.init.uniform_(module.model.bn1.weight)
     trained = module.model.bn1.weight.detach().clone()
-    trainer(tmp_path, callback := quiet()).fit(module, loader())
+    with pytest.warns(UserWarning, match=HALF):
+        trainer(tmp_path, callback := quiet()).fit(module, loader())
     assert torch.equal(module.model.bn1.weight, trained)
     assert {record.reason for record in callback.report.records} == {"its running statistics are not fresh"}
 
@@ -319,9 +323,9 @@ def test_the_switch_turns_everything_off(tmp_path: Path) -> None:
 def test_scale_one_without_divisor_and_exemption_changes_nothing(tmp_path: Path) -> None:
     plain, neutral = LitNet(), LitNet()
     trainer(tmp_path).fit(plain, loader())
-    with pytest.warns(UserWarning, match="the method starts batch norm scales below 1"):
-        callback = quiet(scale=1.0, scale_lr_divisor=1, weight_decay_exempt=None)
-    trainer(tmp_path, callback).fit(neutral, loader())
+    callback = quiet(scale=1.0, scale_lr_divisor=1, weight_decay_exempt=None)
+    with pytest.warns(UserWarning, match="has no effect: no scale was rewritten"):
+        trainer(tmp_path, callback).fit(neutral, loader())
     assert_same_parameters(plain, neutral)
 
 
@@ -696,7 +700,8 @@ def test_a_run_saved_with_the_callback_resumes_without_it(tmp_path: Path) -> Non
 
 
 def test_a_run_saved_without_the_callback_resumes_with_it_and_keeps_its_scales(tmp_path: Path) -> None:
-    module, run = resume(tmp_path, [], [callback := quiet()])
+    with pytest.warns(UserWarning, match=HALF):
+        module, run = resume(tmp_path, [], [callback := quiet()])
     assert run.global_step == 12
     assert all(scale.mean() > 0.8 for scale in scales(module))
     assert [record.verdict for record in callback.report.records] == ["skip"] * 3
@@ -839,9 +844,10 @@ def test_wrong_settings_are_refused_when_the_callback_is_made(options: dict[str,
 
 def test_the_settings_can_be_read_back() -> None:
     callback = RevisitedBatchNorm(
-        {"a": 0.2}, 10, "norm", ["a*"], ["ab"], "overwrite", "error", BatchNormMonitor(3), False
+        {"a": 0.2}, 10, 3, 1e-3, "norm", ["a*"], ["ab"], "overwrite", "error", BatchNormMonitor(3), False
     )
     assert (callback.scale, callback.scale_lr_divisor, callback.weight_decay_exempt) == ({"a": 0.2}, 10.0, "norm")
+    assert (callback.shift_lr_multiplier, callback.eps) == (3.0, 1e-3)
     assert (tuple(callback.include), tuple(callback.exclude)) == (("a*",), ("ab",))
     assert (callback.zero_scale, callback.trained, callback.enabled) == ("overwrite", "error", False)
     assert callback.monitor is not None

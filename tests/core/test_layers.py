@@ -171,10 +171,11 @@ def test_an_empty_scale_mapping_is_refused() -> None:
         find_batch_norms(residual_net(), {})
 
 
-@pytest.mark.parametrize("scale", [1.0, 2])
-def test_a_scale_of_one_or_more_warns(scale: float) -> None:
+def test_a_scale_above_one_warns_and_a_scale_of_one_writes_nothing() -> None:
     with pytest.warns(UserWarning, match="the method starts batch norm scales below 1"):
-        find_batch_norms(residual_net(), scale)
+        find_batch_norms(residual_net(), 2)
+    records = find_batch_norms(residual_net(), 1.0, zero_scale="overwrite", trained="overwrite")
+    assert {(record.verdict, record.reason) for record in records} == {("skip", "scale=1 writes nothing")}
 
 
 @pytest.mark.parametrize("options", [{"zero_scale": "drop"}, {"trained": True}])

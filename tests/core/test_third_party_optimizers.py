@@ -9,9 +9,9 @@ import pytest
 import pytorch_optimizer
 import timm.optim
 import torch
-from helpers.by_hand import LR, C, by_hand
+from helpers.by_hand import LR, MULTIPLIERS, C, by_hand
 from helpers.loop import train
-from helpers.models import assert_same_parameters, images, residual_net, scales
+from helpers.models import assert_same_parameters, images, residual_net, scales, shifts
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -25,14 +25,16 @@ NAMES = [n for n in timm.optim.list_optimizers() if not n.startswith(NEED_CUDA) 
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # deprecations inside some of them
+@pytest.mark.parametrize("multiplier", MULTIPLIERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_rule_equals_groups_made_by_hand(name: str) -> None:
+def test_the_rule_equals_groups_made_by_hand(name: str, multiplier: float) -> None:
     def trained(model: nn.Module, with_rule: bool) -> nn.Module:
-        groups = list(model.parameters()) if with_rule else by_hand(model, LR, 0.01)
+        groups = list(model.parameters()) if with_rule else by_hand(model, LR, 0.01, multiplier=multiplier)
         optimizer = timm.optim.create_optimizer_v2(groups, opt=name, lr=LR, weight_decay=0.01)
         torch.manual_seed(0)  # kron draws random numbers
         if with_rule:
-            with ScaleUpdateRule(optimizer, scales(model), C, scales(model)):
+            own = {"shifts": shifts(model), "shift_multiplier": multiplier}
+            with ScaleUpdateRule(optimizer, scales(model), C, scales(model), **own):
                 train(model, optimizer, steps=6)
         else:
             train(model, optimizer, steps=6)

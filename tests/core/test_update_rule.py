@@ -15,7 +15,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.by_hand import LR, C, by_hand
+from helpers.by_hand import LR, MULTIPLIERS, C, by_hand
 from helpers.loop import STEPS, ruled_sgd, train
 from helpers.models import assert_same_parameters, images, residual_net, scales, shifts
 from hypothesis import given, settings
@@ -76,9 +76,6 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
 def build(options: dict[str, Any], params: Any, **overrides: Any) -> Optimizer:
     options = {"lr": LR, **options, **overrides}
     return options.pop("cls")(params, **options)
-
-
-MULTIPLIERS = (1.0, 10.0)
 
 
 # SequentialLR of torch 2.5 passes an argument to the schedules inside it that these deprecate.

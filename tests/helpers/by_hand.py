@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from helpers.models import scales, shifts
 
 LR, C = 0.05, 100.0
+MULTIPLIERS = (1.0, 10.0)
 
 
 def by_hand(
@@ -21,7 +22,7 @@ def by_hand(
     multiplier: float = 1.0,
     exempt: bool = True,
 ) -> list[dict[str, Any]]:
-    """Return the groups a careful user would write: scales with lr / c and no decay, shifts with lr * k and decay / k."""
+    """Return the groups a careful user writes: scales with lr / c and no decay, shifts with lr * k and decay / k."""
     fast = shifts(model) if multiplier != 1 else []
     own = {id(parameter) for parameter in [*scales(model), *fast]}
     rest: dict[str, Any] = {"params": [p for p in model.parameters() if id(p) not in own], "lr": lr}

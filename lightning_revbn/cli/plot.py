@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from lightning_revbn.cli.figure_file import PlotError, check_output, matplotlib_needed, save_figure
 from lightning_revbn.cli.terminal import progress_bar, tell
-from lightning_revbn.core.arguments import UnmatchedPatternError, check_patterns_match
+from lightning_revbn.core.arguments import UnmatchedPatternError, check_patterns_match, matching_names
 from lightning_revbn.runs.batch_norm_runs import Run, read_runs
 from lightning_revbn.runs.logs import Log, find_logs
 from lightning_revbn.runs.names import one_line
@@ -147,7 +146,8 @@ def _choose_layers(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
         check_patterns_match("--layers", patterns, names)
     except UnmatchedPatternError as error:
         raise PlotError(str(error)) from error
-    chosen = [[layer for layer in run.layers if any(fnmatchcase(layer, p) for p in patterns)] for run in runs]
+    matching = matching_names(patterns, names)
+    chosen = [[layer for layer in run.layers if layer in matching] for run in runs]
     for run, layers in zip(runs, chosen, strict=True):
         if not layers:
             raise PlotError(f"--layers: no pattern matches a layer of {one_line(run.label)}")

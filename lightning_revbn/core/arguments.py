@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Literal, TypeAlias
@@ -18,6 +18,7 @@ __all__ = [
     "TrainedPolicy",
     "UnmatchedPatternError",
     "ZeroScalePolicy",
+    "as_integer",
     "as_number",
     "check_choice",
     "check_divisor",
@@ -26,6 +27,7 @@ __all__ = [
     "check_patterns",
     "check_patterns_match",
     "check_scale",
+    "matching_names",
     "nearest_names",
 ]
 
@@ -50,11 +52,32 @@ def check_patterns_match(argument: str, patterns: Iterable[str], names: Sequence
         UnmatchedPatternError: If a pattern matches none of the names.
     """
     for pattern in patterns if names else ():
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not matching_names([pattern], names):
             raise UnmatchedPatternError(
                 f"{argument}: the pattern {pattern!r} matches none of the model's {len(names)} batch norm layers; the "
                 f"nearest names are {', '.join(map(repr, nearest_names(pattern, names)))}"
             )
+
+
+def matching_names(patterns: Iterable[str], names: Collection[str]) -> set[str]:
+    """Find the names that match one of the patterns; every pattern of this package is read here.
+
+    Args:
+        patterns: `fnmatch` patterns. A pattern that is one of the names matches that name alone: a name such as
+            `stages[0].bn` is also a pattern, which would match `stages0.bn`.
+        names: Dotted names.
+
+    Returns:
+        The names that match.
+
+    Example:
+        >>> sorted(matching_names(["a[0]"], ["a[0]", "a0"])), sorted(matching_names(["a[01]"], ["a[0]", "a0"]))
+        (['a[0]'], ['a0'])
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        found.update({pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)})
+    return found
 
 
 def nearest_names(text: str, names: Sequence[str]) -> list[str]:
@@ -231,3 +254,22 @@ def as_number(value: object) -> float | None:
     if callable(item) and getattr(value, "ndim", None) == 0:
         value = item()  # NumPy is not imported for its types: their Python value tells a bool from a number
     return None if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+
+
+def as_integer(value: object) -> int | None:
+    """Read a whole number of Python or NumPy, or an array of whole numbers without dimensions.
+
+    Args:
+        value: The number.
+
+    Returns:
+        The number as an int; None if the value is no whole number, as a bool is none.
+
+    Example:
+        >>> as_integer(3), as_integer(3.0), as_integer(True)
+        (3, None, None)
+    """
+    item: object = getattr(value, "item", None)
+    if callable(item) and getattr(value, "ndim", None) == 0:
+        value = item()
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -11,7 +11,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_revbn.core.arguments import check_patterns, check_patterns_match
+from lightning_revbn.core.arguments import check_patterns, check_patterns_match, matching_names
 from lightning_revbn.core.global_batch_norm import global_batch_norm, ranks_in, update_running
 from lightning_revbn.core.moments import Kind, global_moments
 from lightning_revbn.core.torch_compat import BatchNormBase, has_hooks
@@ -64,9 +63,10 @@ def synchronize_batch_norms(model: _Model, process_group: Any = None, exclude: S
     layers = dict(_batch_norms(model))
     exclude = check_patterns("exclude", exclude)
     check_patterns_match("exclude", exclude, list(layers))
+    excluded = matching_names(exclude, layers)
     for name, layer in layers.items():
         synchronizes_itself = isinstance(layer, nn.SyncBatchNorm) or _Synchronized.of(layer) is not None
-        if not synchronizes_itself and not any(fnmatchcase(name, pattern) for pattern in exclude):
+        if not synchronizes_itself and name not in excluded:
             vars(layer)["forward"] = _Synchronized(name, layer, layer.forward, process_group)
     return model
 

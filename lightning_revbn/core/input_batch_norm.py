@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from typing_extensions import Self, override
 
+from lightning_revbn.core.arguments import as_integer, as_number
 from lightning_revbn.core.global_batch_norm import global_batch_norm, ranks_in, update_running
 from lightning_revbn.core.moments import Kind, global_moments
 
@@ -61,21 +62,22 @@ class InputBatchNorm(nn.Module):
         process_group: Any = None,
     ) -> None:
         super().__init__()
-        if num_features < 1:
+        channels, start = as_integer(num_features), as_number(scale)
+        if channels is None or channels < 1:
             raise ValueError(f"num_features={num_features!r} must be the number of channels, 1 or more")
-        if not scale > 0:
+        if start is None or not start > 0:
             raise ValueError(
                 f"scale={scale!r} must be above 0; the paper uses 0.58 times the scale of the other layers"
             )
-        self.num_features = num_features
-        self.scale = scale
-        self.eps = eps
-        self.momentum = momentum
+        self.num_features = channels
+        self.scale = start
+        self.eps = float(eps)
+        self.momentum = float(momentum)
         self.process_group = process_group
-        self.weight = nn.Parameter(torch.full((num_features,), scale))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
+        self.weight = nn.Parameter(torch.full((channels,), start))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     @override

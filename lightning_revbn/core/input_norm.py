@@ -6,14 +6,14 @@ The state is plain tensors, never buffers of a module: nothing rebroadcasts, cas
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import FrozenInstanceError, dataclass, replace
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_revbn.core.arguments import check_choice
+from lightning_revbn.core.arguments import as_integer, as_number, check_choice
 from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize, standardize
 from lightning_revbn.core.input_checks import InputError, check_input, refuse_faults
 from lightning_revbn.core.input_statistics import InputStatistics, LearnedStatistics, MissingStatisticsError
@@ -35,7 +35,10 @@ layer inside a network, in units of the scale of the batch norm before it."""
 _Mode: TypeAlias = Literal["batch", "running", "ema", "fixed"]
 _NanPolicy: TypeAlias = Literal["error", "ignore"]
 
+_Number = TypeVar("_Number", int, float)
+
 _LOOKS_NORMALIZED_AFTER = 256  # samples
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -98,28 +101,34 @@ class InputNorm:
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, get_args(_Mode))
         check_choice("nan_policy", self.nan_policy, get_args(_NanPolicy))
-        if not _is_int(self.num_features) or self.num_features < 1:
-            raise ValueError(f"num_features={self.num_features!r} must be the number of channels, 1 or more")
+        self._take("num_features", as_integer, lambda count: count >= 1, "be the number of channels, 1 or more")
         if self.channel_dim is None and self.num_features != 1:
             raise ValueError(
                 f"channel_dim=None takes all values together, so num_features must be 1, not {self.num_features}"
             )
-        if not (self.channel_dim is None or _is_int(self.channel_dim)):
-            raise ValueError(f"channel_dim={self.channel_dim!r} must be an integer or None")
+        if self.channel_dim is not None:
+            self._take("channel_dim", as_integer, lambda dim: True, "be an integer or None")
         for name in ("scale", "input_range"):
-            value = getattr(self, name)
-            if value != "auto" and not (_is_number(value) and value > 0):
-                raise ValueError(f'{name}={value!r} must be "auto" or a finite number above 0')
-        if not (_is_number(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps={self.eps!r} must be a finite number, 0 or more")
-        if not (_is_number(self.momentum) and 0 < self.momentum <= 1):
-            raise ValueError(f"momentum={self.momentum!r} must be above 0 and at most 1")
-        if self.freeze_after is not None and not (_is_int(self.freeze_after) and self.freeze_after > 0):
-            raise ValueError(f"freeze_after={self.freeze_after!r} must be a number of samples above 0, or None")
+            if not isinstance(getattr(self, name), str) or getattr(self, name) != "auto":
+                self._take(name, as_number, lambda number: number > 0, 'be "auto" or a finite number above 0')
+        self._take("eps", as_number, lambda eps: eps >= 0, "be a finite number, 0 or more")
+        self._take("momentum", as_number, lambda momentum: 0 < momentum <= 1, "be above 0 and at most 1")
+        if self.freeze_after is not None:
+            self._take("freeze_after", as_integer, lambda count: count > 0, "be a number of samples above 0, or None")
         if self.mode == "fixed" and self.freeze_after is not None:
             raise ValueError('mode="fixed" collects no statistics, so there is nothing for freeze_after to freeze')
         for name in ("mean", "std"):
             self._check_constants(name)
+
+    def _take(
+        self, name: str, read: Callable[[object], _Number | None], is_good: Callable[[_Number], bool], must: str
+    ) -> None:
+        """Put a plain number in the place of what was given: a NumPy scalar, an array without dimensions or a text."""
+        value: object = getattr(self, name)
+        number = read(value)
+        if number is None or not math.isfinite(number) or not is_good(number):
+            raise ValueError(f"{name}={value!r} must {must}")
+        object.__setattr__(self, name, number)
 
     def _check_constants(self, name: str) -> None:
         values: Sequence[float] | None = getattr(self, name)
@@ -136,6 +145,18 @@ class InputNorm:
             raise ValueError(f"{name}={numbers} must be finite" + (" and not negative" if name == "std" else ""))
         object.__setattr__(self, name, numbers)
 
+
+def _set(settings: InputNorm, name: str, value: object) -> None:
+    """Take a value that is there already, and no other.
+
+    Where omegaconf is installed, Lightning's loggers copy hyperparameters by writing every field of a dataclass again.
+    """
+    present = vars(settings).get(name, _MISSING)
+    if type(present) is not type(value) or present != value:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}: make another by dataclasses.replace")
+
+
+InputNorm.__setattr__ = _set
 
 # Hyperparameters of a DataModule may hold it, and checkpoints are loaded with weights_only=True.
 torch.serialization.add_safe_globals([InputNorm])  # pyright: ignore[reportUnknownMemberType] # torch does not type it
@@ -461,11 +482,3 @@ def _unit(settings: InputNorm, kind: Kind) -> float:
         return 1.0
     given = settings.input_range
     return (255.0 if kind is Kind.UINT8 else 1.0) if given == "auto" else given
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Literal, TypeAlias, cast, get_args
 
@@ -25,6 +24,7 @@ from lightning_revbn.core.arguments import (
     check_patterns,
     check_patterns_match,
     check_scale,
+    matching_names,
 )
 from lightning_revbn.core.copies import find_copies
 from lightning_revbn.core.gathered import is_partitioned
@@ -218,9 +218,10 @@ class Selection:
             One record a layer.
         """
         layers, other_owners = _walk(module)
+        targets = self._targets([name for name, _ in layers])
         records: list[BatchNormRecord] = []
         for name, layer in layers:
-            target = self._target(name)
+            target = targets.get(name)
             if target is not None and isinstance(layer, InputBatchNorm):
                 target = layer.scale
             if target is None:
@@ -250,10 +251,11 @@ class Selection:
             for record in records
             if record.state in ("fresh", "zero") and (record.verdict == "rewrite" or record.target == 1.0)
         }
+        excluded = matching_names(self.exclude, {record.name for record in records})
         frozen = [
             record.name
             for record in records
-            if record.state == "frozen" or (record.state == "excluded" and not self._excludes(record.name))
+            if record.state == "frozen" or (record.state == "excluded" and record.name not in excluded)
         ]
         matches = find_copies(module, frozen, module, originals) if frozen else {}
         found: list[BatchNormRecord] = []
@@ -282,18 +284,18 @@ class Selection:
         for argument, patterns in (("include", self.include), ("exclude", self.exclude), ("scale", mapped)):
             check_patterns_match(argument, patterns, names)
 
-    def _target(self, name: str) -> float | None:
-        """Return the scale asked for in a layer, or None where the patterns leave it out."""
-        if not any(fnmatchcase(name, pattern) for pattern in self.include):
-            return None
-        if self._excludes(name):
-            return None
-        if isinstance(self.scale, Mapping):
-            return next((value for pattern, value in self.scale.items() if fnmatchcase(name, pattern)), None)
-        return self.scale
-
-    def _excludes(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+    def _targets(self, names: Sequence[str]) -> dict[str, float]:
+        """Return the scale asked for in each layer; a layer that the patterns leave out has none."""
+        # A set, since every pattern is looked up among the names first.
+        known = set(names)
+        selected = matching_names(self.include, known) - matching_names(self.exclude, known)
+        if not isinstance(self.scale, Mapping):
+            return dict.fromkeys(selected, self.scale)
+        targets: dict[str, float] = {}
+        for pattern, value in self.scale.items():  # the first match counts
+            for name in matching_names([pattern], known) & selected:
+                targets.setdefault(name, value)
+        return targets
 
     def _judge(self, state: State) -> Verdict:
         if state == "zero":

@@ -217,3 +217,11 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
             main(["plot", *arguments])
         assert exit_.value.code == 2
         assert "usage: lightning-revbn" in capsys.readouterr().err
+
+
+def test_a_layer_whose_name_is_also_a_pattern_is_chosen_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = logged(tmp_path / "run", ["model.a[0]", "model.a0", "model.b"])
+    assert main(["plot", str(logs), "-o", str(tmp_path / "figure.png"), "--layers", "model.a[0]"]) == 0
+    assert "(1 run, 1 layer)" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import images, residual_net, scales
@@ -74,6 +75,13 @@ def test_only_the_scale_is_trained_and_sync_batchnorm_leaves_the_layer_alone() -
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"InputBatchNorm\(3\) takes inputs of shape \(N, 3, \*\), got"):
         InputBatchNorm(3)(torch.zeros(shape))
+
+
+def test_numbers_are_taken_from_numpy() -> None:
+    given, plain = InputBatchNorm(np.int64(3), np.array(0.5), np.float32(0.25), np.float64(0.5)), InputBatchNorm(3, 0.5, 0.25, 0.5)
+    values = torch.rand(4, 3, 5, 5)
+    assert torch.equal(given(values), plain(values))
+    assert repr(given) == repr(plain)
 
 
 @pytest.mark.parametrize("arguments", [{"num_features": 0}, {"num_features": 3, "scale": 0.0}])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,36 @@ from lightning_revbn.core.input_norm import InputError, MissingStatisticsError, 
 def test_impossible_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         InputNorm(**arguments)
+
+
+@pytest.mark.parametrize("form", [np.float32, np.array, torch.tensor, str], ids=["scalar", "array", "tensor", "text"])
+def test_numbers_are_taken_in_every_form_and_kept_as_pythons(form: Any) -> None:
+    settings = InputNorm(3, scale=form(0.5), momentum=form(0.25), eps=form(0.0), input_range=form(2.0), mode="ema")
+    assert settings == InputNorm(3, scale=0.5, momentum=0.25, eps=0.0, input_range=2.0, mode="ema")
+    assert {type(getattr(settings, name)) for name in ("scale", "momentum", "eps", "input_range")} == {float}
+
+
+@pytest.mark.parametrize("form", [np.int64, np.uint8, np.array, torch.tensor], ids=["int64", "uint8", "array", "tensor"])
+def test_whole_numbers_are_taken_in_every_form_and_kept_as_pythons(form: Any) -> None:
+    settings = InputNorm(form(3), channel_dim=form(2), freeze_after=form(8))
+    assert settings == InputNorm(3, channel_dim=2, freeze_after=8)
+    assert {type(getattr(settings, name)) for name in ("num_features", "channel_dim", "freeze_after")} == {int}
+    for wrong in (form(3) * 1.5, form(3) > 2, "3"):
+        with pytest.raises(ValueError, match="must be the number of channels, 1 or more"):
+            InputNorm(wrong)
+
+
+def test_settings_do_not_change() -> None:
+    settings = InputNorm(3)
+    settings.num_features = 3  # what Lightning does when it copies hyperparameters
+    for name, value in (("num_features", 4), ("num_features", 3.0), ("other", 1)):
+        with pytest.raises(FrozenInstanceError, match=f"cannot assign to field '{name}'"):
+            setattr(settings, name, value)
+    with pytest.raises(FrozenInstanceError):
+        del settings.scale
+    assert replace(settings, num_features=4) == InputNorm(4) != settings
+    assert {settings: 1}[copy.deepcopy(settings)] == 1
+    assert eval(repr(settings)) == settings
 
 
 def test_batch_mode_is_batch_norm_of_scaled_images() -> None:

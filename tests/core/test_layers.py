@@ -148,6 +148,16 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_names(optio
         find_batch_norms(residual_net(), **options)
 
 
+def test_a_literal_name_wins_over_its_reading_as_a_pattern() -> None:
+    model = nn.ModuleDict({"a[0]": nn.BatchNorm2d(4), "a0": nn.BatchNorm2d(4), "a1": nn.BatchNorm2d(4)})
+    out = ("skip", "excluded")
+    assert verdicts(model, exclude=["a[0]"]) == {"a[0]": out, "a0": FRESH, "a1": FRESH}
+    assert verdicts(model, include=["a[0]"]) == {"a[0]": FRESH, "a0": out, "a1": out}
+    assert verdicts(model, include=["a[01]"]) == {"a[0]": out, "a0": FRESH, "a1": FRESH}
+    targets = {record.name: record.target for record in find_batch_norms(model, {"a[0]": 0.5, "a?": 0.25})}
+    assert targets == {"a[0]": 0.5, "a0": 0.25, "a1": 0.25}
+
+
 def test_a_pattern_is_no_error_in_a_model_without_batch_norm() -> None:
     assert find_batch_norms(nn.Linear(2, 2), include=["backbone.*"]) == []
 

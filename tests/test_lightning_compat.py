@@ -15,6 +15,7 @@ from helpers.logs import rows
 from helpers.models import assert_same_parameters
 from helpers.private_names import private_names_of_lightning
 from helpers.raw import RawData, SeeingNet
+from helpers.scripts import run_code
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -156,3 +157,19 @@ def test_a_fit_goes_on_where_the_metrics_of_callbacks_are_copies(
     _, _, warned = fit(tmp_path, RevisitedBatchNorm(monitor=BatchNormMonitor(progress_bar=True)))
     assert len(warned) == 1
     assert name in warned[0]
+
+
+@pytest.mark.parametrize("first", ["import pytorch_lightning", "pass"])
+def test_callbacks_are_those_of_pytorch_lightning_however_they_are_imported(first: str) -> None:
+    said = run_code(
+        f"{first}\n"
+        "from lightning_revbn.callbacks.monitor import BatchNormMonitor\n"
+        "from lightning_revbn.callbacks.revisited import RevisitedBatchNorm\n"
+        "import lightning_revbn, pytorch_lightning as pl\n"
+        "options = dict(logger=False, enable_checkpointing=False, accelerator='cpu')\n"
+        "for direct in (BatchNormMonitor, RevisitedBatchNorm):\n"
+        "    run = pl.Trainer(callbacks=direct(), **options)\n"
+        "    print(any(type(callback) is direct for callback in run.callbacks), issubclass(direct, pl.Callback))\n"
+        "    print(direct is getattr(lightning_revbn, direct.__name__))\n"
+    )
+    assert said.split() == ["True"] * 6

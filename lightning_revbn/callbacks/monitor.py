@@ -33,6 +33,7 @@ from lightning_revbn.core.metric_keys import (
 from lightning_revbn.core.update_rule import scale_learning_rates, shift_learning_rates
 from lightning_revbn.lightning_compat import (
     accumulates,
+    adopt,
     is_logging_step,
     publish,
     rank_zero_warn,
@@ -140,6 +141,19 @@ class BatchNormMonitor(Callback):
         self._module: weakref.ref[LightningModule] | None = None
         self._fit: _Fit | None = None
         self._warned_unseen = False
+        self._needs_logger = True
+        adopt(BatchNormMonitor)  # pytorch_lightning may have been imported since the class was made
+
+    @classmethod
+    def by_default(cls) -> BatchNormMonitor:
+        """Make a monitor that the user has not asked for: without a logger it has nothing to say.
+
+        Returns:
+            The monitor with default settings.
+        """
+        monitor = cls()
+        monitor._needs_logger = False
+        return monitor
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -153,7 +167,8 @@ class BatchNormMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
         if not trainer.loggers:
-            rank_zero_warn(f"{name}: the Trainer has no logger, so per-layer batch norm statistics are not logged")
+            if self._needs_logger:
+                rank_zero_warn(f"{name}: the Trainer has no logger, so per-layer batch norm statistics are not logged")
         elif self.histograms and not _with_histograms(trainer):
             rank_zero_warn(f"{name}: histograms need a TensorBoardLogger or a WandbLogger, and the Trainer has neither")
         self._module = weakref.ref(pl_module)
@@ -282,8 +297,9 @@ class BatchNormMonitor(Callback):
                     f"{type(self).__name__}: no batch norm layer was seen at work, so there are no activations to log; "
                     "layers inside torch.compile and torch.func transforms cannot be seen"
                 )
-        for logger in trainer.loggers:
-            _log(logger, replace(event, metrics=metrics))
+        if metrics:  # a model without batch norm layers has none, and would get a row of nothing but the step
+            for logger in trainer.loggers:
+                _log(logger, replace(event, metrics=metrics))
         whole_model = (metric_key(self.prefix, "", quantity) for quantity in WHOLE_MODEL_QUANTITIES)
         summary = {key: metrics[key] for key in whole_model if key in metrics}
         publish(trainer, summary, progress_bar=self.progress_bar)
@@ -302,6 +318,9 @@ class BatchNormMonitor(Callback):
                 result[metric_key(self.prefix, layer, NORMALIZED_ABSMAX)] = absmax
                 result[metric_key(self.prefix, layer, NORMALIZED_OVER_3)] = over_3
         return result
+
+
+adopt(BatchNormMonitor)
 
 
 def _with_histograms(trainer: Trainer) -> bool:

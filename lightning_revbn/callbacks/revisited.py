@@ -32,6 +32,7 @@ from lightning_revbn.core.layers import Selection
 from lightning_revbn.core.param_groups import WeightDecayExempt
 from lightning_revbn.lightning_compat import (
     MisconfigurationException,
+    adopt,
     callbacks_of,
     overrides,
     rank_zero_info,
@@ -103,7 +104,7 @@ class RevisitedBatchNorm(Callback):
                 f"monitor must be True, False or a BatchNormMonitor, got {monitor!r}; in a configuration with targets "
                 "(Hydra, for one) give a mapping with _target_: lightning_revbn.BatchNormMonitor"
             )
-        own = (BatchNormMonitor() if monitor else None) if isinstance(monitor, bool) else monitor
+        own = (BatchNormMonitor.by_default() if monitor else None) if isinstance(monitor, bool) else monitor
         self._own_monitor: BatchNormMonitor | None = own
         # Where nothing is logged, a callback that does nothing takes the monitor's place.
         self._monitor: Callback = own if enabled and own is not None else Callback()
@@ -116,6 +117,7 @@ class RevisitedBatchNorm(Callback):
         self._wraps: list[NextCall] = []
         self._is_resumed = False
         self._evaluations: weakref.WeakKeyDictionary[Trainer, EvaluationEps] = weakref.WeakKeyDictionary()
+        adopt(RevisitedBatchNorm)  # pytorch_lightning may have been imported since the class was made
 
     @property
     def scale(self) -> float | Mapping[str, float]:
@@ -382,3 +384,6 @@ class RevisitedBatchNorm(Callback):
     def _unwrap(self) -> None:
         while self._wraps:
             self._wraps.pop().undo()
+
+
+adopt(RevisitedBatchNorm)

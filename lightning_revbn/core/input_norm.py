@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError, dataclass, replace
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -147,18 +147,19 @@ class InputNorm:
 
 
 def _set(settings: InputNorm, name: str, value: object) -> None:
-    """Take a value that is there already, and no other.
-
-    Where omegaconf is installed, Lightning's loggers copy hyperparameters by writing every field of a dataclass again.
-    """
+    """Take a value that is there already, and no other."""
     present = vars(settings).get(name, _MISSING)
     if type(present) is not type(value) or present != value:
         raise FrozenInstanceError(f"cannot assign to field {name!r}: make another by dataclasses.replace")
 
 
+# Hyperparameters may hold it. Where omegaconf is installed, Lightning's loggers copy a dataclass by writing every field
+# again, and omegaconf reads the types of the class, where it refuses Literal; LightningCLI reads those of __init__.
 InputNorm.__setattr__ = _set
+InputNorm.__init__.__annotations__ = get_type_hints(InputNorm)
+InputNorm.__annotations__ = dict.fromkeys(InputNorm.__annotations__, Any)
 
-# Hyperparameters of a DataModule may hold it, and checkpoints are loaded with weights_only=True.
+# Checkpoints hold hyperparameters, and are loaded with weights_only=True.
 torch.serialization.add_safe_globals([InputNorm])  # pyright: ignore[reportUnknownMemberType] # torch does not type it
 
 

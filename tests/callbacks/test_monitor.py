@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,25 @@ def test_without_a_logger_it_warns_once_and_training_goes_on(tmp_path: Path) -> 
     assert len([warning for warning in said if "no logger" in str(warning.message)]) == 1
     assert run.global_step == 6
     assert run.callback_metrics.keys() >= MODEL_KEYS
+
+
+def test_a_monitor_that_nobody_asked_for_is_silent_without_a_logger(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(tmp_path, RevisitedBatchNorm(), max_epochs=1).fit(LitNet(), loader(1))
+    assert not [warning for warning in said if "logger" in str(warning.message)]
+    run = trainer(tmp_path, RevisitedBatchNorm(monitor=BatchNormMonitor()), max_epochs=1)
+    with pytest.warns(UserWarning, match="BatchNormMonitor: the Trainer has no logger"):
+        run.fit(LitNet(), loader(1))
+
+
+@pytest.mark.parametrize("activations", [False, True])
+def test_a_model_without_batch_norm_layers_logs_nothing(activations: bool, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    module = LitNet(model=nn.Sequential(nn.Flatten(), nn.Linear(108, 5)))
+    trainer(tmp_path, BatchNormMonitor(activations=activations), logger=logger, max_epochs=1).fit(module, loader(3))
+    assert logger.experiment.metrics == []
+    assert not (Path(logger.log_dir) / "metrics.csv").exists()
 
 
 def test_monitoring_changes_nothing_of_the_run(tmp_path: Path) -> None:

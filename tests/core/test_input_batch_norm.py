@@ -78,7 +78,10 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_numbers_are_taken_from_numpy() -> None:
-    given, plain = InputBatchNorm(np.int64(3), np.array(0.5), np.float32(0.25), np.float64(0.5)), InputBatchNorm(3, 0.5, 0.25, 0.5)
+    given, plain = (
+        InputBatchNorm(np.int64(3), np.array(0.5), np.float32(0.25), np.float64(0.5)),
+        InputBatchNorm(3, 0.5, 0.25, 0.5),
+    )
     values = torch.rand(4, 3, 5, 5)
     assert torch.equal(given(values), plain(values))
     assert repr(given) == repr(plain)

@@ -55,7 +55,9 @@ def test_numbers_are_taken_in_every_form_and_kept_as_pythons(form: Any) -> None:
     assert {type(getattr(settings, name)) for name in ("scale", "momentum", "eps", "input_range")} == {float}
 
 
-@pytest.mark.parametrize("form", [np.int64, np.uint8, np.array, torch.tensor], ids=["int64", "uint8", "array", "tensor"])
+@pytest.mark.parametrize(
+    "form", [np.int64, np.uint8, np.array, torch.tensor], ids=["int64", "uint8", "array", "tensor"]
+)
 def test_whole_numbers_are_taken_in_every_form_and_kept_as_pythons(form: Any) -> None:
     settings = InputNorm(form(3), channel_dim=form(2), freeze_after=form(8))
     assert settings == InputNorm(3, channel_dim=2, freeze_after=8)

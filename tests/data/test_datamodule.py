@@ -19,9 +19,10 @@ from helpers.logs import rows
 from helpers.models import assert_same_parameters, images, residual_net
 from helpers.raw import RawData, SeeingNet, raw_images
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -472,3 +473,24 @@ class Resumable(RawData):
         return DataLoader([*Batches(*self.images)], batch_size=None)
 
     test_dataloader = val_dataloader
+
+
+def test_settings_among_the_hyperparameters_are_logged_and_saved_where_omegaconf_is_installed(tmp_path: Path) -> None:
+    assert OmegaConf.is_config(OmegaConf.create({}))
+
+    class Saved(RawData):
+        def __init__(self, input_norm: InputNorm, width: int) -> None:
+            super().__init__(input_norm)
+            self.save_hyperparameters()
+
+    settings = InputNorm(3, mode="fixed", mean=[0.5] * 3, std=[0.25] * 3)
+    loggers: list[Any] = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tensorboard")]
+    run = trainer(tmp_path, logger=loggers, max_epochs=1)
+    run.fit(SeeingNet(), Saved(settings, 6))
+    for logger in loggers:
+        written = (Path(logger.log_dir) / "hparams.yaml").read_text()
+        assert "num_features: 3" in written
+        assert "width: 6" in written
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["datamodule_hyper_parameters"]
+    assert saved == {"input_norm": settings, "width": 6}

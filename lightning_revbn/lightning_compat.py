@@ -33,6 +33,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 __all__ = [
+    "END_OF_SETUP",
     "MisconfigurationException",
     "XLAStrategy",
     "accumulates",
@@ -56,6 +57,9 @@ XLAStrategy = strategies.XLAStrategy
 rank_zero_info = rank_zero.rank_zero_info
 rank_zero_only = rank_zero.rank_zero_only
 rank_zero_warn = rank_zero.rank_zero_warn
+
+END_OF_SETUP = "post_setup"
+"""The barrier between the setup of callbacks and modules and what uses it; without the name ranks are not compared."""
 
 _GONE = object()
 _warned: set[str] = set()

@@ -11,11 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from lightning_revbn.callbacks.agreement import SameOnAllRanks
+from lightning_revbn.callbacks.next_call import NextCall
 from lightning_revbn.callbacks.scalar_layout import scalar_layout
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
 from lightning_revbn.core.affine_statistics import AffineStatistics
@@ -41,7 +43,10 @@ from lightning_revbn.lightning_compat import (
     twins,
 )
 
-__all__ = ["BatchNormMonitor"]
+__all__ = ["COMPARED", "BatchNormMonitor"]
+
+COMPARED = ("every_n_steps", "activations", "prefix")
+"""The settings that ranks must share: they wait for each other where activations are measured, and share keys."""
 
 
 @dataclass
@@ -81,7 +86,7 @@ class _Fit:
             self.hooks = None
 
 
-class BatchNormMonitor(Callback):
+class BatchNormMonitor(SameOnAllRanks):
     """Log statistics of the scale and shift of every batch norm layer while training.
 
     Keys, with the dotted name of the layer: `revbn/{layer}/scale_mean`, `scale_std`, `scale_min`, `scale_max`,
@@ -119,6 +124,8 @@ class BatchNormMonitor(Callback):
         trainer = Trainer(callbacks=[BatchNormMonitor()])
     """
 
+    _called = "BatchNormMonitor"
+
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -142,6 +149,7 @@ class BatchNormMonitor(Callback):
         self._fit: _Fit | None = None
         self._warned_unseen = False
         self._needs_logger = True
+        self._wraps: list[NextCall] = []
         adopt(BatchNormMonitor)  # pytorch_lightning may have been imported since the class was made
 
     @classmethod
@@ -160,6 +168,7 @@ class BatchNormMonitor(Callback):
         if stage != "fit":
             return
         self.teardown(trainer, pl_module, stage)  # an earlier fit may have ended without it
+        self._wraps += self._compare_ranks(trainer)
         if self._module is None or self._module() is not pl_module:
             self._start = None  # another model: what its drift is measured from is not known yet
 
@@ -211,6 +220,8 @@ class BatchNormMonitor(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        while self._wraps:
+            self._wraps.pop().undo()
         if self._fit is not None:
             self._fit.unhook()
             self._fit = None
@@ -218,6 +229,10 @@ class BatchNormMonitor(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
+
+    @override
+    def _compared(self, trainer: Trainer) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in COMPARED}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -229,7 +244,7 @@ class BatchNormMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process: the module that was seen, its parameters and hooks."""
-        return {**self.__dict__, "_module": None, "_fit": None}
+        return {**self.__dict__, "_module": None, "_fit": None, "_wraps": []}
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         if self.every_n_steps is None:

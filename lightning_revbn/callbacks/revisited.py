@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
 from lightning_revbn.callbacks import hyperparameters
+from lightning_revbn.callbacks.companions import Companion
 from lightning_revbn.callbacks.eps_state import EpsState, EvaluationEps
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.next_call import NextCall, followed_by
@@ -33,7 +34,6 @@ from lightning_revbn.core.param_groups import WeightDecayExempt
 from lightning_revbn.lightning_compat import (
     MisconfigurationException,
     adopt,
-    callbacks_of,
     overrides,
     rank_zero_info,
     rank_zero_warn,
@@ -43,7 +43,7 @@ from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignor
 __all__ = ["RevisitedBatchNorm"]
 
 
-class RevisitedBatchNorm(Callback):
+class RevisitedBatchNorm(Companion):
     """Start batch norm scales below 1 and train them with lr / c (Davis and Frank, ECCV 2022, arXiv 2110.13989).
 
     At the start of a fit the scale of every freshly initialised batch norm layer becomes `scale`; trained, restored
@@ -150,6 +150,7 @@ class RevisitedBatchNorm(Callback):
         return self._selection.trained
 
     @property
+    @override
     def _settings(self) -> dict[str, Any]:
         """The arguments that decide what is trained, as plain values for checkpoints and loggers."""
         scale = self.scale
@@ -177,15 +178,16 @@ class RevisitedBatchNorm(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._join(trainer)
         if stage != "fit":
             if self.enabled:
                 records = self._selection.look(pl_module)
                 self._evaluations[trainer] = EvaluationEps(type(self).__name__, self._eps, pl_module, records)
             return
         self._begin(trainer)
+        self._wraps += self._compare_ranks(trainer)
         # Where the Trainer has a monitor of its own, one is enough.
-        others = any(isinstance(callback, BatchNormMonitor) for callback in callbacks_of(trainer))
-        own = self._own_monitor if self.enabled and not others else None
+        own = self._own_monitor if self.enabled and not self._has_other_monitor(trainer) else None
         self._monitor = Callback() if own is None else own
         if not self.enabled:
             return
@@ -209,7 +211,7 @@ class RevisitedBatchNorm(Callback):
         if not self.enabled:
             return
         self._unwrap()
-        self._wraps += hyperparameters.announce(trainer, self._settings)
+        self._wraps += hyperparameters.announce(trainer, self._joined_settings(trainer))
         self._settle(trainer, pl_module)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._tell(trainer)
@@ -222,7 +224,7 @@ class RevisitedBatchNorm(Callback):
             # Weights, and the names of the scales kept at zero, may have come from a checkpoint only now.
             self._settle(trainer, pl_module)
             self._tell(trainer)
-        hyperparameters.log(trainer, self._settings)
+        hyperparameters.log(trainer, self._joined_settings(trainer))
         self._monitor.on_train_start(trainer, pl_module)
 
     @override
@@ -345,6 +347,7 @@ class RevisitedBatchNorm(Callback):
 
     def _rewrite(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_damage(trainer.strategy, pl_module)
+        self._refuse_shared_layers(trainer, pl_module)
         self._rewriting.write(trainer, pl_module)
         self._eps.choose(pl_module, self._rewriting.records)
 

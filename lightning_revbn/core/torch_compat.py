@@ -1,11 +1,15 @@
 """Every private name of torch that this package uses, each with what is lost where a version of torch lacks it."""
 
+# pyright: reportPrivateImportUsage=false
+# torch.distributed is the documented home of Store, which it re-exports without saying so.
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm
 from torch.optim import Optimizer
@@ -14,6 +18,7 @@ __all__ = [
     "STEP_HOOKS",
     "WRAPPER_LEVELS",
     "BatchNormBase",
+    "default_store",
     "forward_pre_hooks",
     "has_hooks",
     "is_functorch_wrapped",
@@ -136,3 +141,18 @@ def version_of(tensor: Tensor) -> int | None:
         return tensor._version
     except (AttributeError, RuntimeError):
         return None
+
+
+def default_store() -> dist.Store | None:
+    """Return the key-value store of the default process group.
+
+    Without torch's name for it the settings of ranks are not compared: ranks that train with different settings
+    diverge, or wait for each other, as they do without this package.
+
+    Returns:
+        The store; None without a process group, and for a backend without a store (MPI).
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    get: Callable[[], dist.Store | None] | None = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if get is None else get()

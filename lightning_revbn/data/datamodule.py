@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from lightning_revbn.core.input_norm import (
     MissingStatisticsError,
     OnlineStandardizer,
 )
+from lightning_revbn.core.rank_settings import RankSettings
 from lightning_revbn.data.batches import is_sequence, replace_tensor, select_tensor
 from lightning_revbn.data.input_log import InputLog
 from lightning_revbn.data.saved_statistics import STATE_NAME, read_input_statistics
@@ -281,6 +283,7 @@ class OnlineInputNormMixin(_Base):
         if self._scaled_for is not None and self._scaled_for() is trainer:
             return
         self._scaled_for = weakref.ref(trainer)
+        _refuse_other_ranks(type(self).__name__, self._standardizer.settings)
         self._log.begin()
         self._shared.send_at_end(trainer, self._standardizer.state_dict)
         name = type(self).__name__
@@ -305,6 +308,25 @@ class OnlineInputNormMixin(_Base):
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
         return {**vars(self), "_scaled_for": None}
+
+
+def _refuse_other_ranks(name: str, settings: InputNorm) -> None:
+    """Raise if ranks normalise by different settings; each waits for all others here, as it does in every step.
+
+    Raises:
+        MisconfigurationException: If so, on every rank.
+    """
+    comparison = RankSettings.open("input_norm")
+    if comparison is None:
+        return
+    comparison.post({"InputNorm": asdict(settings)})
+    comparison.wait()
+    differences = comparison.differences()
+    if differences:
+        raise MisconfigurationException(
+            f"{name}: ranks normalise the input by different settings: {'; '.join(differences)}. They would train "
+            "different networks, or wait for each other without end. Give every rank the same InputNorm"
+        )
 
 
 def _normalized_example(batch: Any, online: OnlineStandardizer) -> Any:

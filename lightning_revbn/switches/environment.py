@@ -11,6 +11,16 @@ VARIABLE = "LIGHTNING_REVBN"
 _OFF = ("", "0", "false", "no", "off")
 
 
+def asked() -> str:
+    """Return what the variable asks for now; "" where it switches the callback off.
+
+    Returns:
+        Its text.
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    return "" if text.lower() in _OFF else text
+
+
 def callbacks() -> list[Any]:
     """Return what `LIGHTNING_REVBN` asks for: one callback or none.
 
@@ -20,9 +30,11 @@ def callbacks() -> list[Any]:
     Returns:
         The callbacks for the Trainer to add.
     """
-    text = os.environ.get(VARIABLE, "").strip()
-    if text.lower() in _OFF:
+    text = asked()
+    if not text:
         return []
     from lightning_revbn.switches.environment_callback import callback_from
 
-    return [callback_from(text, VARIABLE)]
+    callback = callback_from(text, VARIABLE)
+    callback.follows_variable = True
+    return [callback]

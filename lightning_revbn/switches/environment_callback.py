@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,8 @@ from typing_extensions import override
 
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
-from lightning_revbn.lightning_compat import MisconfigurationException, callbacks_of, rank_zero_info
+from lightning_revbn.lightning_compat import MisconfigurationException, callbacks_of, rank_zero_info, rank_zero_warn
+from lightning_revbn.switches.environment import VARIABLE, asked
 
 __all__ = ["RevisitedBatchNormFromEnvironment", "callback_from"]
 
@@ -23,32 +25,69 @@ _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
-    """Does nothing beside a `RevisitedBatchNorm` of the script's own.
+    """Acts where nothing newer and nothing of the script's own takes its place.
 
-    Alone, its checkpoints are those of a `RevisitedBatchNorm` in the script: each is resumed by the other.
+    Alone, its checkpoints are those of a `RevisitedBatchNorm` in the script: each is resumed by the other. Lightning
+    adds it to the list of callbacks that the script has given, so that the next Trainer of that list has it too.
     """
+
+    follows_variable = False
+    """Whether it acts only while the variable is on: of those that an entry point has made, a list may keep some."""
+
+    _numbers = itertools.count(1)
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._asked: bool = self.enabled
-        self._alone = False
+        self._number = next(self._numbers)
 
     @property
     @override
     def state_key(self) -> str:
         # The Trainer's constructor refuses two equal keys, and who else is there is not known before setup.
-        return (RevisitedBatchNorm if self._alone else type(self)).__qualname__
+        return self._key_alone if self._acts_alone else f"{type(self).__qualname__} {self._number}"
+
+    @property
+    @override
+    def _key_alone(self) -> str:
+        return RevisitedBatchNorm.__qualname__
+
+    @property
+    @override
+    def _is_asked(self) -> bool:
+        return self._asked
+
+    @property
+    def _is_switched_off(self) -> bool:
+        return self.follows_variable and not asked()
+
+    def _is_newest(self, trainer: Trainer) -> bool:
+        added = (other for other in callbacks_of(trainer) if isinstance(other, RevisitedBatchNormFromEnvironment))
+        return all(other._number <= self._number for other in added)
+
+    @override
+    def _gives_way(self, trainer: Trainer) -> bool:
+        return self._is_switched_off or _has_own(trainer) or not self._is_newest(trainer)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        others = (other for other in callbacks_of(trainer) if other is not self)
-        self._alone = not any(isinstance(other, RevisitedBatchNorm) for other in others)
-        self.enabled = self._asked and self._alone
-        if self._asked and not self._alone and stage == "fit":
-            rank_zero_info(
-                "LIGHTNING_REVBN has no effect: the script has a RevisitedBatchNorm of its own, whose settings apply"
-            )
+        self.enabled = self._asked and not self._gives_way(trainer)
+        if self._asked and stage == "fit" and self._is_newest(trainer):
+            if self._is_switched_off:
+                rank_zero_warn(
+                    f"{VARIABLE} has no effect: it is off now, and was on when this Trainer or an earlier one was made"
+                )
+            elif _has_own(trainer):
+                rank_zero_info(
+                    f"{VARIABLE} has no effect: the script has a RevisitedBatchNorm of its own, whose settings apply"
+                )
         super().setup(trainer, pl_module, stage)
+
+
+def _has_own(trainer: Trainer) -> bool:
+    """Tell whether the script has given a callback of its own."""
+    ours = (callback for callback in callbacks_of(trainer) if isinstance(callback, RevisitedBatchNorm))
+    return any(not isinstance(callback, RevisitedBatchNormFromEnvironment) for callback in ours)
 
 
 def callback_from(text: str, variable: str) -> RevisitedBatchNormFromEnvironment:

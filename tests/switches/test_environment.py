@@ -51,11 +51,10 @@ def fit(
     run = package.Trainer(
         accelerator="cpu",
         default_root_dir=path,
-        callbacks=list(own),
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        **{"logger": False, "enable_checkpointing": False, "max_epochs": 2, **options},
+        **{"logger": False, "enable_checkpointing": False, "max_epochs": 2, "callbacks": list(own), **options},
     )
     run.fit(net, data if data is not None else loader(), ckpt_path=ckpt_path)
     return run
@@ -138,6 +137,52 @@ def test_the_callback_of_the_script_wins_over_the_variable(
         fit(beside, tmp_path, quiet(scale=0.5))
     assert_same_parameters(alone, beside)
     assert caplog.text.count("LIGHTNING_REVBN has no effect") == 1
+
+
+@pytest.mark.usefixtures("entry_point")
+@pytest.mark.parametrize("package", [L, pl])
+def test_one_list_of_callbacks_may_be_given_to_several_trainers(
+    package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = [package.Callback()]  # which Lightning extends in place by what the variable asks for
+    net = LitNet if package is L else PlNet
+    for fold, scale in enumerate((0.2, 0.2, 0.3)):
+        monkeypatch.setenv("LIGHTNING_REVBN", f"scale={scale},monitor=false")
+        by_script, by_variable = net(), net()
+        fit(by_script, tmp_path, quiet(scale=scale), package=package, max_epochs=1)
+        run = fit(by_variable, tmp_path, package=package, callbacks=shared, max_epochs=1)
+        assert len([callback for callback in shared if isinstance(callback, RevisitedBatchNorm)]) == fold + 1
+        assert_same_parameters(by_script, by_variable)
+        run.save_checkpoint(tmp_path / "end.ckpt")
+        states = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
+        assert states["RevisitedBatchNorm"]["scale"] == scale
+        assert len([key for key in states if "Revisited" in key]) == 1
+
+
+@pytest.mark.usefixtures("entry_point")
+def test_a_list_of_callbacks_carries_none_over_to_a_trainer_without_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, plain, baseline = [L.Callback()], LitNet(), LitNet()
+    monkeypatch.setenv("LIGHTNING_REVBN", "monitor=false")
+    fit(LitNet(), tmp_path, callbacks=shared, max_epochs=1)
+    monkeypatch.delenv("LIGHTNING_REVBN")
+    fit(plain, tmp_path, max_epochs=1)
+    with pytest.warns(UserWarning, match="LIGHTNING_REVBN has no effect: it is off now, and was on when this"):
+        fit(baseline, tmp_path, callbacks=shared, max_epochs=1)
+    assert_same_parameters(plain, baseline)
+
+
+@pytest.mark.parametrize(
+    "numbers", ["scale: 1e-1\nscale_lr_divisor: 5e1", "scale: {'*': 1e-1}\nscale_lr_divisor: '5e1'"]
+)
+def test_a_yaml_file_may_write_numbers_without_a_dot(numbers: str, tmp_path: Path) -> None:
+    file = tmp_path / "revbn.yaml"
+    file.write_text(numbers)
+    callback = callback_from(str(file), "LIGHTNING_REVBN")
+    assert callback.scale in (0.1, {"*": 0.1})
+    assert callback.scale_lr_divisor == 50.0
+    assert callback_from("scale=1e-1,scale_lr_divisor=5e1", "LIGHTNING_REVBN").scale == 0.1
 
 
 def test_a_yaml_file_may_hold_patterns_and_the_monitor(tmp_path: Path) -> None:

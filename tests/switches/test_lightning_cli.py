@@ -413,3 +413,17 @@ def test_a_wrong_setting_of_the_input_normalisation_says_what_is_wrong(
     with pytest.raises((SystemExit, ValueError)) as raised:
         run(RevBNCLI, tmp_path, "--config", file, data=Raw)
     assert "num_features=0 must be the number of channels" in capsys.readouterr().err + str(raised.value)
+
+
+@pytest.mark.parametrize("package", [L, pl])
+def test_numbers_may_be_written_without_a_dot(package: Any, tmp_path: Path) -> None:
+    listed = {"class_path": "lightning_revbn.RevisitedBatchNorm", "init_args": {"scale": 0.5}}
+    text = yaml.safe_dump({"trainer": {"logger": False, "callbacks": [listed]}}).replace("0.5", "5e-1")
+    by_file = cli_of(package)(net_of(package), args=["--config", write(tmp_path / "list.yaml", text)], run=False)
+    group = write(tmp_path / "group.yaml", "trainer: {logger: false}\nrevbn: {enabled: true, scale: {'*': 5e-1}}")
+    flags = ["--config", group, "--revbn.scale_lr_divisor", "5e1"]
+    by_flag = flag_of(package)(net_of(package), args=flags, run=False)
+    for program, scale, divisor in ((by_file, 0.5, 100.0), (by_flag, {"*": 0.5}, 50.0)):
+        (callback,) = (one for one in program.trainer.callbacks if isinstance(one, RevisitedBatchNorm))
+        assert callback.scale == scale
+        assert callback.scale_lr_divisor == divisor

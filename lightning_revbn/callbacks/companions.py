@@ -1,0 +1,135 @@
+"""Several callbacks of one kind in a Trainer: which of them act, on which layers, and by which keys they are saved."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_revbn.callbacks.agreement import SameOnAllRanks
+from lightning_revbn.callbacks.monitor import COMPARED, BatchNormMonitor
+from lightning_revbn.core.layers import Selection
+from lightning_revbn.lightning_compat import MisconfigurationException, callbacks_of
+
+__all__ = ["Companion"]
+
+_SHOWN = 3
+
+
+class Companion(SameOnAllRanks):
+    """A callback of which a Trainer may have several, each for layers of its own.
+
+    The key of its state in a checkpoint is the name of its class where it acts alone, whatever its settings, so that a
+    run can be resumed with others. The keys of several tell the layers that each selects, too.
+    """
+
+    enabled: bool
+    _called = "RevisitedBatchNorm"
+    _selection: Selection
+    _own_monitor: BatchNormMonitor | None
+    _acts_alone: bool | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        if self._acts_alone:
+            return self._key_alone
+        # The Trainer's constructor refuses equal keys, when callbacks have not met yet: then all settings count.
+        told = {**self._settings, "enabled": self.enabled} if self._acts_alone is None else self._selecting
+        own = {name: value for name, value in told.items() if value != self._default(name)}
+        return self._generate_state_key(**own) if own else type(self).__qualname__
+
+    @property
+    def _key_alone(self) -> str:
+        return type(self).__qualname__
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that decide what is trained, as plain values."""
+        raise NotImplementedError
+
+    @property
+    def _selecting(self) -> dict[str, Any]:
+        """The arguments that select layers, as plain values."""
+        selection = self._selection
+        mapped = {"scale": [*selection.scale]} if isinstance(selection.scale, Mapping) else {}
+        return {"include": [*selection.include], "exclude": [*selection.exclude], **mapped}
+
+    @property
+    def _is_asked(self) -> bool:
+        """Whether the user wants it to act."""
+        return self.enabled
+
+    def _gives_way(self, trainer: Trainer) -> bool:
+        """Tell whether this callback leaves a Trainer to others."""
+        return False
+
+    def _acting(self, trainer: Trainer) -> list[Companion]:
+        """List the callbacks that act in a Trainer; if there is none, those that would if they were enabled."""
+        staying = [one for one in callbacks_of(trainer) if isinstance(one, Companion) and not one._gives_way(trainer)]
+        return [one for one in staying if one._is_asked] or staying
+
+    def _join(self, trainer: Trainer) -> None:
+        """Meet the other callbacks of a Trainer, which settles the key of the state."""
+        self._acts_alone = self._acting(trainer) in ([self], [])
+
+    def _has_other_monitor(self, trainer: Trainer) -> bool:
+        """Tell whether the Trainer has a monitor of its own, or one of a callback before this that has its prefix."""
+        if any(isinstance(callback, BatchNormMonitor) for callback in callbacks_of(trainer)):
+            return True
+        own, acting = self._own_monitor, self._acting(trainer)
+        before = acting[: acting.index(self)] if self in acting else []
+        earlier = (callback._own_monitor for callback in before)
+        return own is not None and any(other is not None and other.prefix == own.prefix for other in earlier)
+
+    def _joined_settings(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the settings in force in a Trainer; where callbacks differ, the list of what they have."""
+        first, *rest = [callback._settings for callback in self._acting(trainer)]
+        return {
+            name: value if all(other[name] == value for other in rest) else [value, *(other[name] for other in rest)]
+            for name, value in first.items()
+        }
+
+    def _refuse_shared_layers(self, trainer: Trainer, module: LightningModule) -> None:
+        """Raise if two callbacks select the same layer.
+
+        Args:
+            trainer: The Trainer.
+            module: The module to be trained.
+
+        Raises:
+            MisconfigurationException: If so, with the names of the layers.
+        """
+        acting = self._acting(trainer)
+        seen: set[str] = set()
+        shared: list[str] = []
+        for callback in acting if len(acting) > 1 else ():
+            selected = [record.name for record in callback._selection.look(module) if record.target is not None]
+            shared += [name for name in selected if name in seen]
+            seen.update(selected)
+        if shared:
+            more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
+            raise MisconfigurationException(
+                f"{len(acting)} callbacks {type(self).__name__} in one Trainer select the same layers: "
+                f"{', '.join(map(repr, shared[:_SHOWN]))}{more}. "
+                "Give each layer to one of them, by include and exclude"
+            )
+
+    @override
+    def _compared(self, trainer: Trainer) -> dict[str, Any] | None:
+        if self._gives_way(trainer):
+            return None
+        if not self._is_asked:
+            return {"enabled": False}
+        own = self._own_monitor
+        logged = {} if own is None else {f"monitor.{name}": getattr(own, name) for name in COMPARED}
+        return {"enabled": True, **self._settings, "monitor": own is not None, **logged}
+
+    def _default(self, name: str) -> Any:
+        """Return the default value of an argument as settings have it; patterns are lists there."""
+        parameter = inspect.signature(type(self)).parameters.get(name)
+        value: Any = None if parameter is None else parameter.default
+        return [*value] if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownVariableType] # of strings

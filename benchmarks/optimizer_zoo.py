@@ -1,0 +1,318 @@
+"""Trains a small net with every optimizer of many packages, by the update rule and by groups made by hand.
+
+Four pairs of trainings, of eight steps, from one seed: with one group of the user's and with two, with weight decay and
+without. By hand, the optimizer is built from groups in which the scales have lr / c and no weight decay. Each optimizer
+runs in a process of its own, so that a crash or a hang costs one row. Prints the outcomes by package, then every
+optimizer that is not equal to the bit, with its reason; packages that are not installed are named at the end.
+`--packages adabound timm`, `--only Muon` (part of a class's qualified name), `--output FILE` (.csv or .json).
+
+Outcomes, best first; the worst of the four pairs counts:
+
+    equal        the same values as by hand, to the bit
+    as by hand   hand-made groups raise an error, and so does the rule
+    group state  the optimizer remembers something in each group, so the scales share it with their group
+    refused      `ScaleUpdateRule` raises before the first update
+    stopped      `ScaleUpdateRule` raises at the first update
+    cannot run   the optimizer does not train this net without the rule either, or not twice the same
+    raises       the optimizer's own code fails, only under the rule
+    differs      wrong in silence: other values than by hand, and no reason for it
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field, fields
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes minutes a class and changes no update
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import torch
+from helpers.models import ResidualNet, images, residual_net, scales
+from lightning import seed_everything
+from optimizer_cases import (
+    BATCH,
+    DIVISOR,
+    MODULES,
+    SCHEDULE,
+    construct,
+    construct_by_hand,
+    optimizers,
+    user_groups,
+    ways,
+)
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from lightning_revbn import ScaleUpdateRule
+
+DECAY = 0.01
+SECONDS = 120
+"""How long one optimizer may take."""
+
+OUTCOMES = ("equal", "as by hand", "group state", "refused", "stopped", "cannot run", "raises", "differs")
+FAILURES = ("raises", "differs")
+
+
+@dataclass
+class Verdict:
+    """What came out for one optimizer: differences are relative to how far hand-made groups moved the parameters."""
+
+    package: str
+    optimizer: str
+    outcome: str = "cannot run"
+    reason: str = ""
+    step: str = ""
+    scales: float = 0.0
+    others: float = 0.0
+
+
+@dataclass
+class Run:
+    """One training: where parameters ended, or the error; and what the groups held beside settings at the end."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    group_state: list[str] = field(default_factory=list)
+    error: Exception | None = None
+
+
+def train(model: ResidualNet, optimizer: Any, step: Callable[[Any, Callable[..., Tensor]], Any]) -> None:
+    """Train on a few random images, with learning rates that a schedule changes at every step."""
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()  # schedule-free optimizers
+    inputs, targets = images(len(SCHEDULE) * BATCH)
+    inputs = inputs.to(model.head.weight.dtype)
+    start = [group.get("lr") for group in optimizer.param_groups]
+    for factor, x, y in zip(SCHEDULE, inputs.split(BATCH), targets.split(BATCH), strict=True):
+        for group, lr in zip(optimizer.param_groups, start, strict=True):
+            if lr is not None:
+                group["lr"] = lr * factor
+
+        def compute(create_graph: bool = False, x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward(create_graph=create_graph)
+            return loss
+
+        step(optimizer, compute)
+
+
+def run(cls: type[Optimizer], way: str, how: str, two: bool = False, decay: float = 0.0) -> Run:
+    """Train from the seed, and tell what came of it.
+
+    Args:
+        cls: The optimizer's class.
+        way: How to call `step`.
+        how: "plain", "hand" or "rule".
+        two: Whether the user has two groups.
+        decay: The weight decay.
+    """
+    result, model = Run(), residual_net()
+    if way == "bfloat16":
+        model.bfloat16()
+    try:
+        seed_everything(0, verbose=False)
+        make = construct_by_hand if how == "hand" else construct
+        optimizer = make(cls, model, user_groups(cls, model, two), decay)
+        seed_everything(0, verbose=False)
+        if how == "rule":
+            with ScaleUpdateRule(optimizer, scales(model), DIVISOR, scales(model)):
+                train(model, optimizer, ways(cls)[way])
+        else:
+            train(model, optimizer, ways(cls)[way])
+        settings = {"params", "param_names", "lr", "initial_lr", "weight_decay"}
+        first, *others = optimizer.param_groups
+        result.group_state = [
+            key
+            for key in first
+            if key not in settings and any(repr(group.get(key)) != repr(first[key]) for group in others)
+        ]
+        result.values = {name: value.detach().clone() for name, value in model.named_parameters()}
+    except Exception as error:  # whatever another's code raises is the result
+        result.error = error
+    return result
+
+
+def distance(ruled: Run, hand: Run, of: Callable[[str], bool]) -> float:
+    """Return how far two trainings ended apart, relative to how far the second one went."""
+    start = residual_net().state_dict()
+    names = [name for name in hand.values if of(name)]
+    apart = sum(float((ruled.values[name] - hand.values[name]).double().square().sum()) for name in names)
+    moved = sum(float((hand.values[name] - start[name]).double().square().sum()) for name in names)
+    return (apart / moved) ** 0.5 if moved else (float("inf") if apart else 0.0)
+
+
+def same(first: Run, second: Run) -> bool:
+    return all(torch.equal(first.values[name], second.values[name]) for name in first.values)
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+
+
+def is_ours(error: Exception) -> bool:
+    """Tell whether the package raised an error itself."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return "lightning_revbn" in Path(last).parts
+
+
+def judge(cls: type[Optimizer], verdict: Verdict) -> Verdict:
+    """Fill in a verdict."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    model = residual_net()
+    ids = {id(scale) for scale in scales(model)}
+    own = {name for name, parameter in model.named_parameters() if id(parameter) in ids}
+    try:
+        optimizer = construct(cls, model, user_groups(cls, model, False), 0.0)
+        ScaleUpdateRule(optimizer, scales(model), DIVISOR, scales(model)).remove()
+    except Exception as error:
+        verdict.outcome = "refused" if is_ours(error) else "cannot run"
+        verdict.reason = said(error)
+        return verdict
+    errors: list[Exception] = []
+    for way in ways(cls):
+        plain = run(cls, way, "plain")
+        if plain.error is None:
+            verdict.step = way
+            break
+        errors.append(plain.error)
+    else:
+        verdict.reason = "; ".join(dict.fromkeys(map(said, errors)))
+        return verdict
+    start = {name: parameter.to(plain.values[name].dtype) for name, parameter in model.named_parameters()}
+    if not all(bool(value.isfinite().all()) for value in plain.values.values()):
+        verdict.reason = "diverges"
+    elif all(torch.equal(plain.values[name], start[name]) for name in own):
+        verdict.reason = "moves no scale"
+    elif not same(plain, run(cls, way, "plain")):
+        verdict.reason = "two runs from one seed differ"
+    if verdict.reason:
+        return verdict
+    verdict.outcome = "equal"
+    accepts_decay = "weight_decay" in inspect.signature(cls).parameters
+    takes_groups = run(cls, way, "plain", two=True).error is None
+    for two in (False, True) if takes_groups else (False,):
+        for decay in (0.0, DECAY) if accepts_decay else (0.0,):
+            compare(verdict, run(cls, way, "hand", two, decay), run(cls, way, "rule", two, decay), own)
+    return verdict
+
+
+def compare(verdict: Verdict, hand: Run, ruled: Run, own: set[str]) -> None:
+    """Let a verdict know of one more pair of trainings; the worst pair is the one it tells of."""
+    apart = (0.0, 0.0)
+    if ruled.error is not None:
+        outcome = "stopped" if is_ours(ruled.error) else "as by hand" if hand.error is not None else "raises"
+        reason = said(ruled.error)
+    elif hand.error is not None:
+        outcome, reason = "cannot run", f"by hand: {said(hand.error)}"
+    elif same(hand, ruled):
+        outcome, reason = "equal", ""
+    else:
+        apart = distance(ruled, hand, own.__contains__), distance(ruled, hand, lambda name: name not in own)
+        outcome = "group state" if hand.group_state else "differs"
+        reason = f"in each group: {', '.join(hand.group_state)}" if hand.group_state else "unknown"
+    worse = (OUTCOMES.index(outcome), *apart) > (OUTCOMES.index(verdict.outcome), verdict.scales, verdict.others)
+    if worse:
+        verdict.outcome, verdict.reason, (verdict.scales, verdict.others) = outcome, reason, apart
+
+
+def in_child(function: Callable[[Connection], None], seconds: float | None) -> Iterator[Any]:
+    """Run a function in a forked process, and yield what it sends until it ends, however it ends."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=function, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        while receiver.poll(seconds):
+            yield receiver.recv()
+    except EOFError:
+        pass
+    finally:
+        process.kill() if seconds else process.join()
+        process.join()
+
+
+def judge_package(package: str, only: str, sender: Connection) -> None:
+    """Send a verdict for each optimizer of a package, each from a process of its own."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with Path(os.devnull).open("w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+        try:
+            found = optimizers(MODULES[package])
+        except Exception as error:
+            sender.send(said(error))
+            return
+        sender.send("")
+        for name, cls in sorted(found.items()):
+            if only in name:
+                verdict = Verdict(package, name)
+                answers = in_child(lambda own, cls=cls, verdict=verdict: own.send(judge(cls, verdict)), SECONDS)
+                lost = Verdict(package, name, reason=f"crashed, or took more than {SECONDS} s")
+                sender.send(next(answers, lost))
+                answers.close()
+
+
+def report(verdicts: list[Verdict]) -> None:
+    """Print counts by package and a row for each optimizer that is not equal to the bit, in Markdown."""
+    print("| package | " + " | ".join(OUTCOMES) + " |\n|---|" + "--:|" * len(OUTCOMES))
+    counts = {name: Counter(v.outcome for v in verdicts if v.package == name) for name in MODULES}
+    for name, count in [*counts.items(), ("all", Counter(verdict.outcome for verdict in verdicts))]:
+        if count:
+            print(f"| {name} | " + " | ".join(str(count[outcome] or "") for outcome in OUTCOMES) + " |")
+    print("\n| optimizer | outcome | scales | others | reason |\n|---|---|--:|--:|---|")
+    for verdict in sorted(verdicts, key=lambda verdict: -OUTCOMES.index(verdict.outcome)):
+        if verdict.outcome != "equal":
+            apart = f"{verdict.scales:.2g} | {verdict.others:.2g}" if verdict.scales or verdict.others else " | "
+            reason = verdict.reason.replace("|", "\\|")
+            print(f"| {verdict.optimizer} | {verdict.outcome} | {apart} | {reason} |")
+
+
+def main() -> int:
+    """Judge the optimizers and print the tables; fail if one raises or differs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--packages", nargs="*", choices=MODULES, default=list(MODULES), metavar="NAME")
+    parser.add_argument("--only", default="", help="only classes whose qualified name contains this")
+    parser.add_argument("--output", type=Path, help="write every verdict into this .csv or .json file")
+    arguments = parser.parse_args()
+    verdicts: list[Verdict] = []
+    missing = dict.fromkeys(arguments.packages, "its import ends the process")
+    for package in arguments.packages:
+        for answer in in_child(lambda sender, name=package: judge_package(name, arguments.only, sender), None):
+            if isinstance(answer, Verdict):
+                verdicts.append(answer)
+                print(f"{answer.optimizer}: {answer.outcome}", file=sys.stderr)
+            else:
+                missing[package] = answer
+    report(verdicts)
+    for package, reason in missing.items():
+        if reason:
+            print(f"\nnot looked at: {package} ({reason})")
+    if arguments.output:
+        rows = [asdict(verdict) for verdict in verdicts]
+        with arguments.output.open("w", newline="") as file:
+            if arguments.output.suffix == ".json":
+                json.dump(rows, file, indent=1)
+            else:
+                writer = csv.DictWriter(file, [each.name for each in fields(Verdict)])
+                writer.writeheader()
+                writer.writerows(rows)
+    return int(any(verdict.outcome in FAILURES for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

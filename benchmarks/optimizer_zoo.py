@@ -282,6 +282,18 @@ def report(verdicts: list[Verdict]) -> None:
             print(f"| {verdict.optimizer} | {verdict.outcome} | {apart} | {reason} |")
 
 
+def write(path: Path, verdicts: list[Verdict]) -> None:
+    """Write all verdicts so far, as CSV or JSON."""
+    rows = [asdict(verdict) for verdict in verdicts]
+    with path.open("w", newline="") as file:
+        if path.suffix == ".json":
+            json.dump(rows, file, indent=1)
+        else:
+            writer = csv.DictWriter(file, [each.name for each in fields(Verdict)])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def main() -> int:
     """Judge the optimizers and print the tables; fail if one raises or differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -298,19 +310,12 @@ def main() -> int:
                 print(f"{answer.optimizer}: {answer.outcome}", file=sys.stderr)
             else:
                 missing[package] = answer
+        if arguments.output:
+            write(arguments.output, verdicts)
     report(verdicts)
     for package, reason in missing.items():
         if reason:
             print(f"\nnot looked at: {package} ({reason})")
-    if arguments.output:
-        rows = [asdict(verdict) for verdict in verdicts]
-        with arguments.output.open("w", newline="") as file:
-            if arguments.output.suffix == ".json":
-                json.dump(rows, file, indent=1)
-            else:
-                writer = csv.DictWriter(file, [each.name for each in fields(Verdict)])
-                writer.writeheader()
-                writer.writerows(rows)
     return int(any(verdict.outcome in FAILURES for verdict in verdicts))
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 
 from torch.optim import Optimizer
 
+from lightning_revbn.core.group_lists import lists_by_group
 from lightning_revbn.core.param_groups import Group
 from lightning_revbn.core.torch_compat import STEP_HOOKS
 
@@ -103,6 +104,7 @@ class OptimizerView:
         for base in reversed(cls.__mro__):
             slots = {name: member for name, member in vars(base).items() if isinstance(member, MemberDescriptorType)}
             namespace.update({name: _slot_property(member) for name, member in slots.items()})
+        namespace.update({name: _paired_property(name) for name in lists_by_group(self.optimizer)})
         # ABCMeta has to run, or the class would share, and spoil, the caches of its base.
         make: Any = ABCMeta.__new__ if issubclass(type(cls), ABCMeta) else type.__new__
         return make(type(cls), cls.__name__, (_ViewMethods, cls), namespace)
@@ -202,6 +204,27 @@ def _slot_property(member: MemberDescriptorType) -> property:
         member.__delete__(_host(view).optimizer)
 
     return property(read, write, delete)
+
+
+def _paired_property(name: str) -> property:
+    """Return a property for an attribute with an entry for each group, which a step pairs with groups by position."""
+
+    def read(view: Any) -> Any:
+        host = _host(view)
+        shown, own = len(host.read_groups()), len(host.optimizer.param_groups)
+        if shown != own:
+            raise RuntimeError(
+                f"{type(host.optimizer).__name__}.step() pairs its {name!r}, which has an entry for each of its {own} "
+                f"parameter groups, with groups by position, so it would leave out some of the {shown} groups that "
+                "ScaleUpdateRule shows it. Nothing was updated. Build this optimizer from scale_param_groups, so that "
+                "batch norm scales have groups of their own"
+            )
+        return vars(host.optimizer)[name]
+
+    def write(view: Any, value: Any) -> None:
+        vars(_host(view).optimizer)[name] = value
+
+    return property(read, write)
 
 
 def _exchanged(args: tuple[Any, ...], old: object, new: object) -> tuple[Any, ...]:

@@ -1,0 +1,83 @@
+"""Finds what an optimizer keeps beside its parameter groups, an entry for each, to be paired with them by position.
+
+`for group, base_lr in zip(self.param_groups, self.base_lrs)` trains wrongly in silence where a view shows more groups
+than there are entries: `zip` leaves out the last groups.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_revbn.core.arguments import as_number
+from lightning_revbn.core.param_groups import Group
+
+__all__ = ["lists_by_group"]
+
+
+def lists_by_group(optimizer: Optimizer) -> list[str]:
+    """List the attributes of an optimizer that hold an entry for each of its parameter groups.
+
+    The length of a list alone proves nothing: a pair of betas is as long as a list of two groups. So every entry must
+    belong to its group: the learning rate of the group, a dict, or values for its parameters.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        Names of attributes; torch's own attributes are none of them.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+        >>> optimizer.base_lrs = [0.1]
+        >>> lists_by_group(optimizer)
+        ['base_lrs']
+    """
+    groups: list[Group] = optimizer.param_groups
+    found: list[str] = []
+    for name, value in vars(optimizer).items():
+        entries = None if name in _TORCHS_OWN else _entries(value, len(groups))
+        if entries and all(_belongs(entry, group) for entry, group in zip(entries, groups, strict=True)):
+            found.append(name)
+    return found
+
+
+def _entries(value: object, count: int) -> list[Any] | None:
+    """Return the entries of a container that has one for each group, by position or by number."""
+    if isinstance(value, dict):
+        numbered = cast("dict[Any, Any]", value)
+        return [numbered[index] for index in range(count)] if set(numbered) == set(range(count)) else None
+    if isinstance(value, (np.ndarray, Tensor)):
+        entries: list[Any] = list(cast("Sequence[Any]", value)) if value.ndim else []
+        return entries if len(entries) == count else None
+    if isinstance(value, (list, tuple, deque)):
+        entries = list(cast("Sequence[Any]", value))
+        return entries if len(entries) == count else None
+    return None
+
+
+def _belongs(entry: object, group: Group) -> bool:
+    """Tell whether an entry is about a group, rather than a number that happens to stand in its place."""
+    if isinstance(entry, dict):
+        return True
+    params: list[Tensor] = group["params"]
+    if isinstance(entry, Tensor) and entry.ndim:
+        return entry.numel() == sum(parameter.numel() for parameter in params)
+    if isinstance(entry, (list, tuple)):
+        parts = cast("Sequence[object]", entry)
+        return len(parts) == len(params) and all(
+            isinstance(part, Tensor) and part.shape == parameter.shape
+            for part, parameter in zip(parts, params, strict=True)
+        )
+    number = None if isinstance(entry, str) else as_number(entry)
+    return number is not None and number in (as_number(group.get("lr")), as_number(group.get("initial_lr")))
+
+
+_TORCHS_OWN = frozenset(vars(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)))
+"""Attributes of every optimizer, `param_groups` and `state` among them."""

@@ -87,7 +87,9 @@ class Companion(SameOnAllRanks):
 
     def _joined_settings(self, trainer: Trainer) -> dict[str, Any]:
         """Return the settings in force in a Trainer; where callbacks differ, the list of what they have."""
-        first, *rest = [callback._settings for callback in self._acting(trainer)]
+        acting = self._acting(trainer)
+        # A callback of a user's may hold this one, and call its hooks.
+        first, *rest = [callback._settings for callback in (acting if self in acting else [self])]
         return {
             name: value if all(other[name] == value for other in rest) else [value, *(other[name] for other in rest)]
             for name, value in first.items()

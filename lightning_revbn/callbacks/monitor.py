@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_revbn.callbacks.agreement import SameOnAllRanks
 from lightning_revbn.callbacks.next_call import NextCall
+from lightning_revbn.callbacks.saved_by_arguments import SavedByArguments, save_by_arguments
 from lightning_revbn.callbacks.scalar_layout import scalar_layout
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
 from lightning_revbn.core.affine_statistics import AffineStatistics
@@ -86,7 +87,7 @@ class _Fit:
             self.hooks = None
 
 
-class BatchNormMonitor(SameOnAllRanks):
+class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
     """Log statistics of the scale and shift of every batch norm layer while training.
 
     Keys, with the dotted name of the layer: `revbn/{layer}/scale_mean`, `scale_std`, `scale_min`, `scale_max`,
@@ -162,6 +163,11 @@ class BatchNormMonitor(SameOnAllRanks):
         monitor = cls()
         monitor._needs_logger = False
         return monitor
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether the user has made it, rather than a callback for want of another."""
+        return self._needs_logger
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -336,6 +342,7 @@ class BatchNormMonitor(SameOnAllRanks):
 
 
 adopt(BatchNormMonitor)
+save_by_arguments(BatchNormMonitor)
 
 
 def _with_histograms(trainer: Trainer) -> bool:

@@ -19,6 +19,7 @@ from lightning_revbn.callbacks.next_call import NextCall, followed_by
 from lightning_revbn.callbacks.rewriting import Rewriting
 from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.callbacks.rules import UpdateRules
+from lightning_revbn.callbacks.saved_by_arguments import SavedByArguments, save_by_arguments
 from lightning_revbn.callbacks.telling import tell
 from lightning_revbn.core.arguments import (
     TrainedPolicy,
@@ -43,7 +44,7 @@ from lightning_revbn.plugins.batch_norm_sync import refuse_damage, warn_if_ignor
 __all__ = ["RevisitedBatchNorm"]
 
 
-class RevisitedBatchNorm(Companion):
+class RevisitedBatchNorm(Companion, SavedByArguments):
     """Start batch norm scales below 1 and train them with lr / c (Davis and Frank, ECCV 2022, arXiv 2110.13989).
 
     At the start of a fit the scale of every freshly initialised batch norm layer becomes `scale`; trained, restored
@@ -345,6 +346,11 @@ class RevisitedBatchNorm(Companion):
         self._rewriting.end()
         self._monitor.teardown(trainer, pl_module, "fit")
 
+    @override
+    def _arguments(self) -> dict[str, Any]:
+        monitor = self._own_monitor
+        return {**super()._arguments(), "monitor": monitor if monitor and monitor.is_asked_for else monitor is not None}
+
     def _rewrite(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_damage(trainer.strategy, pl_module)
         self._refuse_shared_layers(trainer, pl_module)
@@ -390,3 +396,4 @@ class RevisitedBatchNorm(Companion):
 
 
 adopt(RevisitedBatchNorm)
+save_by_arguments(RevisitedBatchNorm)

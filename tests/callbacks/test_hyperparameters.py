@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -22,8 +23,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.nn.functional import cross_entropy
 
-from lightning_revbn import RevisitedBatchNorm
+from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
 from lightning_revbn.callbacks import hyperparameters
+from lightning_revbn.callbacks.saved_by_arguments import restore
 from lightning_revbn.switches.environment_callback import callback_from
 
 USERS = {"width": 6, "optimizer": {"name": "sgd"}}
@@ -49,6 +51,12 @@ class Tuned(LitNet):
     def __init__(self, width: int = 6, optimizer: Any = USERS["optimizer"]) -> None:
         super().__init__(model=residual_net(width=width))
         self.save_hyperparameters()
+
+
+class Mine(RevisitedBatchNorm):
+    def __init__(self, own: str) -> None:
+        super().__init__(scale=0.2)
+        self.own = own
 
 
 def fit(path: Path, logger: Any, *callbacks: Any, module: LitNet | None = None, ckpt_path: Path | None = None) -> Any:
@@ -252,3 +260,47 @@ def test_a_resumed_run_with_other_settings_is_told_each_and_an_older_state_is_ta
     callback = RevisitedBatchNorm(exclude=["*.bn1"])
     callback.load_state_dict(older)
     assert callback.state_dict()["zero_kept"] == ["model.bn2"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        RevisitedBatchNorm(),
+        RevisitedBatchNorm({"*.bn1": 0.5, "*": 0.25}, 10, None, exclude=["*.stem.*"], monitor=False),
+        RevisitedBatchNorm(enabled=False, monitor=BatchNormMonitor(2, activations=True, progress_bar=True)),
+        BatchNormMonitor(prefix="mine"),
+    ],
+)
+def test_a_callback_among_the_users_hyperparameters_is_logged_saved_and_loaded(given: Any, tmp_path: Path) -> None:
+    class Holding(LitNet):
+        def __init__(self, callback: Any, width: int = 6) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    loggers: list[Any] = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board")]
+    run = fit(tmp_path, loggers, given, module=Holding(given))  # it has trained, and knows of the module
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    for logger in loggers:
+        assert "width: 6" in (Path(logger.log_dir) / "hparams.yaml").read_text()
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["hyper_parameters"]["callback"]
+    assert type(saved) is type(given)
+    assert saved._arguments().keys() == inspect.signature(type(given)).parameters.keys()
+    for name, value in given._arguments().items():
+        if isinstance(value, BatchNormMonitor):
+            assert saved._arguments()[name]._arguments() == value._arguments()
+        else:
+            assert saved._arguments()[name] == value
+    loaded = Holding.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    fit(tmp_path, CSVLogger(tmp_path / "again"), loaded.hparams["callback"])
+
+
+def test_what_a_checkpoint_names_is_made_only_if_it_is_a_callback_of_the_package() -> None:
+    with pytest.raises(TypeError, match="is no callback of lightning_revbn"):
+        restore(dict, {"a": 1})  # type: ignore[arg-type]
+
+
+def test_a_subclass_of_a_users_is_pickled_with_what_it_has(tmp_path: Path) -> None:
+    callback = Mine("x")
+    torch.save(callback, tmp_path / "callback.pt")
+    loaded = torch.load(tmp_path / "callback.pt", weights_only=False)
+    assert (type(loaded), loaded.own, loaded.scale) == (Mine, "x", 0.2)

@@ -32,10 +32,15 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> dist.Store:
     return request.param(tmp_path)
 
 
+def client_of(store: dist.Store) -> dist.Store:
+    """Return what another rank has: one client of a TCPStore makes one request after the other."""
+    return dist.TCPStore("localhost", store.port, is_master=False) if isinstance(store, dist.TCPStore) else store
+
+
 def compare(store: dist.Store, *settings: Any) -> list[list[str]]:
     """Compare the settings of ranks, of which those with None take no part, and return what each has found."""
     comparisons = {
-        rank: RankSettings("test", store, rank, len(settings))
+        rank: RankSettings("test", client_of(store), rank, len(settings))
         for rank, parts in enumerate(settings)
         if parts is not None
     }
@@ -75,9 +80,7 @@ def test_the_order_of_patterns_is_a_difference() -> None:
 
 def test_waiting_ends_when_the_last_rank_has_posted_and_at_the_timeout_of_the_store(store: dist.Store) -> None:
     store.set_timeout(timedelta(seconds=60))
-    # One client of a TCPStore makes one request after the other.
-    other = dist.TCPStore("localhost", store.port, is_master=False) if isinstance(store, dist.TCPStore) else store
-    first, second = RankSettings("test", store, 0, 2), RankSettings("test", other, 1, 2)
+    first, second = RankSettings("test", store, 0, 2), RankSettings("test", client_of(store), 1, 2)
     first.post({"Callback": {"scale": 0.1}})
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(first.wait)

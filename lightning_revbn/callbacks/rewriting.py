@@ -128,6 +128,8 @@ class Rewriting:
         earlier = {record.name: record for record in self.records}
         with gathered(trainer.strategy.model or module, write=True):
             found = self._selection.look(module)
+            # A callback that was set up after ours has copied the new scales.
+            self._note_copies(trainer, module, [record for record in found if record.name in self._before])
             # A layer that was frozen since, by a hook or by a callback that comes after ours, is not to be changed.
             copies = {record.name for record in self.records if record.copy_of is not None}
             frozen = {
@@ -232,6 +234,13 @@ class Rewriting:
         for copy, before in self._copies:
             if copy.copy_of in names and _has_target(copy):
                 fill_scale(copy.module, before.scale)
+
+    def _note_copies(self, trainer: Trainer, module: LightningModule, originals: Sequence[BatchNormRecord]) -> None:
+        """Remember copies that are to be given back with their originals."""
+        known = {id(copy.module) for copy, _ in self._copies}
+        for copy in _copies_of_callbacks(trainer, module, originals) if originals else ():
+            if copy.copy_of is not None and id(copy.module) not in known:
+                self._copies.append((copy, self._before[copy.copy_of]))
 
     def _forget_before(self) -> None:
         self._before, self._copies = {}, []

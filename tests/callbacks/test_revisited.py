@@ -778,7 +778,7 @@ def test_the_table_is_printed_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
         trainer(tmp_path, quiet()).fit(LitNet(), loader())
     (said,) = [record.getMessage() for record in caplog.records if "RevisitedBatchNorm" in record.getMessage()]
     assert "model.stem.1 ... model.bn2 (3) | BatchNorm2d | 6        | -> 0.1 | freshly initialised" in said
-    assert said.endswith("3 scales learn with lr / 100")
+    assert "\n3 scales learn with lr / 100\n" in said
 
 
 def test_on_a_terminal_rich_draws_the_table_unless_lightning_is_silenced(

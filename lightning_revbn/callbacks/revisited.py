@@ -116,6 +116,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._rules = UpdateRules(name, self._selection, learning)
         self._trainer: weakref.ref[Trainer] | None = None
         self._wraps: list[NextCall] = []
+        self._acts_alone: bool | None = None
         self._is_resumed = False
         self._evaluations: weakref.WeakKeyDictionary[Trainer, EvaluationEps] = weakref.WeakKeyDictionary()
         adopt(RevisitedBatchNorm)  # pytorch_lightning may have been imported since the class was made

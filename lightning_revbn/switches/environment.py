@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["VARIABLE", "callbacks"]
+__all__ = ["VARIABLE", "asked", "callbacks"]
 
 VARIABLE = "LIGHTNING_REVBN"
 _OFF = ("", "0", "false", "no", "off")

@@ -266,7 +266,7 @@ def test_a_resumed_run_with_other_settings_is_told_each_and_an_older_state_is_ta
     "given",
     [
         RevisitedBatchNorm(),
-        RevisitedBatchNorm({"*.bn1": 0.5, "*": 0.25}, 10, None, exclude=["*.stem.*"], monitor=False),
+        RevisitedBatchNorm({"*.bn1": 0.5, "*": 0.25}, 10, weight_decay_exempt=None, exclude=["*.stem.*"], monitor=False),
         RevisitedBatchNorm(enabled=False, monitor=BatchNormMonitor(2, activations=True, progress_bar=True)),
         BatchNormMonitor(prefix="mine"),
     ],

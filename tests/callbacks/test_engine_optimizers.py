@@ -85,7 +85,7 @@ def test_permanent_groups_are_recognised_and_train_as_the_rule_does(
     trainer(tmp_path, RevisitedBatchNorm(monitor=False)).fit(reference, loader())
     torch.testing.assert_close(scales(module), scales(reference), rtol=1e-5, atol=1e-8)
     told = [message for message in caplog.messages if "start from a new scale" in message]
-    assert told[0].endswith("the scales learn with the learning rate of their groups, made by scale_param_groups")
+    assert "\nthe scales learn with the learning rate of their groups, made by scale_param_groups\n" in told[0]
     logged = [row for row in rows(tmp_path) if "revbn/scale_lr" in row]
     assert {float(row["revbn/scale_lr"]) for row in logged} == {0.05 / 100}
 

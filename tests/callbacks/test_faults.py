@@ -568,7 +568,7 @@ OLDER: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:BatchNormMonitor. drift starts again")
+@pytest.mark.filterwarnings("ignore:BatchNormMonitor. drift starts again", "ignore:RevisitedBatchNorm applies half")
 @pytest.mark.parametrize("older", OLDER)
 def test_the_callbacks_own_older_state_resumes_alike(older: str, tmp_path: Path) -> None:
     def module() -> LitNet:

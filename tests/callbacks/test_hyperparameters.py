@@ -32,6 +32,8 @@ USERS = {"width": 6, "optimizer": {"name": "sgd"}}
 DEFAULTS = {
     "revbn/scale": 0.1,
     "revbn/scale_lr_divisor": 100.0,
+    "revbn/shift_lr_multiplier": 1.0,
+    "revbn/eps": None,
     "revbn/weight_decay_exempt": "scale",
     "revbn/include": '["*"]',
     "revbn/exclude": "[]",
@@ -78,7 +80,9 @@ def sessions(logger: TensorBoardLogger) -> list[dict[str, Any]]:
             if value.tag == "_hparams_/session_start_info":
                 data = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
                 held = data.session_start_info.hparams
-                found.append({key: getattr(held[key], held[key].WhichOneof("kind")) for key in held})
+                values = {key: getattr(held[key], held[key].WhichOneof("kind")) for key in held}
+                # TensorBoard has no value for None, so Lightning writes the word.
+                found.append({key: None if value == "None" else value for key, value in values.items()})
     return found
 
 

@@ -197,6 +197,8 @@ def test_the_group_of_a_configuration_file_sets_every_argument(tmp_path: Path) -
     settings = {
         "scale": PATTERNS,
         "scale_lr_divisor": 50.0,
+        "shift_lr_multiplier": 3.0,
+        "eps": 1e-3,
         "weight_decay_exempt": "vectors",
         "include": ["model.*"],
         "exclude": ["*.stem.*"],

@@ -192,7 +192,7 @@ def test_both_arms_start_from_the_same_weights_but_the_scales_and_see_the_same_b
     assert torch.equal(torch.cat(baseline.labels), torch.cat(revisited.labels))
 
 
-@pytest.mark.filterwarnings("ignore:scale=1.0. the method starts batch norm scales below 1:UserWarning")
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect. no scale was rewritten:UserWarning")
 def test_a_scale_and_divisor_of_1_train_the_baseline_to_the_bit(made: list[Recorder], tmp_path: Path) -> None:
     run = digits.Run("baseline", seed=1, epochs=1, blocks=1, scale=1.0, divisor=1.0, log_dir=tmp_path / "baseline")
     first = digits.train(run)

@@ -105,10 +105,7 @@ class Run:
         """Return what the Trainer gets beside the network: nothing, or the callback."""
         if self.scale is None:
             return []
-        with warnings.catch_warnings():
-            # One arm takes the divisor alone on purpose.
-            warnings.filterwarnings("ignore", r"scale=1\.0: the method starts batch norm scales below 1")
-            return [RevisitedBatchNorm(scale=self.scale, scale_lr_divisor=DIVISOR)]
+        return [RevisitedBatchNorm(scale=self.scale, scale_lr_divisor=DIVISOR)]  # at scale 1, the divisor alone
 
 
 class CifarResNet(PaperRecipe):

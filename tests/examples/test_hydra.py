@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
 
-from lightning_revbn import RevisitedBatchNorm
+from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
 
 EXAMPLE = ROOT / "examples" / "hydra"
 
@@ -80,7 +80,7 @@ def test_the_group_has_the_arguments_and_defaults_of_the_callback() -> None:
     assert configured.state_dict() == default.state_dict()
     for name in ("include", "exclude", "zero_scale", "trained"):
         assert getattr(configured, name) == getattr(default, name)
-    assert vars(configured.monitor) == vars(default.monitor)
+    assert vars(configured.monitor) == vars(BatchNormMonitor())  # asked for, unlike the default
 
 
 def test_containers_of_omegaconf_train_as_plain_ones_and_reach_no_checkpoint(tmp_path: Path) -> None:

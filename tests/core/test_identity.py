@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 
 from lightning_revbn import ScaleUpdateRule, init_batch_norms
 from lightning_revbn.core.identity import ScaleOneTerms, scale_1_terms
-from lightning_revbn.core.initialization import InitReport
 
 LR, MOMENTUM, DECAY, STEPS = 0.05, 0.9, 1e-3, 25
 BEHIND_SCALED = ("bn1", "bn2")
@@ -54,7 +53,7 @@ def test_a_small_scale_equals_scale_one_with_other_learning_rates_start_and_eps(
     g: float, c: float, k: float, eps: float
 ) -> None:
     revisited = residual_net().double()
-    found = init_batch_norms(revisited, scale=g, eps=eps) if g < 1 else init_without_warning(revisited, eps)
+    found = init_batch_norms(revisited, scale=g, eps=eps) if g < 1 else init_batch_norms(revisited, scale=1.0, eps=eps)
     own = sort_parameters(revisited)
     groups = [
         {"params": own["head"] + own["rest"], "weight_decay": DECAY},
@@ -91,11 +90,6 @@ def test_a_small_scale_equals_scale_one_with_other_learning_rates_start_and_eps(
         torch.testing.assert_close(*variances, rtol=1e-9, atol=0)
     moved = (equal.bn1.weight - 1).abs().max()
     assert moved > 1e-3  # the scales have learned
-
-
-def init_without_warning(model: nn.Module, eps: float) -> InitReport:
-    with pytest.warns(UserWarning, match="starts batch norm scales below 1"):
-        return init_batch_norms(model, scale=1.0, eps=eps)
 
 
 def test_values_of_the_divisor_that_switch_the_rule_off_count_as_one() -> None:

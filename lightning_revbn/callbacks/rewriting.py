@@ -162,14 +162,13 @@ class Rewriting:
         self.zero_kept |= set(zero_kept_names(records))  # layers that are newer than a restored state, too
         return records
 
-    def give_back(self, trainer: Trainer, module: LightningModule) -> None:
+    def give_back(self, module: LightningModule) -> None:
         """Undo every rewrite of a fit that has ended before its first update.
 
         No rank waits for another here, since an exception may have come on one alone. A scale that DeepSpeed's ZeRO-3
         has partitioned keeps the new value, since ranks could only fill it together.
 
         Args:
-            trainer: The Trainer.
             module: The module that was to be trained.
         """
         self._fill_back(module, set(self._before))

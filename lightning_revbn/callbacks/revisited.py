@@ -335,10 +335,12 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     def _abandon(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a fit that has failed; without an update the module becomes what it was."""
-        if not self._rules.has_stepped:
-            self._rewriting.give_back(pl_module)
-            self._eps.give_back(pl_module)
-        self._end(trainer, pl_module)
+        try:
+            if not self._rules.has_stepped:
+                self._rewriting.give_back(pl_module)
+                self._eps.give_back(pl_module)
+        finally:  # a device that has failed may not let values be read
+            self._end(trainer, pl_module)
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = None

@@ -166,7 +166,8 @@ class Rewriting:
         """Undo every rewrite of a fit that has ended before its first update.
 
         No rank waits for another here, since an exception may have come on one alone. A scale that DeepSpeed's ZeRO-3
-        has partitioned keeps the new value, since ranks could only fill it together.
+        has partitioned, or that is part of FSDP1's flat parameters, keeps the new value, since ranks could only fill it
+        together.
 
         Args:
             module: The module that was to be trained.
@@ -228,7 +229,9 @@ class Rewriting:
         targets = {record.name: record.target for record in self.records if record.verdict == "rewrite"}
         for record in self._selection.look(module) if names else ():
             target = targets.get(record.name)
-            if record.name in names and target is not None and record.has_scale(target):
+            if record.name not in names or target is None or record.state == "unsupported":
+                continue
+            if record.has_scale(target):
                 fill_scale(record.module, self._before[record.name].scale)
         for copy, before in self._copies:
             if copy.copy_of in names and _has_target(copy):

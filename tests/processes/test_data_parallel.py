@@ -30,6 +30,7 @@ def test_two_ranks_train_as_hand_made_groups_do_and_resume_alike(strategy: str, 
     assert [int(row["step"]) for row in logged] == list(range(8))
     assert float(logged[0]["revbn/scale_mean"]) == pytest.approx(0.1)
     assert {float(row["revbn/scale_lr"]) for row in logged} == {0.05 / 100}
+    assert {float(row["revbn/shift_lr"]) for row in logged} == {0.05 * 10}
     assert all(float(row[f"revbn/model.{layer}/normalized_absmax"]) > 1 for row in logged for layer in BATCH_NORMS)
 
 

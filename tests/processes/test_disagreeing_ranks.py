@@ -28,7 +28,9 @@ SECONDS = 60
 
 def ends(case: str, folder: Path) -> list[dict[str, Any]]:
     run_ranks("disagreeing_ranks.py", case, folder)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all((end["scales"] == 1).all() for end in found)  # what a refused fit has written is given back
+    return found
 
 
 @pytest.mark.parametrize("case", SAID)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from helpers.lit import LitNet, quiet, trainer
-from helpers.models import images
+from helpers.models import images, scales
 from helpers.raw import RawData, SeeingNet
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, TensorDataset
@@ -60,7 +60,8 @@ def main(case: str, folder: Path) -> None:
         run.fit(module, data)
     except BaseException as raised:  # gloo raises a RuntimeError where the other rank has gone
         error = f"{type(raised).__name__}: {raised}"
-    torch.save({"error": error, "seconds": time.monotonic() - clock.start}, folder / f"rank{rank}.pt")
+    end = {"error": error, "seconds": time.monotonic() - clock.start, "scales": torch.cat(scales(module)).detach()}
+    torch.save(end, folder / f"rank{rank}.pt")
     os._exit(0)  # a rank that has failed ends, and the other learns of it as it does without this script
 
 

@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Tests of one file share what they have trained, so a file stays with one worker.
+TEST_JOBS ?= 2
 MATRIX_ARGS ?=
 KILL_ARGS ?=
 
@@ -18,8 +20,8 @@ help: ## list the targets
 demo: $(VENV)/.examples ## train baseline and revisited networks on digits, print the paired comparison, draw it (DEMO_ARGS="--seeds 5")
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
 
-test: $(VENV)/.examples $(VENV)/.test ## run all tests (TEST_ARGS="-k resume")
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(VENV)/.examples $(VENV)/.test ## run all tests (TEST_ARGS="-k resume", TEST_JOBS=4)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/.examples $(VENV)/.test $(VENV)/.lint ## ruff (lint, format) and pyright (strict)
 	$(BIN)/ruff check .

@@ -167,7 +167,7 @@ class GroupPlan:
             changes_weight_decay=any(part.has_own("weight_decay") for part in parts),
         )
         if len(parts) > 1:
-            refuse_divided_group(group, where)
+            refuse_divided_group(group, where, has_faster=any(part.role == "shift" for part in parts))
         for part in parts:
             if part.has_own("lr"):
                 part.value("lr", group["lr"], coverage.rates, where)

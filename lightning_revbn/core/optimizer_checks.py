@@ -16,7 +16,7 @@ from lightning_revbn.core.arguments import as_number
 from lightning_revbn.core.group_lists import are_values_of, tensors_by_group
 from lightning_revbn.core.param_groups import Group
 
-__all__ = ["refuse_divided_group", "refuse_positions", "refuse_settings", "updates_in_backward", "wraps_another"]
+__all__ = ["refuse_divided", "refuse_divided_group", "refuse_settings", "updates_in_backward", "wraps_another"]
 
 _APART = "build the optimizer from scale_param_groups, so that batch norm scales have groups of their own"
 
@@ -66,16 +66,20 @@ def updates_in_backward(optimizer: Optimizer, name: str) -> str | None:
     return None
 
 
-def refuse_positions(optimizer: Optimizer) -> None:
-    """Raise if an optimizer, of which a group is to be divided, finds parameters by their place in the groups.
+def refuse_divided(optimizer: Optimizer) -> None:
+    """Raise if an optimizer, of which a group is to be divided, finds or weighs parameters by what the groups are.
 
     Args:
         optimizer: The optimizer.
 
     Raises:
-        ValueError: If so; the message has the attribute and the remedy.
+        ValueError: If so; the message has the attribute or setting, and the remedy.
     """
     name = type(optimizer).__name__
+    # heavyball's: its other optimizers have the setting and do not read it.
+    is_schedule_free = any(cls.__name__ == "ScheduleFree" for cls in type(optimizer).__mro__)
+    if is_schedule_free and any(group.get("weight_lr_power") for group in optimizer.param_groups):
+        raise ValueError(_averaged(name))
     kept = tensors_by_group(optimizer)
     if kept:
         raise ValueError(
@@ -116,12 +120,13 @@ def refuse_settings(group: Group, where: str, *, divides_lr: bool, changes_weigh
         )
 
 
-def refuse_divided_group(group: Group, where: str) -> None:
+def refuse_divided_group(group: Group, where: str, *, has_faster: bool) -> None:
     """Raise if a group that is to be divided holds something that belongs to all its parameters together.
 
     Args:
         group: The group.
         where: What it is called.
+        has_faster: Whether a part learns with lr * k.
 
     Raises:
         ValueError: If so; the message has the key and the remedy.
@@ -137,12 +142,18 @@ def refuse_divided_group(group: Group, where: str) -> None:
             f"{where} estimates its step size from all its parameters together (DoG, 'reps_rel'), so none of them can "
             f"learn apart from the others: {_APART}"
         )
-    if group.get("weight_lr_power") and "lr_max" not in group:
-        raise ValueError(
-            f"{where} weighs its average of the parameters by their learning rate and sums the weights up for all of "
-            f"them ('weight_lr_power'), so scales with lr / c would be left out of the average: {_APART}, or set "
-            "weight_lr_power=0"
-        )
+    if group.get("weight_lr_power") and "lr_max" in group and has_faster:
+        raise ValueError(_averaged(where))
+
+
+def _averaged(where: str) -> str:
+    # Where the group remembers the largest learning rate (`lr_max`), scales get the weight of the rest of the group. A
+    # learning rate that is larger has a weight of its own, and every learning rate has where there is no `lr_max`.
+    return (
+        f"{where} averages its parameters with weights that follow from their learning rate, and keeps one sum of "
+        "these weights for all of them ('weight_lr_power'), so parts with other learning rates would be averaged "
+        f"wrongly: {_APART}, or set weight_lr_power=0"
+    )
 
 
 def _with_entries(value: object) -> Iterator[object]:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from lightning_revbn.core.group_parts import Coverage, GroupPlan
-from lightning_revbn.core.optimizer_checks import refuse_positions, updates_in_backward, wraps_another
+from lightning_revbn.core.optimizer_checks import refuse_divided, updates_in_backward, wraps_another
 from lightning_revbn.core.optimizer_view import OptimizerView
 from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK, Group, keep_marks
 from lightning_revbn.core.rates import Rates, Role
@@ -122,7 +122,7 @@ class ScaleUpdateRule:
         self._chosen: Tensor | None = None
         self._plan(optimizer.param_groups)
         if any(plan.is_divided for plan in self._plans):
-            refuse_positions(optimizer)
+            refuse_divided(optimizer)
         self._watch = UpdateWatch()
         self._view = OptimizerView(optimizer, self._read_groups, self._hand_back, self._is_own_hook)
         self._handles = [

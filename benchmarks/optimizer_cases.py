@@ -105,6 +105,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # of classes whose qualified name fits
 USE_MUON = ("muon.*WithAuxAdam", "pytorch_optimizer.*.muon.*")
 """Classes that ask of every group whether Muon updates it."""
 
+SCRIPTS = {"setup", "__main__"}
+"""Modules that run when they are imported."""
 BASES = {"BaseOptimizer", "MuonBase", "Optimizer1State", "Optimizer2State", "StochLineSearchBase", "_AdamBase"}
 """Classes that others derive from; so is every class whose constructor insists on `defaults`."""
 
@@ -135,7 +137,7 @@ def optimizers(module: str) -> dict[str, type[Optimizer]]:
     package, top = importlib.import_module(module), module.partition(".")[0]
     modules = [package]
     for info in pkgutil.walk_packages(getattr(package, "__path__", []), f"{module}.", onerror=lambda name: None):
-        if "test" not in info.name:
+        if "test" not in info.name and info.name.rpartition(".")[2] not in SCRIPTS:
             try:
                 modules.append(importlib.import_module(info.name))
             except Exception:  # a submodule may need a package that is not here; the rest of it is looked at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -87,6 +88,7 @@ def page(results: Results, packages: Sequence[str], torch_version: str) -> str:
     """Return the page of the documentation."""
     judged = [verdict for verdict in results.verdicts if verdict.outcome != "cannot run"]
     equal = sum(verdict.outcome == "equal" for verdict in judged)
+    silence = "" if any(verdict.is_failure for verdict in judged) else " None is wrong in silence."
     return f"""# Optimizers
 
 <!-- Written by `python benchmarks/optimizer_zoo.py --page docs/optimizers.md`: change it there. -->
@@ -94,8 +96,8 @@ def page(results: Results, packages: Sequence[str], torch_version: str) -> str:
 The update rule shows an optimizer's `step` divided parameter groups. Whether an optimizer of another package then
 does what it does with groups made by hand is tried, for every optimizer class that these packages define. This page was
 measured with torch {torch_version} on a CPU, with `torch.compile` switched off. Of {len(results.verdicts)} classes in
-{len({verdict.package for verdict in results.verdicts})} packages, {len(judged)} train the small net of the trial;
-{equal} of these are equal to hand-made groups to the bit. The others are listed below, each with its reason.
+{len({verdict.package for verdict in results.verdicts})} packages, {len(judged)} can be tried; {equal} of these are equal to
+hand-made groups to the bit. The others are listed below, each with its reason.{silence}
 
 ```text
 pip install --no-deps -r benchmarks/optimizer_zoo.txt
@@ -105,7 +107,7 @@ python benchmarks/optimizer_zoo.py --results build/optimizer_zoo.json --page doc
 The command trains a net with batch norm for eight steps, with the rule and with groups made by hand, in up to four
 pairs: without weight decay and with it, and with one parameter group and two. The scales learn with lr / 100 and take
 no weight decay. Two more pairs have shifts that learn with lr * 10. The command can be stopped at any time, and goes on
-where it was.
+where it was. `make optimizers` makes an environment for it and runs it.
 
 ## Counts
 
@@ -140,31 +142,53 @@ def _unequal(results: Results) -> str:
             continue
         text += f"## {outcome.capitalize()}: {len(found)}\n\n{explanation}\n\n"
         has_size = outcome in ("group state", "differs")
-        text += "| optimizer | scales | others | reason |\n|---|--:|--:|---|\n" if has_size else ""
-        text += "" if has_size else "| optimizer | reason |\n|---|---|\n"
-        for verdict in sorted(found, key=lambda each: (-each.scales, each.optimizer.lower())):
-            size = f" {verdict.scales:.2g} | {verdict.others:.2g} |" if has_size else ""
-            text += f"| `{verdict.optimizer}` |{size} {_cell(verdict.reason)} |\n"
+        text += _sizes(found) if has_size else _reasons(found)
         text += "\n"
     return text
 
 
+def _sizes(verdicts: Iterable[Verdict]) -> str:
+    ordered = sorted(verdicts, key=lambda each: (-each.scales, each.optimizer.lower()))
+    rows = [
+        f"| `{each.optimizer}` | {each.scales:.2g} | {each.others:.2g} | {_cell(each.reason)} |" for each in ordered
+    ]
+    return "\n".join(["| optimizer | scales | others | reason |", "|---|--:|--:|---|", *rows]) + "\n"
+
+
+def _reasons(verdicts: Iterable[Verdict]) -> str:
+    """Return a row for each reason, with the optimizers that have it: their names are left out of the reasons."""
+    found: dict[str, list[str]] = {}
+    for each in verdicts:
+        name = each.optimizer.rpartition(".")[2]
+        found.setdefault(re.sub(rf"\b{re.escape(name)}\b", "…", each.reason), []).append(f"`{each.optimizer}`")
+    lines = ["| reason | optimizers |", "|---|---|"]
+    for reason, names in sorted(found.items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append(f"| {_cell(reason)} | {', '.join(sorted(names, key=str.lower))} |")
+    return "\n".join(lines) + "\n"
+
+
 def _faster(results: Results) -> str:
-    rows = [(each.optimizer, Verdict(**each.faster)) for each in results.verdicts if each.faster]
-    if not rows:
+    found = [Verdict(**each.faster) for each in results.verdicts if each.faster]
+    if not found:
         return ""
     text = (
-        "## Otherwise where shifts learn faster\n\nWith `shift_lr_multiplier=10` these come to something else than the "
-        "tables above say.\n\n| optimizer | outcome | scales | others | reason |\n|---|---|--:|--:|---|\n"
+        "## Otherwise where shifts learn faster\n\nWith `shift_lr_multiplier=10` these optimizers come to something "
+        "else than the tables above say.\n"
     )
-    for name, verdict in sorted(rows, key=lambda row: (row[1].outcome, row[0].lower())):
-        size = f"{verdict.scales:.2g} | {verdict.others:.2g}" if verdict.scales or verdict.others else " | "
-        text += f"| `{name}` | {verdict.outcome} | {size} | {_cell(verdict.reason)} |\n"
+    for outcome in OUTCOMES:
+        own = [each for each in found if each.outcome == outcome]
+        if own:
+            has_size = any(each.scales or each.others for each in own)
+            text += f"\n{outcome.capitalize()}:\n\n{_sizes(own) if has_size else _reasons(own)}"
     return text
 
 
 def _missing(results: Results, packages: Iterable[str]) -> str:
-    rows = [(name, results.missing.get(name, "not tried")) for name in packages]
+    tried = {verdict.package for verdict in results.verdicts}
+    known = {
+        name: reason or ("" if name in tried else "no optimizer class") for name, reason in results.missing.items()
+    }
+    rows = [(name, known.get(name, "not tried")) for name in packages]
     return "".join(f"- {name}: {_cell(reason)}\n" for name, reason in rows if reason) or "Every package was.\n"
 
 
@@ -178,4 +202,5 @@ def _equal(results: Results, packages: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
+    text = re.sub(r" \(/[^)]*\)", "", text)  # paths of the machine
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -21,6 +21,13 @@ __all__ = ["refuse_divided", "refuse_divided_group", "refuse_settings", "updates
 _APART = "build the optimizer from scale_param_groups, so that batch norm scales have groups of their own"
 
 
+_FROM_ALL_PARAMETERS = {
+    "reps_rel": ("DoG", "step size"),  # with lists of values that its first step makes
+    "amplifier": ("pytorch_optimizer.ASGD", "learning rate"),
+}
+"""Settings by which optimizers are known that work out one number for a group from the norms of its parameters."""
+
+
 def wraps_another(optimizer: Optimizer, name: str) -> str | None:
     """Say why an optimizer that holds other optimizers, in an attribute or in a container there, is refused.
 
@@ -116,7 +123,8 @@ def refuse_settings(group: Group, where: str, *, divides_lr: bool, changes_weigh
         return
     if isinstance(decay, str) or as_number(decay) is None:
         raise ValueError(
-            f"{where} has weight_decay={decay!r}: to exempt a parameter, or to divide its weight decay, takes a number"
+            f"{where} has weight_decay={decay!r}: to exempt a parameter, or to divide its weight decay, takes a "
+            "number. Give the optimizer a number, or exempt no parameter from weight decay and use a multiplier of 1"
         )
 
 
@@ -137,11 +145,12 @@ def refuse_divided_group(group: Group, where: str, *, has_faster: bool) -> None:
                 f"{where} holds {key!r}, values for its parameters in their order, which cannot be divided with "
                 f"them: {_APART}"
             )
-    if "reps_rel" in group:  # DoG writes such values at its first step
-        raise ValueError(
-            f"{where} estimates its step size from all its parameters together (DoG, 'reps_rel'), so none of them can "
-            f"learn apart from the others: {_APART}"
-        )
+    for key, (owner, what) in _FROM_ALL_PARAMETERS.items():
+        if key in group:
+            raise ValueError(
+                f"{where} estimates its {what} from all its parameters together ({owner}, {key!r}), so none of them "
+                f"can learn apart from the others: {_APART}"
+            )
     if group.get("weight_lr_power") and "lr_max" in group and has_faster:
         raise ValueError(_averaged(where))
 

@@ -186,6 +186,13 @@ def test_prodigy_takes_one_learning_rate_alone(with_rule: bool) -> None:
         trained(prodigyopt.Prodigy, 1.0, with_rule)
 
 
+def test_a_learning_rate_that_follows_from_the_norm_of_a_group_is_refused() -> None:
+    model = residual_net()
+    said = r"group 0 of ASGD estimates its learning rate from all its parameters together .*scale_param_groups"
+    with pytest.raises(ValueError, match=said):
+        ScaleUpdateRule(pytorch_optimizer.ASGD(model.parameters(), lr=LR), scales(model))
+
+
 def test_optimizers_in_a_list_are_found() -> None:
     model = residual_net()
     optimizer = heavyball.SplitOpt([{"params": list(model.parameters()), "optimizer": heavyball.AdamW, "lr": LR}])

@@ -87,6 +87,7 @@ def tables(results: Results, packages: Sequence[str]) -> str:
 def page(results: Results, packages: Sequence[str], torch_version: str) -> str:
     """Return the page of the documentation."""
     judged = [verdict for verdict in results.verdicts if verdict.outcome != "cannot run"]
+    count = len({verdict.package for verdict in results.verdicts})
     equal = sum(verdict.outcome == "equal" for verdict in judged)
     silence = "" if any(verdict.is_failure for verdict in judged) else " None is wrong in silence."
     return f"""# Optimizers
@@ -96,8 +97,8 @@ def page(results: Results, packages: Sequence[str], torch_version: str) -> str:
 The update rule shows an optimizer's `step` divided parameter groups. Whether an optimizer of another package then
 does what it does with groups made by hand is tried, for every optimizer class that these packages define. This page was
 measured with torch {torch_version} on a CPU, with `torch.compile` switched off. Of {len(results.verdicts)} classes in
-{len({verdict.package for verdict in results.verdicts})} packages, {len(judged)} can be tried; {equal} of these are equal to
-hand-made groups to the bit. The others are listed below, each with its reason.{silence}
+{count} packages, {len(judged)} can be tried; {equal} of these are equal to hand-made groups to the bit. The others are
+listed below, each with its reason.{silence}
 
 ```text
 pip install --no-deps -r benchmarks/optimizer_zoo.txt

@@ -163,14 +163,14 @@ class GroupPlan:
         refuse_settings(
             group,
             where,
-            divides_lr=any(part.has_own("lr") for part in parts),
-            changes_weight_decay=any(part.has_own("weight_decay") for part in parts),
+            divides_lr=any(part.role != "other" for part in parts),
+            changes_weight_decay=any(part.exempt or part.role == "shift" for part in parts),
         )
         if len(parts) > 1:
             refuse_divided_group(group, where, has_faster=any(part.role == "shift" for part in parts))
         for part in parts:
             if part.has_own("lr"):
-                part.value("lr", group["lr"], coverage.rates, where)
+                part.value("lr", group.get("lr"), coverage.rates, where)
         is_whole = all(part.is_whole_group for part in parts)
         # An optimizer may update a tensor of the group in place, such as a count of steps. Were it one tensor in all
         # copies, it would be updated once for every part. The first copy shares it, so the group sees one update.

@@ -10,9 +10,10 @@ TEST_ARGS ?=
 TEST_JOBS ?= 2
 MATRIX_ARGS ?=
 KILL_ARGS ?=
+OPTIMIZERS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench matrix kill-and-resume docs test-lowest test-deepspeed test-gpu clean
+.PHONY: help demo test lint format bench matrix optimizers kill-and-resume docs test-lowest test-deepspeed test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -43,6 +44,10 @@ bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ra
 matrix: $(VENV)/.examples $(VENV)/.test ## train with every strategy, precision and loop, and print what became of each combination
 	$(BIN)/python benchmarks/matrix.py $(MATRIX_ARGS)
 
+optimizers: ## try every optimizer of many packages against hand-made groups, and write docs/optimizers.md (an hour; it goes on where it was)
+	$(MAKE) .venv-optimizers/.optimizers VENV=.venv-optimizers
+	OMP_NUM_THREADS=1 .venv-optimizers/bin/python benchmarks/optimizer_zoo.py --results build/optimizer_zoo.json --page docs/optimizers.md $(OPTIMIZERS_ARGS)
+
 kill-and-resume: $(VENV)/.examples $(VENV)/.test ## kill training at random moments and resume it, 200 times (KILL_ARGS="--trials 20 --seed 1")
 	$(BIN)/python tests/processes/scripts/kill_and_resume.py $(KILL_ARGS)
 
@@ -59,7 +64,7 @@ test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests th
 	$(BIN)/python -m pytest -m gpu tests/gpu $(TEST_ARGS)
 
 clean: ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-deepspeed docs/_build demo_output fashion_mnist_output protocol_output ablation_output digits_cli_output outputs multirun examples/*_output
+	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers docs/_build demo_output fashion_mnist_output protocol_output ablation_output digits_cli_output outputs multirun examples/*_output
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -73,4 +78,8 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.deepspeed: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --group $*
+	@touch $@
+
+$(VENV)/.optimizers: $(VENV)/.examples $(VENV)/.test benchmarks/optimizer_zoo.txt
+	$(BIN)/python -m pip install -qq --no-deps -r benchmarks/optimizer_zoo.txt
 	@touch $@

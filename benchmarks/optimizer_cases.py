@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from helpers.models import ResidualNet, scales
+from helpers.models import ResidualNet, scales, shifts
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-LR, DIVISOR, BATCH = 0.01, 100.0, 8
+LR, DIVISOR, MULTIPLIER, BATCH = 0.01, 100.0, 10.0, 8
 SCHEDULE = (0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5)
 """Factor of the learning rates at each step: a warm-up and a decay."""
 
@@ -37,6 +37,13 @@ MODULES: dict[str, str] = {  # names on PyPI, of modules that have another name 
     "muon-optimizer": "muon",
     "salsa-optimizer": "salsa",
     "tauon-optimizer": "tauon",
+    "Adam-tanhx": "Adam_tanhx",
+    "casmo-optimizer": "casmo",
+    "muon-fsdp2": "muon_fsdp2",
+    "pytorch-lamb": "pytorch_lamb",
+    "sophia-optimizer": "sophia",
+    "FracGrad": "FracGrad",
+    "lightning-bolts": "pl_bolts.optimizers",
     "facebookresearch/optimizers": "distributed_shampoo",  # on GitHub only
 }
 _SAME_NAME = [  # but for the hyphens
@@ -98,6 +105,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # of classes whose qualified name fits
 USE_MUON = ("muon.*WithAuxAdam", "pytorch_optimizer.*.muon.*")
 """Classes that ask of every group whether Muon updates it."""
 
+SCRIPTS = {"setup", "__main__"}
+"""Modules that run when they are imported."""
 BASES = {"BaseOptimizer", "MuonBase", "Optimizer1State", "Optimizer2State", "StochLineSearchBase", "_AdamBase"}
 """Classes that others derive from; so is every class whose constructor insists on `defaults`."""
 
@@ -128,7 +137,7 @@ def optimizers(module: str) -> dict[str, type[Optimizer]]:
     package, top = importlib.import_module(module), module.partition(".")[0]
     modules = [package]
     for info in pkgutil.walk_packages(getattr(package, "__path__", []), f"{module}.", onerror=lambda name: None):
-        if "test" not in info.name:
+        if "test" not in info.name and info.name.rpartition(".")[2] not in SCRIPTS:
             try:
                 modules.append(importlib.import_module(info.name))
             except Exception:  # a submodule may need a package that is not here; the rest of it is looked at
@@ -174,41 +183,51 @@ def construct(cls: type[Optimizer], model: ResidualNet, groups: Groups, decay: f
     return cls(REQUIRED[leading](model, groups), **options)
 
 
-def construct_by_hand(cls: type[Optimizer], model: ResidualNet, groups: Groups, decay: float) -> Any:
+def construct_by_hand(cls: type[Optimizer], model: ResidualNet, groups: Groups, decay: float, multiplier: float) -> Any:
     """Build an optimizer from divided groups, or divide its groups afterwards if its constructor takes none."""
     usual = construct(cls, model, groups, decay)
     own = {id(scale) for scale in scales(model)}
     try:
-        optimizer = construct(cls, model, divided(model, groups, usual.param_groups), decay)
+        optimizer = construct(cls, model, divided(model, groups, usual.param_groups, multiplier), decay)
     except Exception:
         optimizer = None
     if optimizer is None or not any(own.issuperset(map(id, group["params"])) for group in optimizer.param_groups):
         optimizer = construct(cls, model, groups, decay)
-        optimizer.param_groups[:] = divided(model, optimizer.param_groups, optimizer.param_groups)
+        optimizer.param_groups[:] = divided(model, optimizer.param_groups, optimizer.param_groups, multiplier)
     return optimizer
 
 
-def divided(model: ResidualNet, groups: Groups, usual: Groups) -> Groups:
+def divided(model: ResidualNet, groups: Groups, usual: Groups, multiplier: float) -> Groups:
     """Divide groups by hand.
 
     Args:
         model: The model.
         groups: Its groups.
         usual: The same groups with the settings that the optimizer gives them.
+        multiplier: The factor k; 1 leaves shifts where they are.
 
     Returns:
-        Each group without its scales, followed by a group of these with lr / c and no weight decay.
+        Each group without its scales and shifts, a group of the shifts with lr * k and weight decay / k, and a group of
+        the scales with lr / c and no weight decay.
     """
-    own = {id(scale) for scale in scales(model)}
+    own = {id(scale): "scale" for scale in scales(model)}
+    if multiplier != 1:
+        own.update({id(shift): "shift" for shift in shifts(model)})
     parts: Groups = []
     for group, settings in zip(groups, usual, strict=True):
-        rest = [parameter for parameter in group["params"] if id(parameter) not in own]
-        part = [parameter for parameter in group["params"] if id(parameter) in own]
-        changes = {"lr": settings["lr"] / DIVISOR} if "lr" in settings else {}
+        changes: dict[str, dict[str, Any]] = {"other": {}, "shift": {}, "scale": {}}
+        if "lr" in settings:
+            changes["shift"]["lr"], changes["scale"]["lr"] = settings["lr"] * multiplier, settings["lr"] / DIVISOR
         if "weight_decay" in settings:
-            changes["weight_decay"] = [0.0] if isinstance(settings["weight_decay"], list) else 0.0
-        parts += [{**group, "params": rest}] if rest else []
-        parts += [{**group, **changes, "params": part}] if part else []
+            decay = settings["weight_decay"]
+            numbers = decay if isinstance(decay, list) else [decay]
+            divided_decay = [None if each is None else each / multiplier for each in numbers]
+            none = [0.0] * len(numbers)
+            changes["shift"]["weight_decay"] = divided_decay if isinstance(decay, list) else divided_decay[0]
+            changes["scale"]["weight_decay"] = none if isinstance(decay, list) else 0.0
+        for kind, own_settings in changes.items():
+            part = [parameter for parameter in group["params"] if own.get(id(parameter), "other") == kind]
+            parts += [{**group, **own_settings, "params": part}] if part else []
     return parts
 
 

@@ -1,18 +1,22 @@
 """Trains a small net with every optimizer of many packages, by the update rule and by groups made by hand.
 
-Four pairs of trainings, of eight steps, from one seed: with one group of the user's and with two, with weight decay and
-without. By hand, the optimizer is built from groups in which the scales have lr / c and no weight decay. Each optimizer
-runs in a process of its own, so that a crash or a hang costs one row. Prints the outcomes by package, then every
-optimizer that is not equal to the bit, with its reason; packages that are not installed are named at the end.
-`--packages adabound timm`, `--only Muon` (part of a class's qualified name), `--output FILE` (.csv or .json).
+    pip install --no-deps -r benchmarks/optimizer_zoo.txt
+    python benchmarks/optimizer_zoo.py --results build/optimizer_zoo.json --page docs/optimizers.md
 
-Outcomes, best first; the worst of the four pairs counts:
+Up to six pairs of trainings, of eight steps, from one seed: with weight decay and without, with one group of the
+user's and with two, and, in one group, with shifts that learn ten times faster. By hand, the optimizer is built from
+groups in which the scales have lr / c and no weight decay, and shifts lr * k and weight decay / k. Each optimizer runs
+in a process of its own, so that a crash or a hang costs one row, and each verdict is written at once. A second call
+with the same results file judges what is missing in it, and what another version of a package brings.
+`--packages adabound timm`, `--only Muon` (part of a class's qualified name), `--again` (judges what is known too).
+
+Outcomes, best first; the worst of the pairs counts:
 
     equal        the same values as by hand, to the bit
     as by hand   hand-made groups raise an error, and so does the rule
     group state  the optimizer remembers something in each group, so the scales share it with their group
-    refused      `ScaleUpdateRule` raises before the first update
-    stopped      `ScaleUpdateRule` raises at the first update
+    refused      `ScaleUpdateRule` raises before anything was updated
+    stopped      `ScaleUpdateRule` raises, after an update
     cannot run   the optimizer does not train this net without the rule either, or not twice the same
     raises       the optimizer's own code fails, only under the rule
     differs      wrong in silence: other values than by hand, and no reason for it
@@ -21,18 +25,16 @@ Outcomes, best first; the worst of the four pairs counts:
 from __future__ import annotations
 
 import argparse
-import csv
 import inspect
-import json
 import multiprocessing
 import os
 import sys
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,13 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes minutes a c
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from helpers.models import ResidualNet, images, residual_net, scales
+from helpers.models import ResidualNet, images, residual_net, scales, shifts
 from lightning import seed_everything
 from optimizer_cases import (
     BATCH,
     DIVISOR,
     MODULES,
+    MULTIPLIER,
     SCHEDULE,
     construct,
     construct_by_hand,
@@ -54,6 +57,7 @@ from optimizer_cases import (
     user_groups,
     ways,
 )
+from optimizer_page import OUTCOMES, Results, Verdict, page, tables
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -63,22 +67,11 @@ from lightning_revbn import ScaleUpdateRule
 DECAY = 0.01
 SECONDS = 120
 """How long one optimizer may take."""
+LOOK_SECONDS = 300
+"""How long a package may send nothing: while it is imported, or while one optimizer is judged."""
 
-OUTCOMES = ("equal", "as by hand", "group state", "refused", "stopped", "cannot run", "raises", "differs")
-FAILURES = ("raises", "differs")
-
-
-@dataclass
-class Verdict:
-    """What came out for one optimizer: differences are relative to how far hand-made groups moved the parameters."""
-
-    package: str
-    optimizer: str
-    outcome: str = "cannot run"
-    reason: str = ""
-    step: str = ""
-    scales: float = 0.0
-    others: float = 0.0
+SECONDS = 120
+"""How long one optimizer may take."""
 
 
 @dataclass
@@ -88,6 +81,7 @@ class Run:
     values: dict[str, Tensor] = field(default_factory=dict)
     group_state: list[str] = field(default_factory=list)
     error: Exception | None = None
+    has_moved: bool = False
 
 
 def train(model: ResidualNet, optimizer: Any, step: Callable[[Any, Callable[..., Tensor]], Any]) -> None:
@@ -111,7 +105,9 @@ def train(model: ResidualNet, optimizer: Any, step: Callable[[Any, Callable[...,
         step(optimizer, compute)
 
 
-def run(cls: type[Optimizer], way: str, how: str, two: bool = False, decay: float = 0.0) -> Run:
+def run(
+    cls: type[Optimizer], way: str, how: str, two: bool = False, decay: float = 0.0, multiplier: float = 1.0
+) -> Run:
     """Train from the seed, and tell what came of it.
 
     Args:
@@ -120,17 +116,22 @@ def run(cls: type[Optimizer], way: str, how: str, two: bool = False, decay: floa
         how: "plain", "hand" or "rule".
         two: Whether the user has two groups.
         decay: The weight decay.
+        multiplier: How much faster shifts learn, by hand and by the rule.
     """
     result, model = Run(), residual_net()
     if way == "bfloat16":
         model.bfloat16()
     try:
         seed_everything(0, verbose=False)
-        make = construct_by_hand if how == "hand" else construct
-        optimizer = make(cls, model, user_groups(cls, model, two), decay)
+        groups = user_groups(cls, model, two)
+        if how == "hand":
+            optimizer = construct_by_hand(cls, model, groups, decay, multiplier)
+        else:
+            optimizer = construct(cls, model, groups, decay)
         seed_everything(0, verbose=False)
         if how == "rule":
-            with ScaleUpdateRule(optimizer, scales(model), DIVISOR, scales(model)):
+            own = {"shifts": shifts(model), "shift_multiplier": multiplier}
+            with ScaleUpdateRule(optimizer, scales(model), DIVISOR, scales(model), **own):
                 train(model, optimizer, ways(cls)[way])
         else:
             train(model, optimizer, ways(cls)[way])
@@ -144,6 +145,9 @@ def run(cls: type[Optimizer], way: str, how: str, two: bool = False, decay: floa
         result.values = {name: value.detach().clone() for name, value in model.named_parameters()}
     except Exception as error:  # whatever another's code raises is the result
         result.error = error
+        started = residual_net().to(model.head.weight.dtype)
+        pairs = zip(model.parameters(), started.parameters(), strict=True)
+        result.has_moved = not all(torch.equal(now, then) for now, then in pairs)
     return result
 
 
@@ -157,11 +161,13 @@ def distance(ruled: Run, hand: Run, of: Callable[[str], bool]) -> float:
 
 
 def same(first: Run, second: Run) -> bool:
-    return all(torch.equal(first.values[name], second.values[name]) for name in first.values)
+    return all(
+        torch.allclose(first.values[name], second.values[name], rtol=0, atol=0, equal_nan=True) for name in first.values
+    )
 
 
 def said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:500]
 
 
 def is_ours(error: Exception) -> bool:
@@ -205,9 +211,14 @@ def judge(cls: type[Optimizer], verdict: Verdict) -> Verdict:
     verdict.outcome = "equal"
     accepts_decay = "weight_decay" in inspect.signature(cls).parameters
     takes_groups = run(cls, way, "plain", two=True).error is None
-    for two in (False, True) if takes_groups else (False,):
-        for decay in (0.0, DECAY) if accepts_decay else (0.0,):
+    faster = Verdict(verdict.package, verdict.optimizer, "equal", step=way)
+    for decay in (0.0, DECAY) if accepts_decay else (0.0,):
+        for two in (False, True) if takes_groups else (False,):
             compare(verdict, run(cls, way, "hand", two, decay), run(cls, way, "rule", two, decay), own)
+        hand = run(cls, way, "hand", False, decay, MULTIPLIER)
+        compare(faster, hand, run(cls, way, "rule", False, decay, MULTIPLIER), own)
+    if faster.outcome != verdict.outcome or faster.scales or faster.others:
+        verdict.faster = asdict(faster)
     return verdict
 
 
@@ -215,7 +226,10 @@ def compare(verdict: Verdict, hand: Run, ruled: Run, own: set[str]) -> None:
     """Let a verdict know of one more pair of trainings; the worst pair is the one it tells of."""
     apart = (0.0, 0.0)
     if ruled.error is not None:
-        outcome = "stopped" if is_ours(ruled.error) else "as by hand" if hand.error is not None else "raises"
+        if is_ours(ruled.error):
+            outcome = "stopped" if ruled.has_moved else "refused"
+        else:
+            outcome = "as by hand" if hand.error is not None else "raises"
         reason = said(ruled.error)
     elif hand.error is not None:
         outcome, reason = "cannot run", f"by hand: {said(hand.error)}"
@@ -230,7 +244,7 @@ def compare(verdict: Verdict, hand: Run, ruled: Run, own: set[str]) -> None:
         verdict.outcome, verdict.reason, (verdict.scales, verdict.others) = outcome, reason, apart
 
 
-def in_child(function: Callable[[Connection], None], seconds: float | None) -> Iterator[Any]:
+def in_child(function: Callable[[Connection], None], seconds: float) -> Iterator[Any]:
     """Run a function in a forked process, and yield what it sends until it ends, however it ends."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -243,12 +257,12 @@ def in_child(function: Callable[[Connection], None], seconds: float | None) -> I
     except EOFError:
         pass
     finally:
-        process.kill() if seconds else process.join()
+        process.kill()
         process.join()
 
 
-def judge_package(package: str, only: str, sender: Connection) -> None:
-    """Send a verdict for each optimizer of a package, each from a process of its own."""
+def judge_package(package: str, only: str, known: list[str], sender: Connection) -> None:
+    """Send a verdict for each optimizer of a package that is not known yet, each from a process of its own."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
@@ -259,7 +273,7 @@ def judge_package(package: str, only: str, sender: Connection) -> None:
             return
         sender.send("")
         for name, cls in sorted(found.items()):
-            if only in name:
+            if only in name and name not in known:
                 verdict = Verdict(package, name)
                 answers = in_child(lambda own, cls=cls, verdict=verdict: own.send(judge(cls, verdict)), SECONDS)
                 lost = Verdict(package, name, reason=f"crashed, or took more than {SECONDS} s")
@@ -267,31 +281,22 @@ def judge_package(package: str, only: str, sender: Connection) -> None:
                 answers.close()
 
 
-def report(verdicts: list[Verdict]) -> None:
-    """Print counts by package and a row for each optimizer that is not equal to the bit, in Markdown."""
-    print("| package | " + " | ".join(OUTCOMES) + " |\n|---|" + "--:|" * len(OUTCOMES))
-    counts = {name: Counter(v.outcome for v in verdicts if v.package == name) for name in MODULES}
-    for name, count in [*counts.items(), ("all", Counter(verdict.outcome for verdict in verdicts))]:
-        if count:
-            print(f"| {name} | " + " | ".join(str(count[outcome] or "") for outcome in OUTCOMES) + " |")
-    print("\n| optimizer | outcome | scales | others | reason |\n|---|---|--:|--:|---|")
-    for verdict in sorted(verdicts, key=lambda verdict: -OUTCOMES.index(verdict.outcome)):
-        if verdict.outcome != "equal":
-            apart = f"{verdict.scales:.2g} | {verdict.others:.2g}" if verdict.scales or verdict.others else " | "
-            reason = verdict.reason.replace("|", "\\|")
-            print(f"| {verdict.optimizer} | {verdict.outcome} | {apart} | {reason} |")
-
-
-def write(path: Path, verdicts: list[Verdict]) -> None:
-    """Write all verdicts so far, as CSV or JSON."""
-    rows = [asdict(verdict) for verdict in verdicts]
-    with path.open("w", newline="") as file:
-        if path.suffix == ".json":
-            json.dump(rows, file, indent=1)
+def judged(package: str, only: str, known: list[str], results: Results) -> Iterator[Verdict]:
+    """Judge what is missing in the results of a package, and note why nothing of it could be looked at."""
+    results.missing[package] = "its import ends the process, or takes too long"
+    for answer in in_child(lambda sender: judge_package(package, only, known, sender), LOOK_SECONDS):
+        if isinstance(answer, Verdict):
+            yield answer
         else:
-            writer = csv.DictWriter(file, [each.name for each in fields(Verdict)])
-            writer.writeheader()
-            writer.writerows(rows)
+            results.missing[package] = answer
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package; "" for one that is not, or came from elsewhere than PyPI."""
+    try:
+        return version(package.partition(" ")[0])
+    except PackageNotFoundError:
+        return ""
 
 
 def main() -> int:
@@ -299,24 +304,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--packages", nargs="*", choices=MODULES, default=list(MODULES), metavar="NAME")
     parser.add_argument("--only", default="", help="only classes whose qualified name contains this")
-    parser.add_argument("--output", type=Path, help="write every verdict into this .csv or .json file")
+    parser.add_argument("--results", type=Path, help="a JSON file to read verdicts from, and to write all of them into")
+    parser.add_argument("--again", action="store_true", help="judge what is in the results too")
+    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables into")
     arguments = parser.parse_args()
-    verdicts: list[Verdict] = []
-    missing = dict.fromkeys(arguments.packages, "its import ends the process")
+    results = Results.read(arguments.results)
     for package in arguments.packages:
-        for answer in in_child(lambda sender, name=package: judge_package(name, arguments.only, sender), None):
-            if isinstance(answer, Verdict):
-                verdicts.append(answer)
-                print(f"{answer.optimizer}: {answer.outcome}", file=sys.stderr)
-            else:
-                missing[package] = answer
-        if arguments.output:
-            write(arguments.output, verdicts)
-    report(verdicts)
-    for package, reason in missing.items():
-        if reason:
-            print(f"\nnot looked at: {package} ({reason})")
-    return int(any(verdict.outcome in FAILURES for verdict in verdicts))
+        current = version_of(package)
+        if arguments.again or results.versions.get(package, current) != current:
+            results.drop(package, arguments.only)
+        results.versions[package] = current
+        known = [verdict.optimizer for verdict in results.verdicts if verdict.package == package]
+        for verdict in judged(package, arguments.only, known, results):
+            results.verdicts.append(verdict)
+            results.write(arguments.results)
+            print(f"{verdict.optimizer}: {verdict.outcome}", file=sys.stderr)
+        results.write(arguments.results)
+    print(tables(results, list(MODULES)))
+    if arguments.page:
+        arguments.page.write_text(page(results, list(MODULES), torch.__version__))
+    return int(any(verdict.is_failure for verdict in results.verdicts))
 
 
 if __name__ == "__main__":

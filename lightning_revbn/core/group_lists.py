@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_revbn.core.arguments import as_number
 from lightning_revbn.core.param_groups import Group
 
-__all__ = ["lists_by_group"]
+__all__ = ["are_values_of", "lists_by_group", "tensors_by_group"]
 
 
 def lists_by_group(optimizer: Optimizer) -> list[str]:
@@ -48,6 +48,46 @@ def lists_by_group(optimizer: Optimizer) -> list[str]:
     return found
 
 
+def tensors_by_group(optimizer: Optimizer) -> list[str]:
+    """List the attributes among `lists_by_group` that hold tensors for the parameters of each group.
+
+    Numbers and dicts may be there for a log. Values of parameters are there for the update, which need not read them at
+    its first step: Lookahead does at every k-th.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        Names of attributes.
+    """
+    attributes = vars(optimizer)
+    groups: list[Group] = optimizer.param_groups
+    found: list[str] = []
+    for name in lists_by_group(optimizer):
+        first, *_ = _entries(attributes[name], len(groups)) or [None]
+        if are_values_of(first, groups[0]["params"]):
+            found.append(name)
+    return found
+
+
+def are_values_of(value: object, params: Sequence[Tensor]) -> bool:
+    """Tell whether a value belongs to several parameters in their order.
+
+    Args:
+        value: Any value.
+        params: The parameters.
+
+    Returns:
+        True for a tensor that has as many elements as all the parameters, and for a list with a tensor of each
+        parameter's shape; False for a single parameter, whose values may well be a setting.
+    """
+    if len(params) < 2:
+        return False
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and value.numel() == sum(parameter.numel() for parameter in params)
+    return isinstance(value, (list, tuple)) and _are_shaped_alike(cast("Sequence[object]", value), params)
+
+
 def _entries(value: object, count: int) -> list[Any] | None:
     """Return the entries of a container that has one for each group, by position or by number."""
     if isinstance(value, dict):
@@ -70,13 +110,16 @@ def _belongs(entry: object, group: Group) -> bool:
     if isinstance(entry, Tensor) and entry.ndim:
         return entry.numel() == sum(parameter.numel() for parameter in params)
     if isinstance(entry, (list, tuple)):
-        parts = cast("Sequence[object]", entry)
-        return len(parts) == len(params) and all(
-            isinstance(part, Tensor) and part.shape == parameter.shape
-            for part, parameter in zip(parts, params, strict=True)
-        )
+        return _are_shaped_alike(cast("Sequence[object]", entry), params)
     number = None if isinstance(entry, str) else as_number(entry)
     return number is not None and number in (as_number(group.get("lr")), as_number(group.get("initial_lr")))
+
+
+def _are_shaped_alike(parts: Sequence[object], params: Sequence[Tensor]) -> bool:
+    return len(parts) == len(params) and all(
+        isinstance(part, Tensor) and part.shape == parameter.shape
+        for part, parameter in zip(parts, params, strict=True)
+    )
 
 
 _TORCHS_OWN = frozenset(vars(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)))

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lightning_revbn.core.group_lists import are_values_of
+from lightning_revbn.core.optimizer_checks import refuse_divided_group, refuse_settings
 from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK, Group
 from lightning_revbn.core.rates import Rates, Role
 from lightning_revbn.core.torch_compat import version_of
@@ -158,6 +160,14 @@ class GroupPlan:
         self._params: list[Tensor] = list(group["params"])
         self._marks = group.get(GROUP_MARK), group.get(SHIFT_MARK)
         parts = _parts(self._params, group, coverage)
+        refuse_settings(
+            group,
+            where,
+            divides_lr=any(part.role != "other" for part in parts),
+            changes_weight_decay=any(part.exempt or part.role == "shift" for part in parts),
+        )
+        if len(parts) > 1:
+            refuse_divided_group(group, where, has_faster=any(part.role == "shift" for part in parts))
         for part in parts:
             if part.has_own("lr"):
                 part.value("lr", group.get("lr"), coverage.rates, where)
@@ -177,6 +187,11 @@ class GroupPlan:
     def is_plain(self) -> bool:
         """Whether every parameter of the group learns as it would without any of this package."""
         return not self._copies and self._marks == (None, None)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether an update finds more than one group in place of the group."""
+        return len(self._copies) > 1
 
     @property
     def undivided_lr(self) -> Any:
@@ -260,16 +275,22 @@ class GroupPlan:
             if any(copy.part.has_own(key) for copy in self._copies):
                 self._carry_own(key, writers, other_rates)
             else:
-                self._carry_shared(key, writers[0])
+                self._carry_shared(key, writers)
             self._unsure.add(key)
         for copy in self._copies:
             copy.note()
 
-    def _carry_shared(self, key: str, writer: _Copy) -> None:
+    def _carry_shared(self, key: str, writers: Sequence[_Copy]) -> None:
         """Carry over a value that all parts share with the group, from the first copy in which it was written."""
+        writer = writers[0]
         value = writer.shown.get(key, _NOTHING)
+        if self.is_divided and are_values_of(value, writer.shown["params"]):
+            raise RuntimeError(self._refusal(key, "to values for each of its parameters"))
+        by_parameter = _joined([copy.shown.get(key) for copy in writers])
         if value is _NOTHING:
             self._group.pop(key, None)
+        elif by_parameter:
+            self._group[key] = by_parameter
         elif not writer.is_in_place(key):
             self._group[key] = value
         elif not writer.shares_tensors:
@@ -389,6 +410,16 @@ class _Copy:
         return (
             value is self._noted.get(key) and isinstance(value, Tensor) and version_of(value) != self._versions.get(key)
         )
+
+
+def _joined(values: Sequence[Any]) -> dict[Tensor, Any]:
+    """Join dicts that parts have made for their own parameters, such as the state of GrokAdamW; {} for other values."""
+    joined: dict[Tensor, Any] = {}
+    for value in values:
+        if not isinstance(value, dict) or not all(isinstance(key, Tensor) for key in cast("dict[Any, Any]", value)):
+            return {}
+        joined.update(cast("dict[Tensor, Any]", value))
+    return joined
 
 
 def _parts(params: Sequence[Tensor], group: Group, coverage: Coverage) -> list[Part]:

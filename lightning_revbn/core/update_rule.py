@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from lightning_revbn.core.group_parts import Coverage, GroupPlan
+from lightning_revbn.core.optimizer_checks import refuse_divided, updates_in_backward, wraps_another
 from lightning_revbn.core.optimizer_view import OptimizerView
 from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK, Group, keep_marks
 from lightning_revbn.core.rates import Rates, Role
@@ -120,6 +121,8 @@ class ScaleUpdateRule:
         self._candidates: list[Tensor] = []
         self._chosen: Tensor | None = None
         self._plan(optimizer.param_groups)
+        if any(plan.is_divided for plan in self._plans):
+            refuse_divided(optimizer)
         self._watch = UpdateWatch()
         self._view = OptimizerView(optimizer, self._read_groups, self._hand_back, self._is_own_hook)
         self._handles = [
@@ -226,7 +229,8 @@ class ScaleUpdateRule:
             for plan in self._plans:
                 plan.forget()
         self._in_step, self._was_read, self._is_stale = True, False, True
-        self._watch.start(self._watched())
+        # Until a step has read its groups, changes between steps count: the update may be done by gradient hooks.
+        self._watch.start(self._watched(), since_before=not self._updates)
         view = self._view.enter()
         if len(args) > 1 and callable(args[1]):
             return (view, self._wrap(args[1]), *args[2:]), kwargs
@@ -439,17 +443,6 @@ def _is_lbfgs(optimizer: Optimizer, name: str) -> str | None:
     return f"{name} takes one step for all parameters in one group: scales cannot learn with lr / c in it"
 
 
-def _wraps_another(optimizer: Optimizer, name: str) -> str | None:
-    inner = [key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)]
-    if not inner:
-        return None
-    return (
-        f"{name} wraps another optimizer (its attribute {inner[0]!r}), which does the update: build the parameter "
-        f"groups that {name} starts from with scale_param_groups; or, in a loop of your own, give the optimizer "
-        "inside to ScaleUpdateRule"
-    )
-
-
 def _runs_no_hooks(optimizer: Optimizer, name: str) -> str | None:
     if runs_step_hooks(optimizer):
         return None
@@ -467,8 +460,9 @@ def _has_a_rule(optimizer: Optimizer, name: str) -> str | None:
 
 _OBSTACLES: tuple[Callable[[Optimizer, str], str | None], ...] = (
     _is_lbfgs,
-    _wraps_another,
+    wraps_another,
     _runs_no_hooks,
+    updates_in_backward,
     _has_a_rule,
 )
 """Each says why the rule cannot hold for an optimizer, or returns None. The first that objects is heard."""

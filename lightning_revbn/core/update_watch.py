@@ -26,12 +26,15 @@ class UpdateWatch:
         self._version: int | None = None
         self._values: Tensor | None = None
 
-    def start(self, parameter: Tensor | None) -> None:
+    def start(self, parameter: Tensor | None, *, since_before: bool = False) -> None:
         """Begin to watch.
 
         Args:
             parameter: The parameter; None watches nothing.
+            since_before: Whether to go on watching from the last start, if that was with this parameter.
         """
+        if since_before and self._values is not None and parameter is self._parameter:
+            return
         self._parameter = parameter
         if parameter is not None:
             self._version = version_of(parameter)

@@ -63,7 +63,7 @@ class Rates:
         """
         if role == "other":
             return group_lr
-        if not _is_lr(group_lr):
+        if type(group_lr) is not float and not _is_lr(group_lr):
             raise ValueError(
                 f"{where} has lr={group_lr!r}: {'lr / c' if role == 'scale' else 'lr * k'} needs a number or a tensor, "
                 "so give the optimizer an explicit lr"
@@ -111,6 +111,6 @@ class Rates:
 
 
 def _is_lr(lr: object) -> bool:
-    if isinstance(lr, (int, float, Tensor)):  # the usual kinds first: this runs at every step
+    if isinstance(lr, (int, float, Tensor)):
         return not isinstance(lr, bool)
     return not isinstance(lr, str) and as_number(lr) is not None

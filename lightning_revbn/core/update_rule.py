@@ -226,7 +226,9 @@ class ScaleUpdateRule:
             for plan in self._plans:
                 plan.forget()
         self._in_step, self._was_read, self._is_stale = True, False, True
-        self._watch.start(self._watched())
+        if self._chosen is None or not self._chosen.requires_grad:
+            self._choose_watched()
+        self._watch.start(self._chosen)
         view = self._view.enter()
         if len(args) > 1 and callable(args[1]):
             return (view, self._wrap(args[1]), *args[2:]), kwargs
@@ -237,7 +239,8 @@ class ScaleUpdateRule:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._in_step = False
         if self._was_read:
-            self._view.leave()
+            if self._view.was_stored:
+                self._view.leave()
             self._write_back()
             self._updates += 1
             self._watch.by_value = False
@@ -258,15 +261,11 @@ class ScaleUpdateRule:
     def _is_own_hook(self, hook: Callable[..., Any]) -> bool:
         return getattr(hook, "__self__", None) is self
 
-    def _watched(self) -> Tensor | None:
+    def _choose_watched(self) -> None:
         """Choose the parameter by which to tell whether a step has updated: a covered one that the optimizer holds."""
-        chosen = self._chosen
-        if chosen is None or not chosen.requires_grad:
-            # FSDP1 leaves some ranks no part of a scale.
-            self._candidates = [p for p in self._candidates if is_lazy(p) or p.numel()]
-            chosen = next((p for p in self._candidates if not is_lazy(p) and p.requires_grad), None)
-            self._chosen = chosen
-        return chosen
+        # FSDP1 leaves some ranks no part of a scale.
+        self._candidates = [p for p in self._candidates if is_lazy(p) or p.numel()]
+        self._chosen = next((p for p in self._candidates if not is_lazy(p) and p.requires_grad), None)
 
     def _wrap(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Let the closure run on the optimizer's own groups, since it may change learning rates or add groups."""
@@ -313,17 +312,18 @@ class ScaleUpdateRule:
 
     def _plan(self, groups: list[Group]) -> None:
         """Find the parts of every group, anew where its parameters have changed."""
-        is_new = len(self._plans) > len(groups)
-        del self._plans[len(groups) :]
-        for index, group in enumerate(groups):
-            if index == len(self._plans) or not self._plans[index].fits(group):
-                where = f"parameter group {index} of {type(self._optimizer).__name__}"
-                self._plans[index : index + 1] = [GroupPlan(group, self._coverage, where)]
-                is_new = True
-        if is_new:
-            covered = self._coverage.covered
-            self._candidates = [p for group in groups for p in group["params"] if id(p) in covered]
-            self._chosen = None
+        plans = self._plans
+        if len(plans) == len(groups) and all(map(GroupPlan.fits, plans, groups)):
+            return
+        self._plans = [
+            plans[index]
+            if index < len(plans) and plans[index].fits(group)
+            else GroupPlan(group, self._coverage, f"parameter group {index} of {type(self._optimizer).__name__}")
+            for index, group in enumerate(groups)
+        ]
+        covered = self._coverage.covered
+        self._candidates = [p for group in groups for p in group["params"] if id(p) in covered]
+        self._chosen = None
 
     def _hand_back(self) -> None:
         """Let code that is not the optimizer's find its groups up to date, and the optimizer what that code writes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -13,84 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_revbn.core.coverage import Coverage
 from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK, Group
 from lightning_revbn.core.rates import Rates, Role
 from lightning_revbn.core.torch_compat import version_of
 
-__all__ = ["Coverage", "GroupPlan", "Part"]
+__all__ = ["GroupPlan", "Part"]
 
 _NOTHING: Any = object()
 """Stands for a key that is not there."""
+_ORDER: tuple[Role, ...] = "other", "shift", "scale"
 _NUMBERS = frozenset({bool, int, float})
 _NO_TENSORS = _NUMBERS | {str, tuple, list, dict, type(None)}
 """Types of most values in groups. It takes longer to ask whether a value is a tensor."""
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Which parameters learn in a way of their own, by their `id`, and how.
-
-    Attributes:
-        scales: Batch norm scales.
-        shifts: Batch norm shifts.
-        exempt: Parameters that take no weight decay.
-        rates: How scales and shifts learn.
-    """
-
-    scales: Mapping[int, Tensor]
-    shifts: Mapping[int, Tensor]
-    exempt: Mapping[int, Tensor]
-    rates: Rates
-
-    def __bool__(self) -> bool:
-        """Whether any parameter learns differently from its group."""
-        return bool(self.covered)
-
-    @property
-    def covered(self) -> set[int]:
-        """The `id` of every parameter that learns differently from its group."""
-        found = set(self.exempt)
-        if self.rates.divides_scales:
-            found |= self.scales.keys()
-        if self.rates.multiplies_shifts:
-            found |= self.shifts.keys()
-        return found
-
-    def role(self, parameter: Tensor, group: Group) -> Role:
-        """Tell how a parameter of a group learns.
-
-        Args:
-            parameter: The parameter.
-            group: Its group. In a group of `scale_param_groups` the learning rate is what it is to be already.
-
-        Returns:
-            Whether the parameter is a scale or a shift that learns differently from the group.
-        """
-        if self.rates.divides_scales and id(parameter) in self.scales and GROUP_MARK not in group:
-            return "scale"
-        if self.rates.multiplies_shifts and id(parameter) in self.shifts and SHIFT_MARK not in group:
-            return "shift"
-        return "other"
-
-    def refuse_other_marks(self, group: Group, where: str) -> None:
-        """Raise if `scale_param_groups` has made a group of covered parameters with another number.
-
-        Args:
-            group: The group.
-            where: What the group is called, for the message.
-
-        Raises:
-            ValueError: If so; the message has both numbers.
-        """
-        for mark, own, number, name in (
-            (GROUP_MARK, self.scales, self.rates.divisor, "divisor"),
-            (SHIFT_MARK, self.shifts, self.rates.multiplier, "shift multiplier"),
-        ):
-            if mark in group and float(group[mark]) != number and any(id(p) in own for p in group["params"]):
-                raise ValueError(
-                    f"{where} was made by scale_param_groups with a {name} of {float(group[mark]):g}, but the rule "
-                    f"has a {name} of {number:g}: give both the same number"
-                )
 
 
 @dataclass(frozen=True)
@@ -100,11 +35,13 @@ class Part:
     Attributes:
         positions: Where the parameters stand in the group's `params`.
         role: Whether they are scales that learn with lr / c, shifts that learn with lr * k, or neither.
+        rates: How they learn; several rules on one optimizer may have different numbers.
         exempt: Whether they take no weight decay.
     """
 
     positions: tuple[int, ...]
     role: Role
+    rates: Rates
     exempt: bool
 
     @property
@@ -112,11 +49,10 @@ class Part:
         """Whether the parameters learn as their group says."""
         return self.role == "other" and not self.exempt
 
-    def own_values(self, rates: Rates, where: str) -> dict[str, Callable[[Any], Any]]:
+    def own_values(self, where: str) -> dict[str, Callable[[Any], Any]]:
         """Return what works out, from the group's values, those that the part has for itself.
 
         Args:
-            rates: How scales and shifts learn.
             where: What the group is called, for messages.
 
         Returns:
@@ -125,11 +61,11 @@ class Part:
         """
         found: dict[str, Callable[[Any], Any]] = {}
         if self.role != "other":
-            found["lr"] = functools.partial(rates.lr, self.role, where=where)
+            found["lr"] = functools.partial(self.rates.lr, self.role, where=where)
         if self.exempt:
             found["weight_decay"] = lambda _: 0.0
         elif self.role == "shift":
-            found["weight_decay"] = functools.partial(rates.weight_decay, self.role)
+            found["weight_decay"] = functools.partial(self.rates.weight_decay, self.role)
         return found
 
 
@@ -150,17 +86,16 @@ class GroupPlan:
         coverage.refuse_other_marks(group, where)
         self._group = group
         self._where = where
-        self._rates = coverage.rates
         self._params: list[Tensor] = list(group["params"])
         self._marks = group.get(GROUP_MARK), group.get(SHIFT_MARK)
         parts = _parts(self._params, group, coverage)
         for part in parts:
-            coverage.rates.lr(part.role, group.get("lr"), where)
+            part.rates.lr(part.role, group.get("lr"), where)
         is_plain = all(part.follows_group for part in parts)
         # An optimizer may update a tensor of the group in place, such as a count of steps. Were it one tensor in all
         # copies, it would be updated once for every part. The first copy shares it, so the group sees one update.
         self._copies = [
-            _Copy(part, self._params, coverage.rates, where, shares_tensors=index == 0)
+            _Copy(part, self._params, where, shares_tensors=index == 0)
             for index, part in enumerate(() if is_plain else parts)
         ]
         self._shown = [copy.shown for copy in self._copies]
@@ -322,11 +257,11 @@ class GroupPlan:
         if float(written) == float(writer.own[key](old)):
             return old  # and not a number that differs by rounding
         if key == "weight_decay":
-            return old if part.exempt else self._rates.group_weight_decay(part.role, written)
+            return old if part.exempt else part.rates.group_weight_decay(part.role, written)
         # An optimizer that writes one number into all groups takes no account of what it found there.
         if float(written) and any(_is_same(written, lr) for lr in [old, *other_rates()]):
             raise RuntimeError(self._refusal(key, "to the number that other groups have"))
-        value = self._rates.group_lr(part.role, written)
+        value = part.rates.group_lr(part.role, written)
         if writer.is_in_place(key):
             _fill(old, value)
             return old
@@ -345,18 +280,17 @@ class _Copy:
     Args:
         part: The part.
         params: The parameters of the whole group.
-        rates: How scales and shifts learn.
         where: What the group is called, for messages.
         shares_tensors: Whether the copy holds the group's tensors themselves, rather than clones of them.
     """
 
-    def __init__(self, part: Part, params: Sequence[Tensor], rates: Rates, where: str, *, shares_tensors: bool) -> None:
+    def __init__(self, part: Part, params: Sequence[Tensor], where: str, *, shares_tensors: bool) -> None:
         self.part = part
         self.shown: Group = {}
         self.shares_tensors = shares_tensors
         own = self.params = [params[position] for position in part.positions]
         self.count = len(own)
-        self.own_rates = part.own_values(rates, where)
+        self.own_rates = part.own_values(where)
         self.own: dict[str, Callable[[Any], Any]] = {
             "params": lambda _: own,
             "param_names": lambda names: [names[position] for position in part.positions],
@@ -414,17 +348,13 @@ class _Copy:
 
 def _parts(params: Sequence[Tensor], group: Group, coverage: Coverage) -> list[Part]:
     """Sort parameters into parts, the part that learns as the group says first if there is one."""
-    positions: dict[tuple[Role, bool], list[int]] = {}
+    positions: dict[tuple[Role, Rates, bool], list[int]] = {}
     for position, parameter in enumerate(params):
-        key = coverage.role(parameter, group), id(parameter) in coverage.exempt
+        key = *coverage.way(parameter, group), id(parameter) in coverage.exempt
         positions.setdefault(key, []).append(position)
     # `write_back` asks the first copy: a part without a learning rate of its own says what the group's is to be.
-    return [Part(tuple(found), role, exempt) for (role, exempt), found in sorted(positions.items(), key=_order)]
-
-
-def _order(item: tuple[tuple[Role, bool], list[int]]) -> tuple[int, bool]:
-    (role, exempt), _ = item
-    return ("other", "shift", "scale").index(role), exempt
+    parts = [Part(tuple(found), *key) for key, found in positions.items()]
+    return sorted(parts, key=lambda part: (_ORDER.index(part.role), part.exempt))
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -13,8 +13,6 @@ LONGER: dict[str, str] = {
     "lightning_revbn.callbacks.revisited.RevisitedBatchNorm": "every hook of Lightning, of few lines each, and the "
     "docstring of all arguments; what hooks do is in files beside it",
     "lightning_revbn.core.param_groups.scale_param_groups": "three quarters are the docstring of its arguments",
-    "lightning_revbn.core.update_rule.ScaleUpdateRule": "a fifth is the docstring; a step runs through all of it, and "
-    "its parts (view, plan, watch, rates) are files of their own",
 }
 """Functions and classes that may be longer, by module and name, and why."""
 

@@ -59,6 +59,12 @@ class Companion(SameOnAllRanks):
         return {"include": [*selection.include], "exclude": [*selection.exclude], **mapped}
 
     @property
+    def _told(self) -> str:
+        """The callback as code, as far as it is set."""
+        own = (f"{name}={value!r}" for name, value in self._settings.items() if value != self._default(name))
+        return f"{type(self).__name__}({', '.join(own)})"
+
+    @property
     def _is_asked(self) -> bool:
         """Whether the user wants it to act."""
         return self.enabled
@@ -117,7 +123,8 @@ class Companion(SameOnAllRanks):
             raise MisconfigurationException(
                 f"{len(acting)} callbacks {type(self).__name__} in one Trainer select the same layers: "
                 f"{', '.join(map(repr, shared[:_SHOWN]))}{more}. "
-                "Give each layer to one of them, by include and exclude"
+                "Give each layer to one of them, by include and exclude; they are "
+                f"{' and '.join(callback._told for callback in acting)}"
             )
 
     @override

@@ -22,11 +22,14 @@ class EveryCall:
     def __init__(self, owner: object, name: str, around: Callable[..., Any]) -> None:
         self._owner, self._name, self._around = owner, name, around
         self._was_attribute = name in vars(owner)
+        self._is_undone = False
         self.__wrapped__: Callable[..., Any] = getattr(owner, name)  # where is_overridden looks for the method
         vars(owner)[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make the call."""
+        if self._is_undone:
+            return self.__wrapped__(*args, **kwargs)
         return self._around(self.__wrapped__, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
@@ -34,17 +37,18 @@ class EveryCall:
 
     @property
     def is_pending(self) -> bool:
-        """Whether the addition is still there."""
-        return vars(self._owner).get(self._name) is self
+        """Whether the addition acts on the next call."""
+        return not self._is_undone
 
     def undo(self) -> None:
-        """Restore the method, if the addition is still there."""
-        if not self.is_pending:
-            return
-        if self._was_attribute:
-            vars(self._owner)[self._name] = self.__wrapped__
-        else:
-            del vars(self._owner)[self._name]
+        """Restore the method, if the addition is still there; under another addition, once that one is undone."""
+        self._is_undone = True
+        attributes = vars(self._owner)
+        while isinstance(top := attributes.get(self._name), EveryCall) and top._is_undone:
+            if top._was_attribute:
+                attributes[self._name] = top.__wrapped__
+            else:
+                del attributes[self._name]
 
 
 class NextCall(EveryCall):
@@ -58,8 +62,10 @@ class NextCall(EveryCall):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make the call."""
+        if self._is_undone:
+            return self.__wrapped__(*args, **kwargs)
         self.undo()
-        return super().__call__(*args, **kwargs)
+        return self._around(self.__wrapped__, *args, **kwargs)
 
 
 def followed_by(then: Callable[[], None]) -> Callable[..., Any]:

@@ -53,6 +53,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     was left alone and why. Parameter groups, schedules, optimizer state and the keys of the model's `state_dict` are
     those of a run without the callback, so checkpoints can be resumed with it or without it.
 
+    Several may be in one Trainer, each for layers of its own with its own settings, also on one optimizer.
+
     Args:
         scale: The value the scales start from, or a mapping from name patterns to values of which the first match
             counts. 0.1 is the paper's starting point; it is a hyperparameter, to be chosen on validation data.

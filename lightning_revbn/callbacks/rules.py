@@ -10,14 +10,18 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_revbn.callbacks.engine_groups import check_engine_groups, what_groups_miss
 from lightning_revbn.callbacks.next_call import EveryCall
 from lightning_revbn.callbacks.rewriting import Rewriting
 from lightning_revbn.callbacks.rule_settings import RuleSettings
+from lightning_revbn.core.coverage import Coverage
 from lightning_revbn.core.initialization import rule_scales, rule_shifts
 from lightning_revbn.core.layers import Selection
 from lightning_revbn.core.param_groups import exempt_parameters, is_divided
+from lightning_revbn.core.rates import Rates
+from lightning_revbn.core.torch_compat import runs_step_hooks
 from lightning_revbn.core.update_rule import ScaleUpdateRule
 from lightning_revbn.core.update_watch import UpdateWatch
 from lightning_revbn.lightning_compat import MisconfigurationException
@@ -27,15 +31,11 @@ __all__ = ["UpdateRules"]
 
 @dataclass(frozen=True)
 class _Parameters:
-    """What the rule changes for."""
+    """Scales and shifts of the selected layers, whether they learn differently or not, and all without weight decay."""
 
     scales: list[nn.Parameter]
     shifts: list[nn.Parameter]
     exempt: list[nn.Parameter]
-
-    @property
-    def all(self) -> list[nn.Parameter]:
-        return [*self.scales, *self.shifts, *self.exempt]
 
 
 class UpdateRules:
@@ -51,7 +51,9 @@ class UpdateRules:
         self._owner = owner
         self._selection = selection
         self.settings = settings
+        self._rates = Rates(settings.divisor, settings.shift_multiplier)
         self._attached: list[_Attached] = []
+        self._guards: list[RemovableHandle] = []
         self._seen: object = None
         self._guard: EveryCall | None = None
         self.has_stepped = False
@@ -108,10 +110,11 @@ class UpdateRules:
         self._remove_rules()
         optimizers = trainer.strategy.optimizers
         parameters = self._choose(module, rewriting) if optimizers else _Parameters([], [], [])
-        for optimizer in optimizers if parameters.all else ():
+        coverage = Coverage.of(parameters.scales, parameters.shifts, parameters.exempt, self._rates)
+        for optimizer in optimizers:
             if isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance] # an engine's own
-                self._attach(optimizer, parameters)
-            else:
+                self._attach(optimizer, parameters, coverage)
+            elif coverage:
                 check_engine_groups(self._owner, optimizer, trainer, self._selection, self.settings)
         self._seen = _signature(trainer)
 
@@ -124,23 +127,39 @@ class UpdateRules:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave behind the rules, since optimizers and the strategy belong to this process."""
-        return {**self.__dict__, "_attached": [], "_seen": None, "_guard": None}
+        return {**self.__dict__, "_attached": [], "_guards": [], "_seen": None, "_guard": None}
 
     def _remove_rules(self) -> None:
         self._seen = None
         while self._attached:
             self._attached.pop().rule.remove()
+        while self._guards:
+            self._guards.pop().remove()
 
     def _choose(self, module: nn.Module, rewriting: Rewriting) -> _Parameters:
-        """Return the scales that learn with lr / c, the shifts that learn with lr * k, and all without weight decay."""
-        records, settings = rewriting.look(module), self.settings
+        records = rewriting.look(module)
+        scales, shifts = rule_scales(records, sorted(rewriting.zero_kept)), rule_shifts(records)
+        # One tensor may be both, in layers that are tied. The rule takes it for what it learns differently as.
+        if not self._rates.multiplies_shifts:
+            shifts = _without(shifts, scales)
+        elif not self._rates.divides_scales:
+            scales = _without(scales, shifts)
         return _Parameters(
-            rule_scales(records, sorted(rewriting.zero_kept)) if settings.divisor > 1 else [],
-            rule_shifts(records) if settings.shift_multiplier != 1 else [],
-            exempt_parameters(module, settings.weight_decay_exempt, records=records) if records else [],
+            scales,
+            shifts,
+            exempt_parameters(module, self.settings.weight_decay_exempt, records=records) if records else [],
         )
 
-    def _attach(self, optimizer: Optimizer, parameters: _Parameters) -> None:
+    def _attach(self, optimizer: Optimizer, parameters: _Parameters, coverage: Coverage) -> None:
+        try:
+            coverage.refuse_other_groups(optimizer)
+        except ValueError as error:
+            raise MisconfigurationException(f"{self._owner}: {error}") from error
+        if not coverage:
+            # Nothing is to be changed in a step, but a checkpoint may bring other groups.
+            if coverage.ways and runs_step_hooks(optimizer):
+                self._guards.append(optimizer.register_load_state_dict_post_hook(coverage.refuse_other_groups))
+            return
         try:
             rule = ScaleUpdateRule(
                 optimizer,
@@ -152,11 +171,13 @@ class UpdateRules:
                 warn_if_unused=False,
             )
         except (TypeError, ValueError) as error:
-            if is_divided(optimizer, parameters.scales, parameters.exempt, parameters.shifts):
+            divided = parameters.scales if self._rates.divides_scales else []
+            multiplied = parameters.shifts if self._rates.multiplies_shifts else []
+            if is_divided(optimizer, divided, parameters.exempt, multiplied):
                 return  # its own groups do what the rule would do
             missing = what_groups_miss(optimizer, self.settings.weight_decay_exempt)
             raise MisconfigurationException(f"{self._owner}: {error}{missing}") from error
-        self._attached.append(_Attached(rule, parameters))
+        self._attached.append(_Attached(rule))
 
     def _checked(self, optimizer: Optimizer, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Make a step, which must pass by the rule: a `step` that was replaced on the optimizer may run no hooks."""
@@ -179,12 +200,11 @@ class _Attached:
 
     Args:
         rule: The rule.
-        parameters: What it changes.
     """
 
-    def __init__(self, rule: ScaleUpdateRule, parameters: _Parameters) -> None:
+    def __init__(self, rule: ScaleUpdateRule) -> None:
         self.rule = rule
-        self._ids = {id(parameter) for parameter in parameters.all}
+        self._ids = rule.coverage.covered
         self._step = _own_step(rule.optimizer)
         self._watch = UpdateWatch()
         self._updates = 0
@@ -206,6 +226,11 @@ class _Attached:
             self._step = _own_step(self.rule.optimizer)
             return False
         return self._watch.has_changed()
+
+
+def _without(parameters: list[nn.Parameter], others: list[nn.Parameter]) -> list[nn.Parameter]:
+    left_out = {id(parameter) for parameter in others}
+    return [parameter for parameter in parameters if id(parameter) not in left_out]
 
 
 def _own_step(optimizer: Optimizer) -> object:

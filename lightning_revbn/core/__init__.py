@@ -4,7 +4,9 @@ Scales: find, judge, write, train
     layers              which batch norm layers a model has, and the verdict on each
     initialization      write the scales; the report of what was written and what was left alone
     update_rule         scales learn with lr / c inside the optimizer's own step
-    group_plan          how one parameter group looks to an update: copied into parts, and written back
+    rule_engine         makes a step run on the parts of the groups, for all update rules on an optimizer
+    coverage            which parameters learn in a way of their own, and with which rates
+    group_parts         how one parameter group looks to an update: copied into parts, and written back
     param_groups        permanent groups, for engines that take the parameters away from the optimizer
     gathered            whole parameters where FSDP1 or ZeRO-3 leaves every rank a part
 

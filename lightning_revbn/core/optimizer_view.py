@@ -61,10 +61,9 @@ class OptimizerView:
 
     def leave(self) -> None:
         """Let the optimizer have itself where its step has stored the view in an attribute."""
-        if self.was_stored:
-            self.was_stored = False
-            attributes = vars(self.optimizer)
-            attributes.update({name: self.optimizer for name, value in attributes.items() if value is self.view})
+        self.was_stored = False
+        attributes = vars(self.optimizer)
+        attributes.update({name: self.optimizer for name, value in attributes.items() if value is self.view})
 
     def hooks(self, name: str) -> dict[int, Callable[..., Any]]:
         """List step hooks for the step of a base class, which runs them on the view: each is to get the optimizer.
@@ -180,7 +179,8 @@ class _ViewMethods:
 
 
 def _host(view: object) -> OptimizerView:
-    return cast("type[_ViewMethods]", type(view)).revbn_host
+    cls: Any = type(view)  # `cast` would be one more call in every step
+    return cls.revbn_host
 
 
 def _hooks_property(name: str) -> property:

@@ -47,6 +47,41 @@ class Rates:
         """Whether shifts learn differently."""
         return self.multiplier != 1
 
+    def change(self, role: Role) -> bool:
+        """Tell whether some parameters learn differently from their group.
+
+        Args:
+            role: Which parameters.
+
+        Returns:
+            Whether they do.
+        """
+        return self.divides_scales if role == "scale" else self.multiplies_shifts if role == "shift" else False
+
+    def number(self, role: Role) -> float:
+        """Return the number that is set for some parameters.
+
+        Args:
+            role: Which parameters.
+
+        Returns:
+            The divisor of scales, the multiplier of shifts, and 1 for all others.
+        """
+        return self.divisor if role == "scale" else self.multiplier if role == "shift" else 1.0
+
+    def told(self, role: Role) -> str:
+        """Say how some parameters learn.
+
+        Args:
+            role: Which parameters.
+
+        Returns:
+            A few words, such as `a scale with lr / 100`.
+        """
+        if role == "other":
+            return "a parameter with lr"
+        return f"a {role} with lr {'/' if role == 'scale' else '*'} {self.number(role):g}"
+
     def lr(self, role: Role, group_lr: Any, where: str) -> Any:
         """Work out a learning rate; a tensor gives a new tensor, since one tensor may serve all groups.
 
@@ -63,7 +98,7 @@ class Rates:
         """
         if role == "other":
             return group_lr
-        if not _is_lr(group_lr):
+        if type(group_lr) is not float and not _is_lr(group_lr):
             raise ValueError(
                 f"{where} has lr={group_lr!r}: {'lr / c' if role == 'scale' else 'lr * k'} needs a number or a tensor, "
                 "so give the optimizer an explicit lr"
@@ -111,6 +146,6 @@ class Rates:
 
 
 def _is_lr(lr: object) -> bool:
-    if isinstance(lr, (int, float, Tensor)):  # the usual kinds first: this runs at every step
+    if isinstance(lr, (int, float, Tensor)):
         return not isinstance(lr, bool)
     return not isinstance(lr, str) and as_number(lr) is not None

@@ -82,8 +82,8 @@ def runs_step_hooks(optimizer: Optimizer) -> bool:
 def step_pre_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     """List the hooks that run before an optimizer's step, by which a `ScaleUpdateRule` is found.
 
-    Without torch's name for them no rule is found: a second rule on one optimizer is not refused, and the learning rate
-    of the scales is logged as it stands in the groups.
+    Without torch's name for them no rule is found: the first step with a second rule on one optimizer is refused, and
+    the learning rate of the scales is logged as it stands in the groups.
 
     Args:
         optimizer: The optimizer, or what Lightning hands out in its place.

@@ -8,26 +8,21 @@ handlers hold the optimizer itself, so none of them can ever meet a divided grou
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from operator import is_
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_revbn.core.group_parts import Coverage, GroupPlan
-from lightning_revbn.core.optimizer_checks import refuse_divided, updates_in_backward, wraps_another
-from lightning_revbn.core.optimizer_view import OptimizerView
-from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK, Group, keep_marks
+from lightning_revbn.core.coverage import Coverage
+from lightning_revbn.core.optimizer_checks import updates_in_backward, wraps_another
+from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK
 from lightning_revbn.core.rates import Rates, Role
-from lightning_revbn.core.torch_compat import runs_step_hooks, step_pre_hooks
-from lightning_revbn.core.update_watch import UpdateWatch
+from lightning_revbn.core.rule_engine import RuleEngine, engine_of
+from lightning_revbn.core.torch_compat import runs_step_hooks
 
-__all__ = ["ScaleUpdateRule", "active_rule", "scale_learning_rates", "shift_learning_rates"]
+__all__ = ["ScaleUpdateRule", "active_rule", "active_rules", "scale_learning_rates", "shift_learning_rates"]
 
 
 class ScaleUpdateRule:
@@ -40,6 +35,9 @@ class ScaleUpdateRule:
 
     Batch norm shifts can learn faster in the same way, with lr * k. Their weight decay becomes weight_decay / k, so
     that a step shrinks them as before.
+
+    Several rules may be on one optimizer, each for layers of its own with its own c and k: they act together. A
+    parameter takes no weight decay if one of them exempts it.
 
     The rule ends with `remove()`, at the end of a `with` block, or with the optimizer. Copies and pickles of the
     optimizer do not carry it.
@@ -72,8 +70,8 @@ class ScaleUpdateRule:
     Raises:
         TypeError: If `optimizer` is no torch optimizer, a scale or shift is no tensor, or a number is none.
         ValueError: If the divisor or the multiplier is not finite and positive, the optimizer is one for which the rule
-            cannot hold (the message names it), it has a rule already, a group with scales or shifts has no learning
-            rate, or `scale_param_groups` has made it with another divisor or multiplier.
+            cannot hold (the message names it), another rule on it has one of the scales or shifts, a group with
+            scales or shifts has no learning rate, or `scale_param_groups` has made it with other numbers.
 
     Example:
         >>> from torch import nn
@@ -102,35 +100,13 @@ class ScaleUpdateRule:
         rates = Rates(divisor, shift_multiplier)
         optimizer = _behind_stand_in(optimizer)
         _refuse_unsupported(optimizer)
-        self._optimizer = optimizer
-        # The tensors are kept so that no other one can take over an id.
-        self._coverage = Coverage(
-            _by_id("scales", scales),
-            _by_id("shifts", shifts),
-            _by_id("weight_decay_exempt", weight_decay_exempt),
-            rates,
-        )
-        if not self._coverage.scales.keys().isdisjoint(self._coverage.shifts):
-            raise ValueError("a parameter is among the scales and among the shifts: it can learn in one way only")
-        self._warn_if_unused = warn_if_unused and bool(self._coverage)
-        self._updates = 0
-        self._in_step = self._was_read = self._is_stale = False
-        self._shown: list[Group] = []
-        self._expected: list[Group] = []
-        self._plans: list[GroupPlan] = []
-        self._candidates: list[Tensor] = []
-        self._chosen: Tensor | None = None
-        self._plan(optimizer.param_groups)
-        if any(plan.is_divided for plan in self._plans):
-            refuse_divided(optimizer)
-        self._watch = UpdateWatch()
-        self._view = OptimizerView(optimizer, self._read_groups, self._hand_back, self._is_own_hook)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            keep_marks(optimizer),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
-        ]
+        self._rates = rates
+        self.coverage = Coverage.of(scales, shifts, weight_decay_exempt, rates)
+        self.warn_if_unused = warn_if_unused and bool(self.coverage)
+        self._engine = engine_of(optimizer) or RuleEngine(optimizer)
+        self._engine.join(self)
+        self._updates_before = self._engine.updates
+        self._updates: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -140,34 +116,33 @@ class ScaleUpdateRule:
 
     def __repr__(self) -> str:
         """Return the class, the optimizer's class and the settings."""
-        coverage = self._coverage
-        scales = len(coverage.scales) if coverage.rates.divides_scales else 0
-        shifts = f"{len(coverage.shifts)} shifts, shift_multiplier={self.shift_multiplier:g}, "
+        scales = len(self._claimed("scale")) if self._rates.divides_scales else 0
+        shifts = f"{len(self._claimed('shift'))} shifts, shift_multiplier={self.shift_multiplier:g}, "
         return (
-            f"{type(self).__name__}({type(self._optimizer).__name__}, {scales} scales, divisor={self.divisor:g}, "
-            f"{shifts if coverage.rates.multiplies_shifts else ''}{len(coverage.exempt)} without weight decay)"
+            f"{type(self).__name__}({type(self.optimizer).__name__}, {scales} scales, divisor={self.divisor:g}, "
+            f"{shifts if self._rates.multiplies_shifts else ''}{len(self.coverage.exempt)} without weight decay)"
         )
 
     def remove(self) -> None:
-        """End the rule and leave the optimizer as if it had never been there; a second call does nothing."""
-        self._in_step = False
-        for handle in self._handles:
-            handle.remove()
+        """End the rule; a second call does nothing. The last rule leaves the optimizer as if none had been there."""
+        if self._updates is None:
+            self._updates = self.updates
+            self._engine.leave(self)
 
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer that the rule is on."""
-        return self._optimizer
+        return self._engine.optimizer
 
     @property
     def divisor(self) -> float:
         """The constant c."""
-        return self._coverage.rates.divisor
+        return self._rates.divisor
 
     @property
     def shift_multiplier(self) -> float:
         """The factor k."""
-        return self._coverage.rates.multiplier
+        return self._rates.multiplier
 
     @property
     def covered(self) -> int:
@@ -185,7 +160,7 @@ class ScaleUpdateRule:
 
         It stands still where `optimizer.step` was replaced by a function that calls no step hooks.
         """
-        return self._updates
+        return self._engine.updates - self._updates_before if self._updates is None else self._updates
 
     def learning_rates(self) -> list[float]:
         """Return the learning rates that the scales would be updated with now.
@@ -194,7 +169,7 @@ class ScaleUpdateRule:
             One number for every parameter group that holds scales, in the order of the groups; empty if the optimizer
             holds none.
         """
-        return self._learning_rates("scale")
+        return self._learning_rates("scale", GROUP_MARK)
 
     def shift_learning_rates(self) -> list[float]:
         """Return the learning rates that the shifts would be updated with now.
@@ -203,158 +178,25 @@ class ScaleUpdateRule:
             One number for every parameter group that holds shifts, in the order of the groups; empty if the optimizer
             holds none.
         """
-        return self._learning_rates("shift")
+        return self._learning_rates("shift", SHIFT_MARK)
+
+    def _claimed(self, role: Role) -> set[int]:
+        return {found for found, (claimed, _) in self.coverage.ways.items() if claimed == role}
 
     def _count(self, role: Role) -> int:
         return sum(
-            parameter.requires_grad and self._coverage.role(parameter, group) == role
-            for group in self._optimizer.param_groups
+            parameter.requires_grad and self.coverage.way(parameter, group)[0] == role
+            for group in self.optimizer.param_groups
             for parameter in group["params"]
         )
 
-    def _learning_rates(self, role: Role) -> list[float]:
-        rates = self._coverage.rates
-        if role == "scale":
-            own, mark, is_changed = self._coverage.scales, GROUP_MARK, rates.divides_scales
-        else:
-            own, mark, is_changed = self._coverage.shifts, SHIFT_MARK, rates.multiplies_shifts
+    def _learning_rates(self, role: Role, mark: str) -> list[float]:
+        own = self._claimed(role) if self._rates.change(role) else set[int]()
         return [
-            float(group["lr"] if mark in group else rates.lr(role, group["lr"], type(self._optimizer).__name__))
-            for group in self._optimizer.param_groups
-            if is_changed and any(id(parameter) in own for parameter in group["params"])
+            float(group["lr"] if mark in group else self._rates.lr(role, group["lr"], type(self.optimizer).__name__))
+            for group in self.optimizer.param_groups
+            if any(id(parameter) in own for parameter in group["params"])
         ]
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if self._in_step:  # an exception has ended the last step
-            for plan in self._plans:
-                plan.forget()
-        self._in_step, self._was_read, self._is_stale = True, False, True
-        # Until a step has read its groups, changes between steps count: the update may be done by gradient hooks.
-        self._watch.start(self._watched(), since_before=not self._updates)
-        view = self._view.enter()
-        if len(args) > 1 and callable(args[1]):
-            return (view, self._wrap(args[1]), *args[2:]), kwargs
-        if callable(kwargs.get("closure")):
-            kwargs = {**kwargs, "closure": self._wrap(kwargs["closure"])}
-        return (view, *args[1:]), kwargs
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._in_step = False
-        if self._was_read:
-            self._view.leave()
-            self._write_back()
-            self._updates += 1
-            self._watch.by_value = False
-            return
-        # A step that does nothing at all is the optimizer's right; one that updates must have read its groups.
-        if self._chosen is not None and (args[0] is not self._view.view or self._watch.has_changed()):
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step() did not update from its param_groups, so the scales did not learn "
-                "with lr / c: use scale_param_groups for this optimizer, and look for a step hook that replaces "
-                "the step's arguments"
-            )
-        self._watch.by_value = True
-
-    def _after_load(self, optimizer: Optimizer) -> None:
-        """Refuse groups that were made with other numbers, as soon as a checkpoint has brought them."""
-        self._plan(optimizer.param_groups)
-
-    def _is_own_hook(self, hook: Callable[..., Any]) -> bool:
-        return getattr(hook, "__self__", None) is self
-
-    def _watched(self) -> Tensor | None:
-        """Choose the parameter by which to tell whether a step has updated: a covered one that the optimizer holds."""
-        chosen = self._chosen
-        if chosen is None or not chosen.requires_grad:
-            # FSDP1 leaves some ranks no part of a scale.
-            self._candidates = [p for p in self._candidates if is_lazy(p) or p.numel()]
-            chosen = next((p for p in self._candidates if not is_lazy(p) and p.requires_grad), None)
-            self._chosen = chosen
-        return chosen
-
-    def _wrap(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """Let the closure run on the optimizer's own groups, since it may change learning rates or add groups."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self._hand_back()
-            result = closure(*args, **kwargs)
-            if self._was_read and self._in_step:
-                self._refresh()  # the optimizer may hold the groups that it read before
-            self._watch.start_again()
-            return result
-
-        return run
-
-    def _read_groups(self) -> list[Group]:
-        """Return what the view shows as its `param_groups`: in a step the parts of the groups, else the groups."""
-        if not self._in_step:
-            return self._optimizer.param_groups
-        self._was_read = True
-        if self._is_stale:
-            self._refresh()
-        elif len(self._shown) != len(self._expected):
-            self._hand_back()
-            self._refresh()
-        return self._shown
-
-    def _refresh(self) -> None:
-        """Bring the view's groups up to the optimizer's."""
-        groups = self._optimizer.param_groups
-        self._plan(groups)
-        shown: list[Group] = []
-        for plan, group in zip(self._plans, groups, strict=True):
-            shown += plan.show(group)
-        self._shown[:] = self._expected = shown
-        self._is_stale = False
-        if self._warn_if_unused:
-            self._warn_if_unused = False
-            if all(plan.is_plain for plan in self._plans):
-                warnings.warn(
-                    f"{self!r} has no effect: the optimizer holds none of these parameters. Was the model moved or "
-                    "wrapped after the scales were taken from it?",
-                    stacklevel=2,
-                )
-
-    def _plan(self, groups: list[Group]) -> None:
-        """Find the parts of every group, anew where its parameters have changed."""
-        is_new = len(self._plans) > len(groups)
-        del self._plans[len(groups) :]
-        for index, group in enumerate(groups):
-            if index == len(self._plans) or not self._plans[index].fits(group):
-                where = f"parameter group {index} of {type(self._optimizer).__name__}"
-                self._plans[index : index + 1] = [GroupPlan(group, self._coverage, where)]
-                is_new = True
-        if is_new:
-            covered = self._coverage.covered
-            self._candidates = [p for group in groups for p in group["params"] if id(p) in covered]
-            self._chosen = None
-
-    def _hand_back(self) -> None:
-        """Let code that is not the optimizer's find its groups up to date, and the optimizer what that code writes."""
-        if self._in_step and self._was_read and not self._is_stale:
-            self._write_back()
-            self._is_stale = True
-
-    def _write_back(self) -> None:
-        """Carry over to the groups what the optimizer wrote into their copies."""
-        shown, expected = self._shown, self._expected
-        if len(shown) != len(expected) or not all(map(is_, shown, expected)):
-            self._adopt(shown, expected)
-        for plan in self._plans:
-            plan.write_back(self._undivided_rates)
-
-    def _adopt(self, shown: list[Group], expected: list[Group]) -> None:
-        """Make groups that the step has added the optimizer's own."""
-        if len(shown) < len(expected) or not all(map(is_, shown, expected)):
-            raise RuntimeError(
-                f"{type(self._optimizer).__name__}.step() has removed or reordered its param_groups, which "
-                "ScaleUpdateRule cannot follow: use scale_param_groups"
-            )
-        self._optimizer.param_groups.extend(shown[len(expected) :])
-        self._expected = shown.copy()
-
-    def _undivided_rates(self) -> Iterator[Any]:
-        return (rate for plan in self._plans if (rate := plan.undivided_lr) is not None)
 
 
 def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list[float]:
@@ -362,14 +204,14 @@ def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list
 
     Args:
         optimizer: The optimizer, with or without a `ScaleUpdateRule`.
-        scales: The scales; with a rule those that it covers count instead.
+        scales: The scales; with rules those that they cover count instead.
 
     Returns:
-        One number for every parameter group that holds scales; empty if the optimizer holds none.
+        One number for every parameter group that holds scales, rule by rule; empty if the optimizer holds none.
     """
-    rule = active_rule(optimizer)
-    if rule is not None and rule.divisor > 1:
-        return rule.learning_rates()
+    rules = [rule for rule in active_rules(optimizer) if rule.divisor > 1]
+    if rules:
+        return [rate for rule in rules for rate in rule.learning_rates()]
     return _group_rates(optimizer, scales, GROUP_MARK)
 
 
@@ -378,14 +220,14 @@ def shift_learning_rates(optimizer: Optimizer, shifts: Iterable[Tensor]) -> list
 
     Args:
         optimizer: The optimizer, with or without a `ScaleUpdateRule`.
-        shifts: The shifts; with a rule those that it covers count instead.
+        shifts: The shifts; with rules those that they cover count instead.
 
     Returns:
-        One number for every parameter group that holds shifts; empty if the optimizer holds none.
+        One number for every parameter group that holds shifts, rule by rule; empty if the optimizer holds none.
     """
-    rule = active_rule(optimizer)
-    if rule is not None and rule.shift_multiplier != 1:
-        return rule.shift_learning_rates()
+    rules = [rule for rule in active_rules(optimizer) if rule.shift_multiplier != 1]
+    if rules:
+        return [rate for rule in rules for rate in rule.shift_learning_rates()]
     return _group_rates(optimizer, shifts, SHIFT_MARK)
 
 
@@ -405,10 +247,22 @@ def active_rule(optimizer: Optimizer) -> ScaleUpdateRule | None:
         optimizer: The optimizer.
 
     Returns:
-        The rule, or None.
+        The rule, the first of several; or None.
     """
-    owners = (getattr(hook, "__self__", None) for hook in step_pre_hooks(optimizer))
-    return next((owner for owner in owners if isinstance(owner, ScaleUpdateRule)), None)
+    return next(iter(active_rules(optimizer)), None)
+
+
+def active_rules(optimizer: Optimizer) -> list[ScaleUpdateRule]:
+    """List the rules that are in force on an optimizer.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        The rules, in the order in which they were made.
+    """
+    engine = engine_of(optimizer)
+    return [] if engine is None else [rule for rule in engine.rules if isinstance(rule, ScaleUpdateRule)]
 
 
 def _behind_stand_in(optimizer: Optimizer) -> Optimizer:
@@ -452,26 +306,10 @@ def _runs_no_hooks(optimizer: Optimizer, name: str) -> str | None:
     )
 
 
-def _has_a_rule(optimizer: Optimizer, name: str) -> str | None:
-    if active_rule(optimizer) is None:
-        return None
-    return f"this {name} has a ScaleUpdateRule already: remove() that one first"
-
-
 _OBSTACLES: tuple[Callable[[Optimizer, str], str | None], ...] = (
     _is_lbfgs,
     wraps_another,
     _runs_no_hooks,
     updates_in_backward,
-    _has_a_rule,
 )
 """Each says why the rule cannot hold for an optimizer, or returns None. The first that objects is heard."""
-
-
-def _by_id(argument: str, parameters: Iterable[Tensor]) -> dict[int, Tensor]:
-    found: dict[int, Tensor] = {}
-    for parameter in parameters:
-        if not isinstance(parameter, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{argument} takes parameters, got {type(parameter).__name__}")
-        found[id(parameter)] = parameter
-    return found

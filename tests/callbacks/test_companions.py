@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from helpers.aftermath import Snapshot, assert_nothing_left, assert_rule_is_gone
 from helpers.lit import LitNet, loader, quiet, trainer
 from helpers.logs import rows
-from helpers.models import BATCH_NORMS, images, residual_net, scales
+from helpers.models import BATCH_NORMS, assert_same_parameters, images, residual_net, scales, shifts
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
 
 from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
 
@@ -94,6 +99,162 @@ def test_a_subclass_has_a_key_of_its_own(tmp_path: Path) -> None:
     assert keys_in(tmp_path / "end.ckpt") == {Mine.__qualname__}
 
 
+MULTIPLIER = 3.0
+
+
+def backbone_and_head(**settings: Any) -> list[RevisitedBatchNorm]:
+    return [
+        quiet(scale=0.1, scale_lr_divisor=100, include=["*.stem.*"], **settings),
+        quiet(scale=0.5, scale_lr_divisor=10, shift_lr_multiplier=MULTIPLIER, exclude=["*.stem.*"], **settings),
+    ]
+
+
+def scheduled(optimizer: Optimizer) -> dict[str, Any]:
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+MAKE: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.05, weight_decay=0.01),
+}
+
+
+def one_optimizer(name: str) -> Callable[[nn.Module], Any]:
+    return lambda module: scheduled(MAKE[name](module.parameters()))
+
+
+def by_hand(name: str) -> Callable[[nn.Module], Any]:
+    """Configure one optimizer from the groups of a careful user, who has written the scales too."""
+
+    def configure(module: nn.Module) -> Any:
+        stem, *block = scales(module)
+        _, *fast = shifts(module)
+        with torch.no_grad():
+            stem.fill_(0.1)
+            for scale in block:
+                scale.fill_(0.5)
+        own = {id(parameter) for parameter in [stem, *block, *fast]}
+        groups = [
+            {"params": [parameter for parameter in module.parameters() if id(parameter) not in own]},
+            {"params": [stem], "lr": 0.05 / 100, "weight_decay": 0.0},
+            {"params": block, "lr": 0.05 / 10, "weight_decay": 0.0},
+            {"params": fast, "lr": 0.05 * MULTIPLIER, "weight_decay": 0.01 / MULTIPLIER},
+        ]
+        return scheduled(MAKE[name](groups))
+
+    return configure
+
+
+@pytest.fixture(params=MAKE)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def expected(name: str, tmp_path: Path) -> LitNet:
+    module = LitNet(by_hand(name))
+    trainer(tmp_path, max_epochs=2).fit(module, loader())
+    return module
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_callbacks_on_one_optimizer_equal_groups_made_by_hand_to_the_bit(
+    order: int, name: str, expected: LitNet, tmp_path: Path
+) -> None:
+    module = LitNet(one_optimizer(name))
+    run = trainer(tmp_path, *backbone_and_head()[::order], max_epochs=2)
+    before = Snapshot(module, run)
+    run.fit(module, loader())
+    assert_nothing_left(before, like=expected)
+    assert_rule_is_gone(module, run)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_callbacks_on_one_optimizer_go_on_from_a_checkpoint_to_the_bit(
+    order: int, name: str, expected: LitNet, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, *backbone_and_head(), max_epochs=1)
+    run.fit(LitNet(one_optimizer(name)), loader())
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    module = LitNet(one_optimizer(name))
+    run = trainer(tmp_path, *backbone_and_head()[::order], max_epochs=2)
+    run.fit(module, loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert run.global_step == 12
+    assert_same_parameters(expected, module)
+    assert_rule_is_gone(module, run)
+
+
+def test_two_callbacks_follow_an_optimizer_that_is_replaced(tmp_path: Path) -> None:
+    class Replacing(L.Callback):
+        """Gives the Trainer another optimizer in the middle of the second epoch."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if (trainer.current_epoch, batch_idx) == (1, 3):
+                trainer.optimizers = [pl_module.configure_optimizers()]
+
+    def constant(configure: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+        return lambda module: configure(module)["optimizer"]
+
+    def once(module: nn.Module, made: list[Any]) -> Any:
+        values = [scale.detach().clone() for scale in scales(module)]
+        made.append(constant(by_hand("SGD"))(module))
+        if len(made) > 1:  # the scales are those that training has reached
+            with torch.no_grad():
+                for scale, value in zip(scales(module), values, strict=True):
+                    scale.copy_(value)
+        return made[-1]
+
+    made: list[Any] = []
+    hand = LitNet(lambda module: once(module, made))
+    trainer(tmp_path, Replacing()).fit(hand, loader())
+    module = LitNet(constant(one_optimizer("SGD")))
+    run = trainer(tmp_path, *backbone_and_head(), Replacing())
+    run.fit(module, loader())
+    assert len(made) == 2
+    assert_same_parameters(hand, module)
+    assert_rule_is_gone(module, run)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_batch_end"])
+def test_two_callbacks_leave_nothing_after_an_exception(hook: str, tmp_path: Path) -> None:
+    class Failing(L.Callback):
+        pass
+
+    def fail(self: Failing, *args: Any) -> None:
+        raise ZeroDivisionError
+
+    setattr(Failing, hook, fail)
+    module = LitNet()
+    run = trainer(tmp_path, *backbone_and_head(), Failing())
+    before = Snapshot(module, run)
+    with pytest.raises(ZeroDivisionError):
+        run.fit(module, loader())
+    assert_nothing_left(before)
+    assert_rule_is_gone(module, run)
+    started = [0.1, 0.5, 0.5] if hook == "on_train_batch_end" else [1.0, 1.0, 1.0]
+    assert [scale[0].item() for scale in scales(module)] == pytest.approx(started, rel=0.1)
+
+
+def test_one_trainer_may_fit_again_with_two_callbacks(name: str, expected: LitNet, tmp_path: Path) -> None:
+    run = trainer(tmp_path, *backbone_and_head(), max_epochs=2)
+    run.fit(LitNet(one_optimizer(name)), loader())
+    run.fit_loop.max_epochs = 4
+    module = LitNet(one_optimizer(name))
+    run.fit(module, loader())
+    assert_same_parameters(expected, module)
+    assert "optimizer_step" not in vars(run.strategy)
+
+
+def test_the_rates_of_both_callbacks_are_logged(tmp_path: Path) -> None:
+    first, second = backbone_and_head()
+    run = trainer(tmp_path, first, second, BatchNormMonitor(), logger=CSVLogger(tmp_path), max_epochs=1)
+    run.fit(LitNet(), loader(2))
+    logged = [row for row in rows(tmp_path) if "revbn/scale_lr" in row]
+    assert [float(row["revbn/scale_lr"]) for row in logged] == pytest.approx([(0.05 / 100 + 0.05 / 10) / 2] * 2)
+    assert [float(row["revbn/shift_lr"]) for row in logged] == pytest.approx([0.05 * MULTIPLIER] * 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "shown"),
     [
@@ -107,9 +268,13 @@ def test_two_callbacks_for_one_layer_are_refused_by_its_name_and_write_nothing(
     module = LitNet()
     run = trainer(tmp_path, *(quiet(**own) for own in settings))
     said = f"2 callbacks RevisitedBatchNorm in one Trainer select the same layers: {shown}. Give each layer to one"
-    with pytest.raises(MisconfigurationException, match=said):
+    before = Snapshot(module, run)
+    with pytest.raises(MisconfigurationException, match=said) as error:
         run.fit(module, loader(1))
+    first, second = (", ".join(f"{name}={value!r}" for name, value in own.items()) for own in settings)
+    assert str(error.value).endswith(f"they are RevisitedBatchNorm({first}) and RevisitedBatchNorm({second})")
     assert all((scale == 1).all() for scale in scales(module))
+    assert_nothing_left(before)
 
 
 def test_many_shared_layers_are_counted(tmp_path: Path) -> None:

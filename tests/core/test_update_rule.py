@@ -949,7 +949,7 @@ def test_an_optimizer_that_replaces_its_groups_while_stepping_is_told_so() -> No
         optimizer.step()
 
 
-def test_a_second_rule_on_one_optimizer_is_refused() -> None:
+def test_a_second_rule_for_the_same_scales_is_refused() -> None:
     model, optimizer, _ = ruled_sgd()
     with pytest.raises(ValueError, match="has a ScaleUpdateRule already"):
         ScaleUpdateRule(optimizer, scales(model))

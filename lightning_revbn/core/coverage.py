@@ -1,0 +1,173 @@
+"""Which parameters learn in a way of their own, and how: what one update rule covers, and several of them together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import Self
+
+from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK, Group
+from lightning_revbn.core.rates import Rates, Role
+
+__all__ = ["Coverage", "Way"]
+
+Way: TypeAlias = tuple[Role, Rates]
+"""How a parameter learns: as what, and with which rates."""
+_LIKE_GROUP: Way = "other", Rates()
+_MARKS: Mapping[Role, tuple[str, str]] = {
+    "scale": (GROUP_MARK, "divisor"),
+    "shift": (SHIFT_MARK, "shift multiplier"),
+}
+"""The key that `scale_param_groups` sets in a group of such parameters, and what its number is called."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which parameters learn in a way of their own, by their `id`, and how.
+
+    Attributes:
+        ways: How scales and shifts learn, those included whose rates are those of their group.
+        exempt: Parameters that take no weight decay.
+        parameters: All of them, so that no other tensor can take over an `id`.
+    """
+
+    ways: Mapping[int, Way] = field(default_factory=dict[int, Way])
+    exempt: frozenset[int] = frozenset()
+    parameters: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, scales: Iterable[Tensor], shifts: Iterable[Tensor], exempt: Iterable[Tensor], rates: Rates) -> Self:
+        """Cover parameters with one pair of rates.
+
+        Args:
+            scales: Batch norm scales.
+            shifts: Batch norm shifts.
+            exempt: Parameters that take no weight decay.
+            rates: How scales and shifts learn.
+
+        Returns:
+            The coverage.
+
+        Raises:
+            TypeError: If one of them is no tensor.
+            ValueError: If a parameter is among the scales and among the shifts.
+        """
+        scales, shifts = _tensors("scales", scales), _tensors("shifts", shifts)
+        exempt = _tensors("weight_decay_exempt", exempt)
+        ways: dict[int, Way] = {id(scale): ("scale", rates) for scale in scales}
+        if any(id(shift) in ways for shift in shifts):
+            raise ValueError("a parameter is among the scales and among the shifts: it can learn in one way only")
+        ways.update({id(shift): ("shift", rates) for shift in shifts})
+        return cls(ways, frozenset(map(id, exempt)), (*scales, *shifts, *exempt))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Coverage], where: str) -> Coverage:
+        """Join what several rules cover.
+
+        Args:
+            parts: What each of them covers.
+            where: The kind of their optimizer, for the message.
+
+        Returns:
+            The coverage of all together. A parameter takes no weight decay if one of them says so.
+
+        Raises:
+            ValueError: If two of them have the same scale or shift.
+        """
+        ways: dict[int, Way] = {}
+        for part in parts:
+            twice = [parameter for parameter in part.parameters if id(parameter) in part.ways and id(parameter) in ways]
+            if twice:
+                raise ValueError(_claimed_twice(twice, ways, part.ways, where))
+            ways.update(part.ways)
+        return cls(
+            ways,
+            frozenset(found for part in parts for found in part.exempt),
+            tuple(parameter for part in parts for parameter in part.parameters),
+        )
+
+    def __bool__(self) -> bool:
+        """Whether any parameter learns differently from its group."""
+        return bool(self.covered)
+
+    @property
+    def covered(self) -> set[int]:
+        """The `id` of every parameter that learns differently from its group."""
+        return {*self.exempt, *(found for found, (role, rates) in self.ways.items() if rates.change(role))}
+
+    def way(self, parameter: Tensor, group: Group) -> Way:
+        """Tell how a parameter of a group learns.
+
+        Args:
+            parameter: The parameter.
+            group: Its group. In a group of `scale_param_groups` the learning rate is what it is to be already.
+
+        Returns:
+            Whether it is a scale or a shift that learns differently from the group, and the rates; of all others, the
+            rates change nothing.
+        """
+        role, rates = way = self.ways.get(id(parameter), _LIKE_GROUP)
+        return way if rates.change(role) and _MARKS[role][0] not in group else _LIKE_GROUP
+
+    def refuse_other_marks(self, group: Group, where: str) -> None:
+        """Raise if `scale_param_groups` has made a group of scales or shifts with another number.
+
+        Args:
+            group: The group.
+            where: What the group is called, for the message.
+
+        Raises:
+            ValueError: If so; the message has both numbers.
+        """
+        for of, (mark, name) in _MARKS.items():
+            if mark not in group:
+                continue
+            made_with = float(group[mark])
+            for parameter in group["params"]:
+                role, rates = self.ways.get(id(parameter), _LIKE_GROUP)
+                if role == of and rates.number(role) != made_with:
+                    raise ValueError(
+                        f"{where} was made by scale_param_groups with a {name} of {made_with:g}, but the rule "
+                        f"has a {name} of {rates.number(role):g}: give both the same number"
+                    )
+
+    def refuse_other_groups(self, optimizer: Optimizer) -> None:
+        """Raise if `scale_param_groups` has made one of an optimizer's groups with another number.
+
+        Args:
+            optimizer: The optimizer.
+
+        Raises:
+            ValueError: If so; the message has both numbers.
+        """
+        for index, group in enumerate(optimizer.param_groups):
+            self.refuse_other_marks(group, f"parameter group {index} of {type(optimizer).__name__}")
+
+
+def _tensors(argument: str, parameters: Iterable[Tensor]) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+    for parameter in parameters:
+        if not isinstance(parameter, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{argument} takes parameters, got {type(parameter).__name__}")
+        found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _claimed_twice(twice: Sequence[Tensor], there: Mapping[int, Way], here: Mapping[int, Way], where: str) -> str:
+    """Say which parameters two rules have; an optimizer knows no names of layers, so shapes and rates have to do."""
+    kinds: Counter[str] = Counter()
+    for parameter in twice:
+        (role, rates), (own_role, own_rates) = there[id(parameter)], here[id(parameter)]
+        kinds[f"of shape {tuple(parameter.shape)} ({rates.told(role)} there, {own_rates.told(own_role)} here)"] += 1
+    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(_SHOWN))
+    return (
+        f"this {where} has a ScaleUpdateRule already for {len(twice)} of these scales and shifts: {shown}"
+        f"{' and others' if len(kinds) > _SHOWN else ''}. Give each layer to one rule, by include and exclude, or "
+        "remove() that rule first"
+    )

@@ -1,0 +1,141 @@
+"""Groups of `scale_param_groups` beside a callback with other numbers, and a callback that asks for no rule."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers.aftermath import Snapshot, assert_nothing_left
+from helpers.lit import LitNet, loader, quiet, sgd, trainer
+from helpers.models import scales
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_revbn import scale_param_groups
+from lightning_revbn.core.param_groups import MARKS
+from lightning_revbn.core.update_rule import active_rule
+
+NEUTRAL: dict[str, Any] = {"scale": 1.0, "scale_lr_divisor": 1, "weight_decay_exempt": None}
+
+
+class Wrapping(Optimizer):
+    """An optimizer around another one, on which no rule can be put."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+        self.param_groups = inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("made", "settings", "said"),
+    [
+        ({"shift_multiplier": 10.0}, {}, "with a shift multiplier of 10, but the rule has a shift multiplier of 1:"),
+        (
+            {"shift_multiplier": 10.0},
+            {"shift_lr_multiplier": 3},
+            "with a shift multiplier of 10, but the rule has a shift multiplier of 3:",
+        ),
+        ({}, {"scale_lr_divisor": 1}, "with a divisor of 100, but the rule has a divisor of 1:"),
+        ({"divisor": 10.0}, {}, "with a divisor of 10, but the rule has a divisor of 100:"),
+        ({"divisor": 10.0}, NEUTRAL, "with a divisor of 10, but the rule has a divisor of 1:"),
+        (
+            {"divisor": 1.0, "shift_multiplier": 10.0},
+            NEUTRAL,
+            "with a shift multiplier of 10, but the rule has a shift multiplier of 1:",
+        ),
+    ],
+)
+def test_groups_made_with_other_numbers_are_refused_at_the_start_of_the_fit(
+    made: dict[str, Any], settings: dict[str, Any], said: str, wrapped: bool, tmp_path: Path
+) -> None:
+    def configure(module: nn.Module) -> Optimizer:
+        optimizer = torch.optim.SGD(scale_param_groups(module, 0.05, 0.01, **made))
+        return Wrapping(optimizer) if wrapped else optimizer
+
+    module = LitNet(configure)
+    run = trainer(tmp_path, quiet(**settings))
+    before = Snapshot(module, run)
+    kind = "Wrapping" if wrapped else "SGD"
+    message = rf"RevisitedBatchNorm: parameter group \d of {kind} was made by scale_param_groups {re.escape(said)} give"
+    with pytest.raises(MisconfigurationException, match=message + " both the same number$"):
+        run.fit(module, loader())
+    assert run.global_step == 0
+    assert_nothing_left(before)
+    assert all((scale == 1).all() for scale in scales(module))
+
+
+@pytest.mark.parametrize("settings", [{}, NEUTRAL])
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm applies half of the method:UserWarning")
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*none learns with lr / 1:UserWarning")
+def test_groups_made_with_other_numbers_are_refused_when_a_checkpoint_brings_them(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def groups(module: nn.Module) -> list[dict[str, Any]]:
+        divisor = settings.get("scale_lr_divisor", 100.0)
+        return scale_param_groups(module, 0.05, 0.01, divisor, shift_multiplier=10.0)
+
+    def unmarked(module: nn.Module) -> Optimizer:
+        kept = ({key: value for key, value in group.items() if key not in MARKS} for group in groups(module))
+        return torch.optim.SGD(list(kept))
+
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(LitNet(lambda module: torch.optim.SGD(groups(module))), loader())
+    run.save_checkpoint(tmp_path / "fast.ckpt")
+    module = LitNet(unmarked)
+    run = trainer(tmp_path, quiet(**settings))
+    with pytest.raises(ValueError, match="with a shift multiplier of 10, but the rule has a shift multiplier of 1:"):
+        run.fit(module, loader(), ckpt_path=tmp_path / "fast.ckpt")
+    assert run.global_step in (0, 6)
+    (optimizer,) = run.optimizers
+    assert not any(value for key, value in vars(optimizer).items() if key.endswith("_hooks"))
+
+
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*none learns with lr / 1:UserWarning")
+def test_a_callback_that_changes_no_rate_puts_nothing_into_a_step(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Looking(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            (optimizer,) = trainer.optimizers
+            hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+            seen.append(bool(hooks) or active_rule(optimizer) is not None)
+
+    plain, module = LitNet(), LitNet()
+    trainer(tmp_path).fit(plain, loader())
+    run = trainer(tmp_path, quiet(**NEUTRAL), Looking())
+    before = Snapshot(module, run)
+    run.fit(module, loader())
+    assert seen == [False] * 12
+    assert_nothing_left(before, like=plain)
+
+
+def test_a_tensor_that_is_scale_and_shift_of_tied_layers_learns_as_what_has_a_rate_of_its_own(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        net = nn.Sequential(
+            nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        net[2].bias = net[1].weight
+        return net
+
+    module = LitNet(sgd, model=tied())
+    callback = quiet()
+    seen: list[tuple[int, int]] = []
+
+    class Looking(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            rule = active_rule(trainer.optimizers[0])
+            assert rule is not None
+            seen.append((rule.covered, rule.covered_shifts))
+
+    trainer(tmp_path, callback, Looking(), max_epochs=1).fit(module, loader(1))
+    assert seen == [(2, 0)]

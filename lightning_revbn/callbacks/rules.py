@@ -110,7 +110,10 @@ class UpdateRules:
         self._remove_rules()
         optimizers = trainer.strategy.optimizers
         parameters = self._choose(module, rewriting) if optimizers else _Parameters([], [], [])
-        coverage = Coverage.of(parameters.scales, parameters.shifts, parameters.exempt, self._rates)
+        try:
+            coverage = Coverage.of(parameters.scales, parameters.shifts, parameters.exempt, self._rates)
+        except ValueError as error:  # layers that are tied
+            raise MisconfigurationException(f"{self._owner}: {error}") from error
         for optimizer in optimizers:
             if isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance] # an engine's own
                 self._attach(optimizer, parameters, coverage)

@@ -64,7 +64,8 @@ class Coverage:
         if any(id(shift) in ways for shift in shifts):
             raise ValueError("a parameter is among the scales and among the shifts: it can learn in one way only")
         ways.update({id(shift): ("shift", rates) for shift in shifts})
-        return cls(ways, frozenset(map(id, exempt)), (*scales, *shifts, *exempt))
+        parameters = {id(parameter): parameter for parameter in (*scales, *shifts, *exempt)}
+        return cls(ways, frozenset(map(id, exempt)), tuple(parameters.values()))
 
     @classmethod
     def joined(cls, parts: Sequence[Coverage], where: str) -> Coverage:

@@ -25,7 +25,9 @@ __all__ = ["GroupPlan", "Part"]
 _NOTHING: Any = object()
 """Stands for a key that is not there."""
 _ORDER: tuple[Role, ...] = "other", "shift", "scale"
+"""Parts in this order: the first copy of a group counts most."""
 _NUMBERS = frozenset({bool, int, float})
+"""Types of which equal values are the same to every optimizer."""
 _NO_TENSORS = _NUMBERS | {str, tuple, list, dict, type(None)}
 """Types of most values in groups. It takes longer to ask whether a value is a tensor."""
 

@@ -107,6 +107,39 @@ def test_if_the_copies_disagree_those_that_are_neither_scales_nor_shifts_count()
     assert optimizer.param_groups[0]["size"] == len(list(residual_net().parameters())) - 6
 
 
+def test_a_count_is_counted_once_though_the_state_is_saved_between_the_copies() -> None:
+    saved: list[Any] = []
+
+    def count(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            saved.append(optimizer.state_dict()["param_groups"][0]["count"])
+
+    _, optimizer, _ = ruled(count, steps=3)
+    assert optimizer.param_groups[0]["count"] == 3
+    assert saved == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_a_number_may_become_a_tensor_and_a_number_again() -> None:
+    rates = [LR, torch.tensor(LR / 2), torch.tensor(LR / 3), LR / 4, LR / 4]
+    seen: list[list[float]] = []
+
+    def look(optimizer: torch.optim.Optimizer) -> None:
+        seen.append([float(group["lr"]) for group in optimizer.param_groups])
+
+    model = residual_net()
+    optimizer = Writing(model.parameters(), look, foreach=False)
+    with ScaleUpdateRule(optimizer, scales(model), C):
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = rate
+            train(model, optimizer, steps=1)
+            if isinstance(rate, Tensor):
+                rate.mul_(0.1)  # in place, after which it is found anew
+                train(model, optimizer, steps=1)
+    found = [LR, LR / 2, LR / 20, LR / 3, LR / 30, LR / 4, LR / 4]
+    assert seen == [pytest.approx([rate, rate / C]) for rate in found]
+
+
 def test_a_tensor_that_is_changed_in_place_is_changed_once() -> None:
     def count(group: dict[str, Any]) -> None:
         group.setdefault("count", torch.zeros(())).add_(1)

@@ -15,8 +15,8 @@ changed. Each can be changed without the others:
 `logits` and `head` are the two halves of one fact: the last layer sees an input of another size. With g = 0.1 and
 c = 100, `scale` is a factor of 1 and no part. Every arm has one part alone (or all but one), or one of the two pairs
 `logits` and `head`, `shift` and `eps`; beside them stand the arm with all of them, which is the method in other words,
-and the method itself. An arm is judged against the same baseline by the same paired test as in `paper_protocol.py`, whose runs these are: a second call trains only what is
-missing.
+and the method itself. An arm is judged against the same baseline by the same paired test as in `paper_protocol.py`,
+whose runs these are: a second call trains only what is missing.
 """
 
 from __future__ import annotations

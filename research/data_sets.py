@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_revbn import InputNorm, OnlineInputNormMixin
 
 DATA_SETS = ("digits", "mnist1d", "fashion-mnist", "cifar10")
-EVALUATED_AT_ONCE = 250  # images a batch: larger batches leave the caches of a CPU and are slower
+EVALUATED_AT_ONCE = 500  # images a batch: larger batches leave the caches of a CPU and are slower
 MNIST1D_SAMPLES = 8000
 
 Split = tuple[Tensor, Tensor]
@@ -126,6 +126,10 @@ class Data(L.LightningDataModule):
     def val_dataloader(self) -> list[Batches]:
         """Return validation and test samples: both are scored after every epoch."""
         return [Batches(split, EVALUATED_AT_ONCE) for split in self.evaluated]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave a batch on the CPU if that is the device: to look through it takes time."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mirror training images."""

@@ -237,6 +237,7 @@ class Run:
         blocks: Residual blocks in each of the network's three stages.
         scale: What the batch norm scales start from in the revisited arm.
         divisor: What their learning rate is divided by there.
+        head_init: How the last layer starts, as in `PaperRecipe`.
         log_dir: Where the logs go.
     """
 
@@ -246,6 +247,7 @@ class Run:
     blocks: int
     scale: float
     divisor: float
+    head_init: str
     log_dir: Path
 
 
@@ -254,10 +256,10 @@ def derive_seed(seed: int) -> int:
     return int(md5(str(seed).encode()).hexdigest()[-8:], 16)
 
 
-def build(seed: int, blocks: int = 1) -> tuple[DigitsResNet, Digits]:
+def build(seed: int, blocks: int = 1, head_init: str = "paper") -> tuple[DigitsResNet, Digits]:
     """Return a new network and its data; the same initial weights and batches whenever the seed is the same."""
     L.seed_everything(derive_seed(seed), verbose=False)
-    return DigitsResNet(blocks=blocks), Digits(shuffle_seed=derive_seed(seed))
+    return DigitsResNet(blocks=blocks, head_init=head_init), Digits(shuffle_seed=derive_seed(seed))
 
 
 def train(run: Run, *, show: bool = False) -> float:
@@ -270,7 +272,7 @@ def train(run: Run, *, show: bool = False) -> float:
     Returns:
         Accuracy on the test images after the last epoch, in %.
     """
-    network, digits = build(run.seed, run.blocks)
+    network, digits = build(run.seed, run.blocks, run.head_init)
     callback: L.Callback = BatchNormMonitor(every_n_steps=STEPS_PER_EPOCH, activations=True)
     if run.arm == "revisited":
         callback = RevisitedBatchNorm(scale=run.scale, scale_lr_divisor=run.divisor, monitor=callback)
@@ -378,6 +380,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what the scales' learning rate is divided by; 1 switches that off (default: %(default)g)",
     )
     parser.add_argument(
+        "--head-init",
+        choices=("paper", "torch"),
+        default="paper",
+        help="how the last layer starts: as in the paper's code, or as torch has it (default: %(default)s)",
+    )
+    parser.add_argument(
         "--output-dir",
         type=Path,
         default=Path("demo_output"),
@@ -412,6 +420,7 @@ def main(arguments: list[str] | None = None) -> None:
             blocks=settings.blocks,
             scale=settings.scale,
             divisor=settings.divisor,
+            head_init=settings.head_init,
             log_dir=settings.output_dir / arm / f"seed_{seed:02}",
         )
         for seed in range(1, settings.seeds + 1)

@@ -48,6 +48,12 @@ class Cell:
     relative_time: float | None
 
     @property
+    def difference(self) -> float:
+        """The mean difference to the baseline on test data, in points."""
+        assert self.comparison is not None
+        return self.comparison.test.mean_difference
+
+    @property
     def loss_excluded(self) -> float:
         """The p-value of the one-sided paired t-test that the arm loses less than `MARGIN` points."""
         assert self.comparison is not None

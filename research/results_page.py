@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cells import LEVEL, MARGIN, Cell, read_cells, read_runs
+from cells import LEVEL, MARGIN, Cell, read_cells
 from collect import RESULTS, runs_of
 from gains_figure import draw_gains
 from planned import GRIDS
@@ -120,15 +120,15 @@ def _arm_table(grids: dict[str, list[Cell]]) -> str:
     ]
     rows: list[list[str]] = []
     for arm, cells in compared(grids).items():
-        worst, *_, best = sorted([*cells, cells[0]] if len(cells) == 1 else cells, key=_difference)
+        worst, best = (find(cells, key=lambda cell: cell.difference) for find in (min, max))
         p_values = [cell.loss_excluded for cell in cells]
         rows.append(
             [
                 arm.replace("_", " "),
                 worst.grid.replace("_", " "),
-                f"{_difference(worst):+.2f}",
+                f"{worst.difference:+.2f}",
                 best.grid.replace("_", " "),
-                f"{_difference(best):+.2f}",
+                f"{best.difference:+.2f}",
                 str(len(cells)),
                 str(sum(p <= LEVEL for p in p_values)),
                 f"{max(p_values):.2g}",
@@ -138,17 +138,12 @@ def _arm_table(grids: dict[str, list[Cell]]) -> str:
     return _markdown(header, 2, rows)
 
 
-def _difference(cell: Cell) -> float:
-    assert cell.comparison is not None
-    return cell.comparison.test.mean_difference
-
-
 def _planned_table(grids: dict[str, list[Cell]]) -> str:
     rows: list[list[str]] = []
     for name, cells in grids.items():
         planned = runs_of(name)
         arms, seeds = len({run.name for run in planned}), len({run.seed for run in planned})
-        state = f"[{len(read_runs(RESULTS / f'{name}.csv'))}](results/{name}.csv)" if cells else "not run"
+        state = f"[{sum(len(cell.scores) for cell in cells)}](results/{name}.csv)" if cells else "not run"
         rows.append([f"`{name}`", str(arms), str(seeds), state])
     return _markdown(["Grid", "Arms", "Seeds", "Runs"], 1, rows)
 

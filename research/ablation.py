@@ -134,7 +134,7 @@ def grid(arguments: argparse.Namespace) -> list[Run]:
     rate, decay = OPTIMIZERS["sgd"]
     settings = Settings(
         data="digits",
-        data_dir="",
+        data_dir="",  # digits come with scikit-learn
         train_images=None,
         network="cnn",
         epochs=arguments.epochs,

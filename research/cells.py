@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class Cell:
     def loss_excluded(self) -> float:
         """The p-value of the one-sided paired t-test that the arm loses less than `MARGIN` points."""
         assert self.comparison is not None
+        if math.isnan(self.comparison.test.p_value):  # all differences are equal
+            return float(self.difference <= -MARGIN)
         within = [score + MARGIN for score in self.comparison.proposed]
         return paired_t_test(within, self.comparison.baseline).p_value
 

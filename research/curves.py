@@ -11,7 +11,7 @@ from typing import Any
 
 from arms import Arm, reference
 
-COLUMNS = ("arm", "step", "train_loss", "val_loss", "val_acc", "test_acc", "test_acc_std", "gain", "gain_std")
+COLUMNS = ("arm", "step", "train_loss", "val_loss", "val_acc", "test_acc", "gain", "gain_std")
 """Of the file of a grid; accuracies are in %, `gain` is arm - baseline on test data over the same seeds."""
 
 
@@ -25,7 +25,6 @@ class Curve:
         val_loss: Cross entropy.
         val_acc: In %.
         test_acc: In %.
-        test_acc_std: Over seeds.
         gain: Test accuracy beyond the baseline's of the same seed; 0 for the baseline.
         gain_std: Over seeds.
     """
@@ -35,7 +34,6 @@ class Curve:
     val_loss: tuple[float, ...]
     val_acc: tuple[float, ...]
     test_acc: tuple[float, ...]
-    test_acc_std: tuple[float, ...]
     gain: tuple[float, ...]
     gain_std: tuple[float, ...]
 
@@ -128,7 +126,6 @@ def _average(arm: Mapping[int, list[dict[str, float]]], baseline: Mapping[int, l
     def spread(values: list[list[float]]) -> tuple[float, ...]:
         return tuple(statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values)
 
-    test = over_seeds("test_acc", 100)
     gain = [
         [100 * (rows[epoch]["test_acc"] - baseline[seed][epoch]["test_acc"]) for seed, rows in arm.items()]
         for epoch in epochs
@@ -138,8 +135,7 @@ def _average(arm: Mapping[int, list[dict[str, float]]], baseline: Mapping[int, l
         train_loss=mean(over_seeds("train_loss")),
         val_loss=mean(over_seeds("val_loss")),
         val_acc=mean(over_seeds("val_acc", 100)),
-        test_acc=mean(test),
-        test_acc_std=spread(test),
+        test_acc=mean(over_seeds("test_acc", 100)),
         gain=mean(gain),
         gain_std=spread(gain),
     )
@@ -159,7 +155,11 @@ def write_curves(curves: Mapping[str, Curve], file: Path) -> None:
         for name, curve in curves.items():
             columns = (getattr(curve, column) for column in COLUMNS[2:])
             for step, *values in zip(curve.steps, *columns, strict=True):
-                writer.writerow([name, step, *(f"{value:.4g}" for value in values)])
+                digits = (
+                    f"{value:.{4 if 'acc' in column else 3}g}"
+                    for column, value in zip(COLUMNS[2:], values, strict=True)
+                )
+                writer.writerow([name, step, *digits])
 
 
 def read_curves(file: Path) -> dict[str, Curve]:

@@ -42,15 +42,21 @@ def draw_gains(folder: Path, grids: Sequence[str]) -> list[Path]:
         found = [grid for grid in grids if (grid.startswith(name) if members is None else grid in members)]
         if found:
             columns = min(len(found), 4)
-            figure = Figure(figsize=(1 + 3.4 * columns, 3.2 * math.ceil(len(found) / columns)), layout="constrained")
+            figure = Figure(figsize=(2 + 3.4 * columns, 3.6 * math.ceil(len(found) / columns)), layout="constrained")
             panels = figure.subplots(math.ceil(len(found) / columns), columns, squeeze=False).flatten()
             for panel in panels[len(found) :]:
                 panel.set_visible(False)
             for panel, grid in zip(panels, found, strict=False):
                 _draw(panel, folder, grid)
-            panels[0].set_ylabel("Test accuracy beyond the baseline (points)")
+            panels[0].set_ylabel("Arm - baseline on test data (points)", fontsize="medium")
             lines = {line.get_label(): line for panel in panels for line in panel.get_lines() if line.get_gid()}
-            figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(SHOWN), frameon=False)
+            figure.legend(
+                lines.values(),
+                lines.keys(),
+                loc="outside lower center",
+                ncols=3 if columns == 1 else len(SHOWN),
+                frameon=False,
+            )
             written.append(_save(figure, folder / f"{name}.png"))
     return written
 

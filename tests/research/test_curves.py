@@ -26,7 +26,7 @@ def test_an_arm_overtakes_for_good_when_it_stays_above(gain: list[float], step: 
 
 def curve(val_acc: list[float]) -> Curve:
     zeros = (0.0,) * len(val_acc)
-    return Curve(tuple(range(10, 10 * len(val_acc) + 1, 10)), zeros, zeros, tuple(val_acc), *[zeros] * 4)
+    return Curve(tuple(range(10, 10 * len(val_acc) + 1, 10)), zeros, zeros, tuple(val_acc), zeros, zeros, zeros)
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_means_and_gains_are_over_the_same_seeds_and_survive_the_file(tmp_path: 
     assert again.keys() == found.keys()
     for name, curve in found.items():
         for column in ("steps", *curves.COLUMNS[2:]):
-            assert getattr(again[name], column) == pytest.approx(getattr(curve, column), rel=1e-3, abs=1e-9)
+            assert getattr(again[name], column) == pytest.approx(getattr(curve, column), rel=5e-3, abs=1e-9)

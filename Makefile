@@ -64,7 +64,7 @@ test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests th
 	$(BIN)/python -m pytest -m gpu tests/gpu $(TEST_ARGS)
 
 clean: ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers docs/_build demo_output fashion_mnist_output protocol_output ablation_output digits_cli_output outputs multirun examples/*_output
+	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers docs/_build demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output outputs multirun examples/*_output
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

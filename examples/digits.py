@@ -30,6 +30,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -65,24 +66,40 @@ class PaperRecipe(L.LightningModule):
     """Classification of images by a subclass's `forward`, with the training recipe of the paper.
 
     Args:
-        learning_rate: Of SGD at the start of the cosine schedule, which reaches 1e-8 at the end of training.
+        learning_rate: At the start of the cosine schedule, which reaches 1e-8 at the end of training.
         momentum: Of SGD.
         weight_decay: On the weights of convolutions and linear layers alone.
+        head_init: How linear layers start: `"paper"` or `"torch"`, see `initialize`.
+        optimizer: `"sgd"`, as in the paper, or `"adamw"`.
     """
 
-    def __init__(self, learning_rate: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4) -> None:
+    def __init__(
+        self,
+        learning_rate: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        head_init: str = "paper",
+        optimizer: str = "sgd",
+    ) -> None:
         super().__init__()
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
+        self.head_init, self.optimizer = head_init, optimizer
         self.val_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
 
     def initialize(self) -> None:
-        """Draw the weights of convolutions as the paper does, and set the shifts of linear layers to 0."""
+        """Draw the weights as the paper's code does, and set the biases of linear layers to 0.
+
+        That code draws linear weights from U(-sqrt(6 / fan_in), sqrt(6 / fan_in)), which is sqrt(6) times wider than
+        torch's default. `head_init="torch"` keeps the default.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+                if self.head_init == "paper":
+                    nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross entropy of a batch."""
@@ -91,11 +108,14 @@ class PaperRecipe(L.LightningModule):
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count a batch in the validation accuracy."""
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the logits of a batch, and count those of the first loader in the validation accuracy."""
         images, labels = batch
-        self.val_accuracy(self(images), labels)
-        self.log("val_acc", self.val_accuracy, prog_bar=True)
+        logits = self(images)
+        if dataloader_idx == 0:
+            self.val_accuracy(logits, labels)
+            self.log("val_acc", self.val_accuracy, prog_bar=True, add_dataloader_idx=False)
+        return logits
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count a batch in the test accuracy."""
@@ -104,15 +124,16 @@ class PaperRecipe(L.LightningModule):
         self.log("test_acc", self.test_accuracy)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return SGD with weight decay on convolutions and linear layers alone, and its cosine schedule by epochs."""
-        decayed = [module.weight for module in self.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        """Return an optimizer that decays convolutions and linear layers alone, and its cosine schedule by epochs."""
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+        decayed = [module.weight for module in self.modules() if isinstance(module, kinds)]
         decayed_ids = {id(weight) for weight in decayed}
         others = [parameter for parameter in self.parameters() if id(parameter) not in decayed_ids]
-        optimizer = torch.optim.SGD(
-            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others}],
-            lr=self.learning_rate,
-            momentum=self.momentum,
-        )
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if self.optimizer == "adamw":
+            optimizer: Optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
         schedule = CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs, eta_min=1e-8)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -128,6 +149,9 @@ class DigitsResNet(PaperRecipe):
         learning_rate: As in `PaperRecipe`.
         momentum: As in `PaperRecipe`.
         weight_decay: As in `PaperRecipe`.
+        head_init: As in `PaperRecipe`.
+        optimizer: As in `PaperRecipe`.
+        strides: Of the stem and of the three stages.
     """
 
     def __init__(
@@ -137,15 +161,18 @@ class DigitsResNet(PaperRecipe):
         learning_rate: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        head_init: str = "paper",
+        optimizer: str = "sgd",
+        strides: tuple[int, int, int, int] = (1, 1, 2, 2),
     ) -> None:
-        super().__init__(learning_rate, momentum, weight_decay)
+        super().__init__(learning_rate, momentum, weight_decay, head_init, optimizer)
         self.save_hyperparameters()
         self.example_input_array = torch.zeros(1, 1, 8, 8)  # for the sizes in Lightning's summary
         first, last = channels[0], channels[-1]
-        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        stem = nn.Conv2d(1, first, 3, strides[0], padding=1, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(first), nn.ReLU())
         self.blocks = nn.Sequential()
-        for before, after in zip((first, *channels[:-1]), channels, strict=True):
-            stride = 1 if len(self.blocks) == 0 else 2
+        for before, after, stride in zip((first, *channels[:-1]), channels, strides[1:], strict=True):
             self.blocks.append(ResidualBlock(before, after, stride))
             self.blocks.extend(ResidualBlock(after, after, stride=1) for _ in range(blocks - 1))
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10))
@@ -178,7 +205,9 @@ class Digits(L.LightningDataModule):
         images = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
         digits = TensorDataset(images, torch.tensor(labels))
         development, test = train_test_split(range(len(digits)), test_size=0.5, stratify=labels, random_state=0)
-        train, val = train_test_split(development, test_size=0.1, stratify=labels[development], random_state=0)
+        train, val = train_test_split(
+            development, test_size=0.1, stratify=labels[development], random_state=derive_seed(0)
+        )
         self.train_set = TensorDataset(*digits[train])
         self.val_set = TensorDataset(*digits[val])
         self.test_set = TensorDataset(*digits[test])
@@ -208,6 +237,7 @@ class Run:
         blocks: Residual blocks in each of the network's three stages.
         scale: What the batch norm scales start from in the revisited arm.
         divisor: What their learning rate is divided by there.
+        head_init: How the last layer starts, as in `PaperRecipe`.
         log_dir: Where the logs go.
     """
 
@@ -217,6 +247,7 @@ class Run:
     blocks: int
     scale: float
     divisor: float
+    head_init: str
     log_dir: Path
 
 
@@ -225,10 +256,10 @@ def derive_seed(seed: int) -> int:
     return int(md5(str(seed).encode()).hexdigest()[-8:], 16)
 
 
-def build(seed: int, blocks: int = 1) -> tuple[DigitsResNet, Digits]:
+def build(seed: int, blocks: int = 1, head_init: str = "paper") -> tuple[DigitsResNet, Digits]:
     """Return a new network and its data; the same initial weights and batches whenever the seed is the same."""
     L.seed_everything(derive_seed(seed), verbose=False)
-    return DigitsResNet(blocks=blocks), Digits(shuffle_seed=derive_seed(seed))
+    return DigitsResNet(blocks=blocks, head_init=head_init), Digits(shuffle_seed=derive_seed(seed))
 
 
 def train(run: Run, *, show: bool = False) -> float:
@@ -241,7 +272,7 @@ def train(run: Run, *, show: bool = False) -> float:
     Returns:
         Accuracy on the test images after the last epoch, in %.
     """
-    network, digits = build(run.seed, run.blocks)
+    network, digits = build(run.seed, run.blocks, run.head_init)
     callback: L.Callback = BatchNormMonitor(every_n_steps=STEPS_PER_EPOCH, activations=True)
     if run.arm == "revisited":
         callback = RevisitedBatchNorm(scale=run.scale, scale_lr_divisor=run.divisor, monitor=callback)
@@ -349,6 +380,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what the scales' learning rate is divided by; 1 switches that off (default: %(default)g)",
     )
     parser.add_argument(
+        "--head-init",
+        choices=("paper", "torch"),
+        default="paper",
+        help="how the last layer starts: as in the paper's code, or as torch has it (default: %(default)s)",
+    )
+    parser.add_argument(
         "--output-dir",
         type=Path,
         default=Path("demo_output"),
@@ -383,6 +420,7 @@ def main(arguments: list[str] | None = None) -> None:
             blocks=settings.blocks,
             scale=settings.scale,
             divisor=settings.divisor,
+            head_init=settings.head_init,
             log_dir=settings.output_dir / arm / f"seed_{seed:02}",
         )
         for seed in range(1, settings.seeds + 1)

@@ -1,7 +1,7 @@
 """Which part of a small scale does it? The identity of docs/why.md, taken apart on digits.
 
     python research/ablation.py
-    python research/ablation.py --scales 0.1 --leave-one-out --seeds 8
+    python research/ablation.py --scale 0.25 --leave-one-out --seeds 8
 
 Training with all scales at g and their learning rate divided by c equals training at scale 1 with five settings
 changed. Each can be changed without the others:
@@ -13,10 +13,10 @@ changed. Each can be changed without the others:
 - `eps`: it is eps / g^2 in every batch norm layer but the stem's, whose input is the images.
 
 `logits` and `head` are the two halves of one fact: the last layer sees an input of another size. With g = 0.1 and
-c = 100, `scale` is a factor of 1 and no part. Every arm has one part alone (or all but one); beside them stand the arm
-with all of them, which is the method in other words, and the method itself. An arm is judged against the same
-baseline by the same paired test as in `paper_protocol.py`, whose runs these are: a second call trains only what is
-missing.
+c = 100, `scale` is a factor of 1 and no part. Every arm has one part alone (or all but one), or one of the two pairs
+`logits` and `head`, `shift` and `eps`; beside them stand the arm with all of them, which is the method in other words,
+and the method itself. An arm is judged against the same baseline by the same paired test as in `paper_protocol.py`,
+whose runs these are: a second call trains only what is missing.
 """
 
 from __future__ import annotations
@@ -31,22 +31,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import lightning as L
 import torch
+from arms import BASELINE, PAPERS_DIVISOR, Arm
 from digits import DigitsResNet
-from paper_protocol import (
-    DIVISOR,
-    Run,
-    Settings,
-    add_run_options,
-    check_run_options,
-    report_arms,
-    train_missing,
-    write_results,
-)
+from paper_protocol import OPTIMIZERS, Run, Settings, add_run_options, check_run_options, finish, train_missing
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-SCALES = (0.1, 0.25)
+PAIRS = (("logits", "head"), ("shift", "eps"))
 
 
 def parts_of(scale: float, divisor: float) -> tuple[str, ...]:
@@ -106,69 +98,84 @@ class ScaleOne(L.Callback):
 
 @dataclass(frozen=True)
 class PartialRun(Run):
-    """A run at scale 1 with some of the parts; `scale` is the one that is meant.
+    """A run at scale 1 with some of the parts.
 
     Attributes:
+        scale: The scale that is meant.
         label: What the arm is called behind the scale.
-        parts: Which.
+        parts: Some of `parts_of`.
     """
 
+    scale: float = 0.1
     label: str = "all"
     parts: tuple[str, ...] = ()
 
     @property
-    def arm(self) -> str:
+    def name(self) -> str:
         """The name of the arm in tables and directories."""
-        return f"{super().arm}_{self.label}"
+        return f"scale_{self.scale:g}_{self.label}"
 
     def callbacks(self) -> list[L.Callback]:
         """Return the parts in the callback's place."""
-        assert self.scale is not None
-        return [ScaleOne(self.scale, DIVISOR, self.parts)]
+        return [ScaleOne(self.scale, PAPERS_DIVISOR, self.parts)]
+
+
+def combinations(parts: tuple[str, ...], leave_one_out: bool) -> dict[str, tuple[str, ...]]:
+    """Return which parts the arms have, by label."""
+    arms = {"all": parts, **{f"only_{part}": (part,) for part in parts}}
+    arms |= {f"only_{first}_{second}": (first, second) for first, second in PAIRS}
+    if leave_one_out:
+        arms |= {f"without_{part}": tuple(other for other in parts if other != part) for part in parts}
+    return arms
 
 
 def grid(arguments: argparse.Namespace) -> list[Run]:
-    """Return all runs, seed by seed: the baseline, and for every scale the method and its parts."""
-    settings = Settings("digits", "", None, "cnn", arguments.epochs, arguments.batch_size, arguments.accelerator)
+    """Return all runs, seed by seed: the baseline, the method and its parts."""
+    rate, decay = OPTIMIZERS["sgd"]
+    settings = Settings(
+        data="digits",
+        data_dir="",  # digits come with scikit-learn
+        train_images=None,
+        network="cnn",
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        accelerator=arguments.accelerator,
+        head_init=arguments.head_init,
+        optimizer="sgd",
+        learning_rate=rate,
+        weight_decay=decay,
+    )
+    scale: float = arguments.scale
+    arms = combinations(parts_of(scale, PAPERS_DIVISOR), arguments.leave_one_out)
     runs: list[Run] = []
     for seed in range(1, arguments.seeds + 1):
-        runs.append(Run(settings, None, input_norm=False, seed=seed))
-        for scale in arguments.scales:
-            parts = parts_of(scale, DIVISOR)
-            arms = {f"only_{part}": (part,) for part in parts}
-            if arguments.leave_one_out:
-                arms |= {f"without_{part}": tuple(other for other in parts if other != part) for part in parts}
-            runs.append(Run(settings, scale, input_norm=False, seed=seed))
-            runs += [PartialRun(settings, scale, False, seed, *arm) for arm in [("all", parts), *arms.items()]]
+        runs += [Run(settings, BASELINE, seed), Run(settings, Arm(scale=scale), seed)]
+        runs += [PartialRun(settings, BASELINE, seed, scale, *arm) for arm in arms.items()]
     return runs
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's settings; end the program with one line where a value is wrong."""
     parser = argparse.ArgumentParser(description="Takes the parts of a small scale one at a time, over paired seeds.")
-    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, metavar="G", help="scales to take apart")
+    parser.add_argument("--scale", type=float, default=0.1, metavar="G", help="to take apart (default: %(default)s)")
     parser.add_argument("--leave-one-out", action="store_true", help="all parts but one, too")
     add_run_options(parser, Path("ablation_output"))
     settings = parser.parse_args(arguments)
     check_run_options(parser, settings)
-    if not all(0 < scale < 1 for scale in settings.scales):
-        parser.error(f"--scales must be between 0 and 1, got {settings.scales}")
+    if not 0 < settings.scale < 1:
+        parser.error(f"--scale must be between 0 and 1, got {settings.scale:g}")
     return settings
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train what is missing, write one CSV, and print what it says of every scale."""
+    """Train what is missing, write one CSV, and print what it says."""
     parsed = parse_arguments(arguments)
-    console = Console()
+    console, runs = Console(), grid(parsed)
     try:
-        results = train_missing(grid(parsed), parsed.output_dir, parsed.workers, console)
-    except (ValueError, RuntimeError) as error:
+        results = train_missing(runs, parsed.output_dir, parsed.jobs, console)
+    except ValueError as error:
         sys.exit(f"ablation.py: {error}")
-    write_results(results, parsed.output_dir / "results.csv")
-    for scale in parsed.scales:
-        arms = [result for result in results if result["scale"] in (None, scale)]
-        report_arms(arms, f"the parts of scale {scale:g}, divisor {DIVISOR:g}", console)
-    console.print(f"Runs: {parsed.output_dir / 'results.csv'}", soft_wrap=True)
+    finish(runs, results, parsed.output_dir, f"the parts of scale {parsed.scale:g}", console)
 
 
 if __name__ == "__main__":

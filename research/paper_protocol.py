@@ -1,11 +1,13 @@
-"""The paper's protocol: a baseline against a grid of scales, over paired seeds, the scale chosen on validation data.
+"""The paper's protocol: a baseline against arms with other settings, over paired seeds.
 
     python research/paper_protocol.py digits
+    python research/paper_protocol.py digits --arms baseline scale=0.1 scale=1,scale_lr_divisor=1,eps=1e-3
     python research/paper_protocol.py fashion-mnist --train-images 5000 --epochs 30 --seeds 8
     python research/paper_protocol.py cifar10 --network resnet18 --data-dir data --epochs 180 --accelerator gpu
 
-Every run is a directory with Lightning's CSV log and a `result.json`, which is written when the run is finished: a
-second call of the same command trains only what is missing. `lightning-revbn compare` reads the same logs.
+Every run is a directory with its learning curves, `metrics.csv`, and a `result.json`, which is written when the run is
+finished: a second call of the same command trains only what is missing. A run that fails is named at the end and stops
+no other. `lightning-revbn compare` reads the same curves.
 """
 
 from __future__ import annotations
@@ -20,9 +22,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
-from io import BytesIO
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,28 +31,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import lightning as L
-import torch
-import torchvision
-from digits import Digits, DigitsResNet, PaperRecipe, derive_seed, log_level, prepare_worker
-from fashion_mnist import DEBIAN, read_split
-from lightning.pytorch.loggers import CSVLogger
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from PIL import Image
+from arms import Arm, parse_arm, reference
+from data_sets import DATA_SETS, load, make_data
+from digits import derive_seed, log_level, prepare_worker
+from fashion_mnist import DEBIAN
+from networks import NETWORKS, make_network
+from recorder import Recorder
 from rich.console import Console
 from rich.progress import track
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_revbn import InputNorm, OnlineInputNormMixin, RevisitedBatchNorm
 from lightning_revbn.core.table import plain_table
 from lightning_revbn.runs.comparison import compare, conclude, table
 
-DATA_SETS = ("digits", "fashion-mnist", "cifar10")
-NETWORKS = ("cnn", "resnet18", "resnet34", "resnet50")
-SCALES = (1.0, 0.75, 0.5, 0.25, 0.1)
-DIVISOR = 100.0
+ARMS = ("baseline", "scale=1", "scale=0.5", "scale=0.25", "scale=0.1")
+HEAD_INITS = ("paper", "torch")
+OPTIMIZERS = {"sgd": (0.1, 1e-4), "adamw": (1e-3, 1e-2)}
+"""Learning rate and weight decay by default: those of the paper, and those of torch."""
 SIGNIFICANT = 0.05
 
 
@@ -62,11 +57,15 @@ class Settings:
     Attributes:
         data: One of `DATA_SETS`.
         data_dir: Where its files are.
-        train_images: Images for training and validation together; None takes all.
+        train_images: Samples for training and validation together; None takes all.
         network: One of `NETWORKS`.
         epochs: How long to train.
-        batch_size: Images a batch.
+        batch_size: Samples a batch.
         accelerator: Of the Trainer.
+        head_init: How the last linear layer starts: `"paper"` or `"torch"`.
+        optimizer: A key of `OPTIMIZERS`.
+        learning_rate: At the start of the cosine schedule.
+        weight_decay: On the weights of convolutions and linear layers alone.
     """
 
     data: str
@@ -76,6 +75,10 @@ class Settings:
     epochs: int
     batch_size: int
     accelerator: str
+    head_init: str
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
 
 
 @dataclass(frozen=True)
@@ -84,163 +87,61 @@ class Run:
 
     Attributes:
         settings: What it shares with all others.
-        scale: Where batch norm scales start; None is the baseline, without the callback.
-        input_norm: Whether the input is normalised online.
+        arm: In which settings it differs from the baseline.
         seed: The number of the pair that it belongs to, from 1.
     """
 
     settings: Settings
-    scale: float | None
-    input_norm: bool
+    arm: Arm
     seed: int
 
     @property
-    def arm(self) -> str:
+    def name(self) -> str:
         """The name of the arm in tables and directories."""
-        name = "baseline" if self.scale is None else f"scale_{self.scale:g}"
-        return f"input_{name}" if self.input_norm else name
+        return self.arm.name
 
     def callbacks(self) -> list[L.Callback]:
-        """Return what the Trainer gets beside the network: nothing, or the callback."""
-        if self.scale is None:
-            return []
-        return [RevisitedBatchNorm(scale=self.scale, scale_lr_divisor=DIVISOR)]  # at scale 1, the divisor alone
-
-
-class CifarResNet(PaperRecipe):
-    """A ResNet of torchvision whose stem is made for images of some 32x32 pixels: a 3x3 convolution, no pooling.
-
-    Args:
-        name: Such as "resnet18".
-        channels: Channels of the images.
-    """
-
-    def __init__(self, name: str, channels: int) -> None:
-        super().__init__()
-        self.network = torchvision.models.get_model(name, num_classes=10)
-        self.network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        self.network.maxpool = nn.Identity()
-        self.initialize()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        return self.network(images)
-
-
-class Images(L.LightningDataModule):
-    """Images in memory, `(N, C, H, W)`; bytes are divided by 255 on the device.
-
-    Args:
-        splits: Images and labels for training, validation and test.
-        batch_size: Images a batch.
-        seed: Decides the order of the training batches.
-        flip: Whether half of the training images are mirrored.
-    """
-
-    def __init__(self, splits: Sequence[tuple[Tensor, Tensor]], batch_size: int, seed: int, flip: bool = False) -> None:
-        super().__init__()
-        self.train, self.val, self.test = (TensorDataset(*split) for split in splits)
-        self.batch_size = batch_size
-        self.flip = flip
-        self.order = torch.Generator().manual_seed(seed)
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the training images in an order of every epoch's own."""
-        return DataLoader(self.train, self.batch_size, shuffle=True, generator=self.order)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the validation images."""
-        return DataLoader(self.val, 500)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the test images."""
-        return DataLoader(self.test, 500)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mirror training images."""
-        images, labels = batch
-        if self.flip and self.trainer.training:
-            mirrored = torch.rand(len(images)) < 0.5
-            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-        return images, labels
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Bring bytes to [0, 1]."""
-        images, labels = batch
-        return (images / 255 if images.dtype == torch.uint8 else images), labels
-
-
-class RawImages(Images):
-    """The same, as they are."""
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Leave bytes to who normalises them."""
-        return batch
-
-
-class NormalizedImages(OnlineInputNormMixin, RawImages):
-    """The same, with the paper's input normalisation."""
-
-
-def load(settings: Settings) -> list[tuple[Tensor, Tensor]]:
-    """Return images and labels for training, validation and test.
-
-    A tenth of the development images is for validation, stratified and the same for every seed, as in the paper.
-
-    Args:
-        settings: Which data, and how many.
-
-    Returns:
-        Three pairs of images `(N, C, H, W)` and labels `(N,)`.
-    """
-    if settings.data == "digits":
-        digits = Digits()
-        digits.setup("fit")
-        return [tuple(part.tensors) for part in (digits.train_set, digits.val_set, digits.test_set)]
-    if settings.data == "fashion-mnist":
-        (images, labels), test = (read_split(Path(settings.data_dir), split) for split in ("train", "t10k"))
-    else:
-        parts = [torchvision.datasets.CIFAR10(settings.data_dir, train=train) for train in (True, False)]
-        (images, labels), test = (
-            (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
-        )
-    chosen = list(range(len(images)))
-    if settings.train_images is not None and settings.train_images < len(images):
-        chosen, _ = train_test_split(chosen, train_size=settings.train_images, stratify=labels, random_state=0)
-    train, val = train_test_split(chosen, test_size=0.1, stratify=labels[chosen], random_state=0)
-    return [(images[train], labels[train]), (images[val], labels[val]), test]
+        """Return what the Trainer gets beside the network."""
+        return self.arm.callbacks()
 
 
 def train(run: Run, directory: Path) -> dict[str, Any]:
-    """Train one network, test it, and write its result.
+    """Train one network, score validation and test data after every epoch, and write curves and result.
 
     Args:
         run: Which one.
-        directory: Its own; what an unfinished run left there is deleted.
+        directory: Its own; what an unfinished run left there goes.
 
     Returns:
         The result.
     """
     began = time.monotonic()
     shutil.rmtree(directory, ignore_errors=True)
-    settings, splits = run.settings, load(run.settings)
-    channels = splits[0][0].shape[1]
+    settings, recorder = run.settings, Recorder()
+    splits = load(settings.data, settings.data_dir, settings.train_images)
     L.seed_everything(derive_seed(run.seed), verbose=False)
-    network = DigitsResNet() if settings.network == "cnn" else CifarResNet(settings.network, channels)
-    options: dict[str, Any] = {
-        "splits": splits,
-        "batch_size": settings.batch_size,
-        "seed": derive_seed(run.seed),
-        "flip": settings.data == "cifar10",
-    }
-    data = NormalizedImages(input_norm=InputNorm(channels), **options) if run.input_norm else Images(**options)
+    network = make_network(
+        settings.network,
+        settings.data,
+        splits[0][0].shape[1],
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        head_init=settings.head_init,
+        optimizer=settings.optimizer,
+    )
+    data = make_data(
+        splits,
+        run.arm.input_norm,
+        batch_size=settings.batch_size,
+        seed=derive_seed(run.seed),
+        flip=settings.data == "cifar10",
+    )
     trainer = L.Trainer(
         accelerator=settings.accelerator,
         devices=1,
         max_epochs=settings.epochs,
-        callbacks=run.callbacks(),
-        logger=CSVLogger(directory, name="", version=""),
-        log_every_n_steps=len(data.train_dataloader()),
+        callbacks=[*run.callbacks(), recorder],
+        logger=False,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -248,12 +149,20 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
     )
     with log_level(logging.WARNING):
         trainer.fit(network, data)
-        val_acc = trainer.callback_metrics["val_acc"].item()
-        (metrics,) = trainer.test(network, data, verbose=False)
-    # Lightning's metrics are float32: back to a whole number of images, so that equal differences come out equal.
-    result = {**asdict(run), "arm": run.arm, "seconds": round(time.monotonic() - began, 1)}
-    for name, accuracy, part in (("val_acc", val_acc, splits[1]), ("test_acc", metrics["test_acc"], splits[2])):
-        result[name] = 100 * round(accuracy * len(part[1])) / len(part[1])
+    # Evaluation changes nothing in the network, so the test accuracy after the best epoch is that of its weights.
+    last, best = recorder.rows[-1], recorder.best()
+    result = {
+        **asdict(run),
+        "name": run.name,
+        "seconds": round(time.monotonic() - began, 1),
+        "val_acc": 100 * last["val_acc"],
+        "test_acc": 100 * last["test_acc"],
+        "best_epoch": best["epoch"],
+        "best_val_acc": 100 * best["val_acc"],
+        "best_test_acc": 100 * best["test_acc"],
+    }
+    directory.mkdir(parents=True)
+    write_whole(directory / "metrics.csv", recorder.as_csv())
     write_whole(directory / "result.json", json.dumps(result, indent=2))
     return result
 
@@ -282,7 +191,7 @@ def finished(run: Run, directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     result: dict[str, Any] = json.loads(file.read_text())
-    ours = asdict(run)
+    ours = json.loads(json.dumps(asdict(run)))
     different = [name for name in ours["settings"] if ours["settings"][name] != result["settings"].get(name)]
     if different:
         name = different[0]
@@ -293,141 +202,91 @@ def finished(run: Run, directory: Path) -> dict[str, Any] | None:
     return result
 
 
-def train_missing(runs: Sequence[Run], output: Path, workers: int, console: Console) -> list[dict[str, Any]]:
+def train_missing(runs: Sequence[Run], output: Path, jobs: int, console: Console) -> list[dict[str, Any]]:
     """Train every run that is not finished yet, several at a time, with one progress bar over all.
 
     Args:
         runs: The grid.
         output: Directory of all runs.
-        workers: How many processes.
-        console: Where the progress is shown.
+        jobs: How many processes; each trains one run after another.
+        console: Where the progress and the runs that failed are shown.
 
     Returns:
-        The results in the order of the runs.
+        The results in the order of the runs; those that failed are left out.
     """
-    places = {run: output / run.arm / f"seed_{run.seed:02}" for run in runs}
+    places = {run: output / run.name / f"seed_{run.seed:02}" for run in runs}
     results = {run: result for run in runs if (result := finished(run, places[run])) is not None}
     missing = [run for run in runs if run not in results]
     if results:
         console.print(f"{len(results)} of {len(runs)} runs are finished already")
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare_worker)
+    failed: dict[Run, BaseException] = {}
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=prepare_worker)
     try:
-        futures = {pool.submit(train, run, places[run]): run for run in missing}
+        futures: dict[Future[dict[str, Any]], Run] = {pool.submit(train, run, places[run]): run for run in missing}
         for future in track(as_completed(futures), "Training", total=len(futures), console=console):
-            results[futures[future]] = future.result()
+            error = future.exception()
+            if error is None:
+                results[futures[future]] = future.result()
+            else:
+                failed[futures[future]] = error
     finally:
         pool.shutdown(cancel_futures=True)
-    return [results[run] for run in runs]
+    for run, error in failed.items():
+        console.print(f"{places[run]} failed: {type(error).__name__}: {error}", soft_wrap=True, markup=False)
+    return [results[run] for run in runs if run in results]
 
 
 def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Write one row a run; the same file however often the grid was interrupted."""
+    scores = ("val_acc", "test_acc", "best_epoch", "best_val_acc", "best_test_acc")
     rows = [
         {
             **{name: value for name, value in result["settings"].items() if name not in ("data_dir", "accelerator")},
-            **{name: result[name] for name in ("arm", "input_norm", "scale", "seed", "val_acc", "test_acc")},
+            "arm": result["name"],
+            **{name: result["arm"][name] for name in result["arm"]},
+            "seed": result["seed"],
+            **{name: f"{result[name]:.7g}" for name in scores},
         }
         for result in results
     ]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def report(results: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print every arm against its baseline, and which scale validation data would have chosen.
-
-    Args:
-        results: Of the whole grid.
-        console: Where to.
-    """
-    for input_norm in sorted({result["input_norm"] for result in results}):
-        arms = [result for result in results if result["input_norm"] == input_norm]
-        report_arms(arms, "with input normalisation" if input_norm else "without input normalisation", console)
-        console.print(f"Chosen on validation data: {choose(arms)}", soft_wrap=True)
-
-
-def choose(results: Sequence[dict[str, Any]]) -> str:
-    """Return the arm beside the baseline that does best on validation data; the first of several."""
-    validation = by_arm(results, "val_acc")
-    return max(list(validation)[1:], key=lambda arm: statistics.fmean(validation[arm].values()))
-
-
-def by_arm(results: Sequence[dict[str, Any]], metric: str) -> dict[str, dict[int, float]]:
-    """Return the values of a metric by arm and seed, the baseline first."""
-    arms: dict[str, dict[int, float]] = {}
+def by_arm(results: Sequence[dict[str, Any]], score: str) -> dict[str, dict[int, float]]:
+    """Return the scores of every seed that all arms have, by name of the arm."""
+    scores: dict[str, dict[int, float]] = {}
     for result in results:
-        arms.setdefault(result["arm"], {})[result["seed"]] = result[metric]
-    return arms
+        scores.setdefault(result["name"], {})[result["seed"]] = result[score]
+    shared = set.intersection(*(set(seeds) for seeds in scores.values()))
+    return {name: {seed: seeds[seed] for seed in seeds if seed in shared} for name, seeds in scores.items()}
 
 
-def report_arms(results: Sequence[dict[str, Any]], title: str, console: Console) -> None:
-    """Print a baseline and the arms that are compared with it.
-
-    Args:
-        results: Of these arms, the baseline first.
-        title: What the table is about.
-        console: Where to.
-    """
-    baseline, *arms = by_arm(results, "test_acc").items()
-    if len(baseline[1]) < 2:
-        console.print(f"{title}: one pair tells nothing about chance, take more seeds.")
-        return
-    comparisons = compare(baseline[1], dict(arms), "greater")
-    header, rows = table(comparisons)
-    header.insert(2, "Validation")
-    for row, scores in zip(rows, by_arm(results, "val_acc").values(), strict=True):
-        row.insert(2, f"{statistics.fmean(scores.values()):.5g}")
-    text = plain_table(header, rows, f"Accuracy in %, {title}")
-    for line in (*text.splitlines(), *conclude(comparisons, SIGNIFICANT)):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def draw_curves(results: Sequence[dict[str, Any]], output: Path) -> Path:
-    """Draw the validation error of every arm over the epochs, mean over seeds: a panel for each kind of input.
+def report(results: Sequence[dict[str, Any]], title: str, console: Console) -> None:
+    """Print every arm against its baseline, after the last epoch.
 
     Args:
         results: Of the whole grid.
-        output: Directory of all runs.
-
-    Returns:
-        The picture.
+        title: What they have in common.
+        console: Where to.
     """
-    kinds = sorted({result["input_norm"] for result in results})
-    figure = Figure(figsize=(1 + 4.4 * len(kinds), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for panel, input_norm in zip(panels, kinds, strict=True):
-        curves: dict[float | None, list[list[float]]] = {}
-        for result in results:
-            if result["input_norm"] == input_norm:
-                log = output / result["arm"] / f"seed_{result['seed']:02}" / "metrics.csv"
-                curves.setdefault(result["scale"], []).append(read_errors(log))
-        for index, (scale, errors) in enumerate(curves.items()):
-            means = [statistics.fmean(epoch) for epoch in zip(*errors, strict=True)]
-            colour = "black" if scale is None else colormaps["plasma"](0.9 * (index - 1) / max(len(curves) - 2, 1))
-            label = "baseline" if scale is None else f"scale {scale:g}"
-            panel.plot(range(1, len(means) + 1), means, label=label, color=colour, linewidth=1.3)
-        panel.set_title(f"{'With' if input_norm else 'Without'} input normalisation", fontsize="medium")
-        panel.set_xlabel("Epoch")
-        panel.set_yscale("log")  # the slow start and the end are both seen
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.minorticks_off()
-    limits = panels[0].get_ylim()  # shared by all
-    panels[0].set_yticks((ticks := (1, 2, 3, 5, 10, 20, 30, 40, 60, 80)), [str(tick) for tick in ticks])
-    panels[0].set_ylim(limits)
-    panels[0].set_ylabel("Validation error (%), mean over seeds")
-    panels[-1].legend(frameon=False)
-    path, picture = output / "curves.png", BytesIO()
-    figure.savefig(picture, dpi=110)
-    Image.open(picture).convert("RGB").quantize(48).save(path, optimize=True)
-    return path
-
-
-def read_errors(log: Path) -> list[float]:
-    """Return the validation error of every epoch in %, from the file of a CSVLogger."""
-    with log.open(newline="") as file:
-        return [100 - 100 * float(row["val_acc"]) for row in csv.DictReader(file) if row.get("val_acc")]
+    names = {result["name"]: reference(Arm(**result["arm"])).name for result in results}
+    found, validation = by_arm(results, "test_acc"), by_arm(results, "val_acc")
+    for baseline in dict.fromkeys(names.values()):
+        arms = {name: found[name] for name in found if names[name] == baseline != name}
+        if baseline not in found or not arms or len(found[baseline]) < 2:
+            continue
+        comparisons = compare(found[baseline], arms, "greater")
+        header, rows = table(comparisons)
+        header.insert(2, "Validation")
+        for row, name in zip(rows, (baseline, *arms), strict=True):
+            row[0] = name
+            row.insert(2, f"{statistics.fmean(validation[name].values()):.5g}")
+        text = plain_table(header, rows, f"Accuracy in %, {title}")
+        for line in (*text.splitlines(), *conclude(comparisons, SIGNIFICANT)):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> None:
@@ -436,7 +295,13 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> None:
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="of a batch (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=15, metavar="N", help="pairs to train (default: %(default)s)")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs side by side (default: one a core)"
+    )
+    parser.add_argument(
+        "--head-init",
+        choices=HEAD_INITS,
+        default="paper",
+        help="how the last linear layer starts: as in the paper's code, or as torch has it (default: %(default)s)",
     )
     parser.add_argument("--accelerator", default="cpu", help="of the Trainer (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=output_dir, metavar="DIR", help="(default: %(default)s)")
@@ -444,36 +309,49 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> None:
 
 def check_run_options(parser: argparse.ArgumentParser, settings: argparse.Namespace) -> None:
     """End the program with one line where a number of these is wrong."""
-    for option in ("epochs", "batch_size", "seeds", "workers"):
+    for option in ("epochs", "batch_size", "seeds", "jobs"):
         if getattr(settings, option) < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {getattr(settings, option)}")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's settings; end the program with one line where a value is wrong."""
-    parser = argparse.ArgumentParser(description="Trains a baseline and a grid of scales over paired seeds.")
+    parser = argparse.ArgumentParser(description="Trains a baseline and arms with other settings over paired seeds.")
     parser.add_argument("data", choices=DATA_SETS, help="the data set")
     parser.add_argument("--data-dir", type=Path, default=DEBIAN, metavar="DIR", help="its files (default: %(default)s)")
-    parser.add_argument("--train-images", type=int, metavar="N", help="images to learn from, a tenth to validate")
-    parser.add_argument("--network", choices=NETWORKS, default="cnn", help="cnn is that of the demo, for grey images")
+    parser.add_argument("--train-images", type=int, metavar="N", help="samples to learn from, a tenth to validate")
+    parser.add_argument("--network", choices=NETWORKS, default="cnn", help="cnn is a small network for the data")
     parser.add_argument(
-        "--scales", type=float, nargs="+", default=SCALES, metavar="G", help="the grid; 1 is the divisor alone"
+        "--arms",
+        nargs="+",
+        default=ARMS,
+        metavar="ARM",
+        help="settings of an arm, such as scale=0.1,input_norm=batch; its baseline must be among them",
     )
-    parser.add_argument(
-        "--input-norm", choices=("without", "with", "both"), default="without", help="the input (default: %(default)s)"
-    )
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="(default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, metavar="LR", help="(default: 0.1 for SGD, 0.001 for AdamW)")
     add_run_options(parser, Path("protocol_output"))
     settings = parser.parse_args(arguments)
     check_run_options(parser, settings)
-    if settings.data == "digits" and settings.train_images is not None:
+    if settings.data in ("digits", "mnist1d") and settings.train_images is not None:
         parser.error("--train-images is for fashion-mnist and cifar10")
     if settings.data == "cifar10" and settings.network == "cnn":
         parser.error("--network cnn is for grey images: cifar10 takes a resnet")
+    if settings.data == "mnist1d" and settings.network != "cnn":
+        parser.error("--network resnet is for images: mnist1d takes cnn")
+    try:
+        settings.arms = list(dict.fromkeys(map(parse_arm, settings.arms)))
+    except ValueError as error:
+        parser.error(str(error))
+    missing = [arm.name for arm in settings.arms if reference(arm) not in settings.arms]
+    if missing:
+        parser.error(f"--arms has no baseline for {', '.join(missing)}")
     return settings
 
 
 def grid(arguments: argparse.Namespace) -> list[Run]:
     """Return all runs, seed by seed, so that an interrupted grid has whole pairs."""
+    rate, decay = OPTIMIZERS[arguments.optimizer]
     shared = Settings(
         data=arguments.data,
         data_dir=str(arguments.data_dir),
@@ -482,29 +360,41 @@ def grid(arguments: argparse.Namespace) -> list[Run]:
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         accelerator=arguments.accelerator,
+        head_init=arguments.head_init,
+        optimizer=arguments.optimizer,
+        learning_rate=rate if arguments.learning_rate is None else arguments.learning_rate,
+        weight_decay=decay,
     )
-    inputs = {"without": [False], "with": [True], "both": [False, True]}[arguments.input_norm]
-    first = Run(shared, scale=None, input_norm=False, seed=1)
-    return [
-        replace(first, seed=seed, input_norm=input_norm, scale=scale)
-        for seed in range(1, arguments.seeds + 1)
-        for input_norm in inputs
-        for scale in (None, *arguments.scales)
-    ]
+    return [Run(shared, arm, seed) for seed in range(1, arguments.seeds + 1) for arm in arguments.arms]
+
+
+def finish(runs: Sequence[Run], results: Sequence[dict[str, Any]], output: Path, title: str, console: Console) -> None:
+    """Write the CSV of a grid and print what it says; end the program with an error if runs are missing.
+
+    Args:
+        runs: The grid.
+        results: Of the runs that did not fail.
+        output: Directory of all runs.
+        title: What the runs have in common.
+        console: Where to.
+    """
+    if results:
+        write_results(results, output / "results.csv")
+        report(results, title, console)
+        console.print(f"Runs: {output / 'results.csv'}", soft_wrap=True)
+    if len(results) < len(runs):
+        sys.exit(f"{len(runs) - len(results)} of {len(runs)} runs failed")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, write one CSV, and print what it says."""
     parsed = parse_arguments(arguments)
-    console = Console()
+    console, runs = Console(), grid(parsed)
     try:
-        results = train_missing(grid(parsed), parsed.output_dir, parsed.workers, console)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        results = train_missing(runs, parsed.output_dir, parsed.jobs, console)
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"paper_protocol.py: {error}")
-    write_results(results, parsed.output_dir / "results.csv")
-    report(results, console)
-    picture = draw_curves(results, parsed.output_dir)
-    console.print(f"Runs: {parsed.output_dir / 'results.csv'}, learning curves: {picture}", soft_wrap=True)
+    finish(runs, results, parsed.output_dir, f"{parsed.data}, {parsed.epochs} epochs", console)
 
 
 if __name__ == "__main__":

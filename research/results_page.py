@@ -1,9 +1,10 @@
-"""Writes the tables of docs/results.md, and docs/results/summary.csv, from the runs in docs/results.
+"""Writes the tables and figures of docs/results.md from the CSV files in docs/results.
 
+    python research/collect.py runs        # brings finished grids into docs/results
     python research/results_page.py
 
-Every other CSV file there is the `results.csv` of one command, which the page names. A row of a table is an arm; where
-it says `p (Holm)`, the p-values of all arms with the same baseline are corrected together.
+A row of a table is an arm. Where it says `p (Holm)`, the p-values of all arms with the same baseline are corrected
+together. A planned grid without runs is named as such.
 """
 
 from __future__ import annotations
@@ -12,157 +13,198 @@ import csv
 import io
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from paper_protocol import by_arm, choose
+from cells import LEVEL, MARGIN, Cell, read_cells
+from collect import RESULTS, runs_of
+from gains_figure import draw_gains
+from planned import GRIDS
 
-from lightning_revbn.compare import least_detectable_effect
-from lightning_revbn.runs.comparison import POWER, Comparison, compare
-
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-RUNS = PAGE.with_suffix("")
+PAGE = RESULTS.with_suffix(".md")
 SUMMARY = "summary.csv"
-HEADER = ("Validation", "Test", "std", "Difference", "95 % interval", "detectable", "p", "p (Holm)")
+HEADER = (
+    "Arm",
+    "Validation",
+    "Test",
+    "std",
+    "Best epoch",
+    "Difference",
+    "95 % interval",
+    "detectable",
+    "p",
+    "p (Holm)",
+    "overtakes",
+    "time",
+)
+PREFIXES = ("digits", "mnist1d", "fashion-mnist", "ablation", "adamw_rate")
+"""Of the grids' names; each has a table of its own."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """The arms that share a baseline and are corrected together.
-
-    Attributes:
-        grid: Name of the file.
-        first: A row of it.
-        name: What tells this family from the others of the file.
-        baseline: Scores on test data by seed.
-        comparisons: Of every other arm with it.
-        validation: Mean on validation data by arm.
-        chosen: The arm that is best there; None in an ablation, where nothing is chosen.
-    """
-
-    grid: str
-    first: dict[str, Any]
-    name: str
-    baseline: dict[int, float]
-    comparisons: list[Comparison]
-    validation: dict[str, float]
-    chosen: str | None
+def read_all(folder: Path) -> dict[str, list[Cell]]:
+    """Return the cells of every planned grid by name; a grid that was not run has none."""
+    return {name: read_cells(folder, name) for name in GRIDS}
 
 
-def read_families(folder: Path) -> list[Family]:
-    """Read all runs.
+def tables(grids: dict[str, list[Cell]]) -> dict[str, str]:
+    """Return the tables of the page by name, as Markdown."""
+    found = {prefix: _result_table(prefix, grids) for prefix in PREFIXES}
+    return {**found, "arms": _arm_table(grids), "planned": _planned_table(grids)}
+
+
+def _markdown(header: Sequence[str], left: int, rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose first columns are aligned left and whose others are aligned right."""
+    align = ["---"] * left + ["--:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, align, *rows))
+
+
+def _result_table(prefix: str, grids: dict[str, list[Cell]]) -> str:
+    rows: list[list[str]] = []
+    for name, cells in grids.items():
+        if name.startswith(prefix):
+            rows += [[name.replace("_", " "), *row] for row in map(_row, cells)]
+            if not cells:
+                rows.append([name.replace("_", " "), "not run", *[""] * (len(HEADER) - 1)])
+    return _markdown(["Grid", *HEADER], 2, rows)
+
+
+def _row(cell: Cell) -> list[str]:
+    scores = list(cell.scores.values())
+    means = [f"{value:.2f}" for value in (cell.validation, statistics.fmean(scores), statistics.stdev(scores))]
+    first = [cell.arm.replace("_", " "), *means, f"{cell.best_epoch:.2f}"]
+    if cell.comparison is None:
+        return [*first, *[""] * (len(HEADER) - len(first))]
+    test = cell.comparison.test
+    low, high = test.confidence_interval
+    return [
+        *first,
+        f"{test.mean_difference:+.2f}",
+        f"{low:+.2f} to {high:+.2f}",
+        f"{cell.detectable:.2f}",
+        f"{test.p_value:.2g}",
+        f"{cell.comparison.corrected:.2g}",
+        "never" if cell.overtakes is None else str(cell.overtakes),
+        "never" if cell.relative_time is None else f"{cell.relative_time:.2f}",
+    ]
+
+
+def compared(grids: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
+    """Return the cells of every arm that stands against a plain baseline, by name of the arm; no parts of ablations."""
+    arms: dict[str, list[Cell]] = {}
+    for name, cells in grids.items():
+        for cell in cells:
+            if cell.comparison is not None and not name.startswith("ablation"):
+                arms.setdefault(cell.arm, []).append(cell)
+    return arms
+
+
+def judge(cells: Sequence[Cell]) -> str:
+    """Say whether an arm gains on digits and loses nowhere.
 
     Args:
-        folder: Where the CSV files are.
+        cells: All of its cells.
 
     Returns:
-        The families, in the order of data set, images and epochs.
+        `"no"` if it does not gain on digits after Holm's correction, or a loss of the margin is not excluded in a cell;
+        `"not everywhere"` if it has no cell on some data set; else `"yes"`.
     """
-    families: list[Family] = []
-    for file in folder.glob("*.csv"):
-        if file.name != SUMMARY:
-            with file.open(newline="") as opened:
-                families += _families(file.stem, [_typed(row) for row in csv.DictReader(opened)])
-    return sorted(families, key=lambda f: (f.grid.split("_")[0], f.first["train_images"], f.first["epochs"], f.grid))
+    on_digits = [cell for cell in cells if cell.grid == "digits"]
+    gains = any(cell.comparison is not None and cell.comparison.corrected <= LEVEL for cell in on_digits)
+    if not gains or any(cell.loss_excluded > LEVEL for cell in cells):
+        return "no"
+    everywhere = all(any(cell.grid.startswith(name) for cell in cells) for name in ("digits", "mnist1d", "fashion"))
+    return "yes" if everywhere else "not everywhere"
 
 
-def _typed(row: dict[str, str]) -> dict[str, Any]:
-    numbers = {name: int(row[name] or 0) for name in ("train_images", "epochs", "seed")}
-    return {**row, **numbers, **{name: float(row[name]) for name in ("val_acc", "test_acc")}}
+def _arm_table(grids: dict[str, list[Cell]]) -> str:
+    """Return each arm's worst and best cell, and in how many cells a loss of more than the margin is excluded."""
+    header = [
+        "Arm",
+        "Worst cell",
+        "Difference",
+        "Best cell",
+        "Difference",
+        "Cells",
+        f"loss < {MARGIN:g}",
+        "p",
+        "safe",
+    ]
+    rows: list[list[str]] = []
+    for arm, cells in compared(grids).items():
+        worst, best = (find(cells, key=lambda cell: cell.difference) for find in (min, max))
+        p_values = [cell.loss_excluded for cell in cells]
+        rows.append(
+            [
+                arm.replace("_", " "),
+                worst.grid.replace("_", " "),
+                f"{worst.difference:+.2f}",
+                best.grid.replace("_", " "),
+                f"{best.difference:+.2f}",
+                str(len(cells)),
+                str(sum(p <= LEVEL for p in p_values)),
+                f"{max(p_values):.2g}",
+                judge(cells),
+            ]
+        )
+    return _markdown(header, 2, rows)
 
 
-def _families(grid: str, rows: Sequence[dict[str, Any]]) -> Iterator[Family]:
-    ablation = grid.startswith("ablation")
-    if ablation:  # every scale has the same baseline
-        scales = dict.fromkeys(row["scale"] for row in rows if row["scale"])
-        parts = {f"scale {scale}": [row for row in rows if row["scale"] in ("", scale)] for scale in scales}
-    else:
-        inputs = {"False": "without input normalisation", "True": "with input normalisation"}
-        parts = {inputs[kind]: [row for row in rows if row["input_norm"] == kind] for kind in inputs}
-    for name, part in parts.items():
-        if part:
-            baseline, *arms = by_arm(part, "test_acc").items()
-            comparisons = compare(baseline[1], dict(arms), "greater")
-            validation = {arm: statistics.fmean(scores.values()) for arm, scores in by_arm(part, "val_acc").items()}
-            yield Family(grid, part[0], name, baseline[1], comparisons, validation, None if ablation else choose(part))
+def _planned_table(grids: dict[str, list[Cell]]) -> str:
+    rows: list[list[str]] = []
+    for name, cells in grids.items():
+        planned = runs_of(name)
+        arms, seeds = len({run.name for run in planned}), len({run.seed for run in planned})
+        state = f"[{sum(len(cell.scores) for cell in cells)}](results/{name}.csv)" if cells else "not run"
+        rows.append([f"`{name}`", str(arms), str(seeds), state])
+    return _markdown(["Grid", "Arms", "Seeds", "Runs"], 1, rows)
 
 
-KINDS: dict[str, tuple[Sequence[str], Callable[[Family], Sequence[str]]]] = {
-    "digits": (("Input norm",), lambda family: [family.name.split()[0]]),
-    "fashion-mnist": (
-        ("Images", "Epochs"),
-        lambda family: [f"{family.first['train_images']:,}", str(family.first["epochs"])],
-    ),
-    "ablation": (("Scale",), lambda family: [family.name.split()[1]]),
-}
-"""The tables by what names of their files start with: their first columns, and a family's cells there."""
+SUMMARY_COLUMNS = (
+    "grid",
+    "arm",
+    "baseline",
+    "n",
+    "validation",
+    "mean",
+    "std",
+    "best_epoch",
+    "mean_difference",
+    "ci_low",
+    "ci_high",
+    "d_z",
+    "detectable",
+    "p",
+    "p_wilcoxon",
+    "p_holm",
+    "p_no_loss",
+    "overtakes",
+    "relative_time",
+)
 
 
-def tables(families: Sequence[Family]) -> dict[str, str]:
-    """Return the tables of the page by name, as Markdown; none where there are no runs."""
-    found: dict[str, str] = {}
-    for kind, (columns, cells) in KINDS.items():
-        rows = [[*cells(family), *row] for family in families if family.grid.startswith(kind) for row in _rows(family)]
-        head = [[*columns, "Arm", *HEADER], ["---"] * (len(columns) + 1) + ["--:"] * len(HEADER)]
-        if rows:
-            found[kind] = "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
-    return found
-
-
-def _rows(family: Family) -> Iterator[list[str]]:
-    n = len(family.baseline)
-    scores = list(family.baseline.values())
-    yield ["baseline", *_means(family, next(iter(family.validation)), scores), *[""] * 5]
-    for comparison in family.comparisons:
-        test = comparison.test
-        low, high = test.confidence_interval
-        name = comparison.label.removeprefix("input_").replace("_", " ").removeprefix(f"{family.name} ")
-        yield [
-            f"**{name}**" if comparison.label == family.chosen else name,
-            *_means(family, comparison.label, comparison.proposed),
-            f"{test.mean_difference:+.2f}",
-            f"{low:+.2f} to {high:+.2f}",
-            f"{least_detectable_effect(n, power=POWER) * test.std_difference:.2f}",
-            f"{test.p_value:.2g}",
-            f"{comparison.corrected:.2g}",
-        ]
-
-
-def _means(family: Family, arm: str, scores: Sequence[float]) -> list[str]:
-    return [f"{family.validation[arm]:.2f}", f"{statistics.fmean(scores):.2f}", f"{statistics.stdev(scores):.2f}"]
-
-
-def summary(families: Sequence[Family]) -> str:
-    """Return one row an arm, as CSV."""
+def summary(grids: dict[str, list[Cell]]) -> str:
+    """Return one row an arm, as CSV; what does not exist is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = "mean,std,mean_difference,ci_low,ci_high,d_z,least_detectable,p,p_wilcoxon,p_holm"
-    writer.writerow(["grid", "family", "arm", "n", "chosen", "validation", *columns.split(",")])
-    for family in families:
-        n, (baseline, *_) = len(family.baseline), family.validation
-        scores: Any = list(family.baseline.values())
-        effect = least_detectable_effect(n, power=POWER)
-        values: dict[str, list[float]] = {baseline: [statistics.fmean(scores), statistics.stdev(scores)]}
-        for comparison in family.comparisons:
-            test, scores = comparison.test, comparison.proposed
-            values[comparison.label] = [
-                statistics.fmean(scores),
-                statistics.stdev(scores),
-                test.mean_difference,
-                *test.confidence_interval,
-                test.effect_size,
-                effect * test.std_difference,
-                test.p_value,
-                comparison.wilcoxon,
-                comparison.corrected,
-            ]
-        for arm, numbers in values.items():
-            start = [family.grid, family.name, arm, n, int(arm == family.chosen), f"{family.validation[arm]:.4f}"]
-            cells = [f"{number:.4g}" if abs(number) < 10 else f"{number:.3f}" for number in numbers]
-            writer.writerow([*start, *cells, *[""] * (len(columns.split(",")) - len(cells))])
+    writer.writerow(SUMMARY_COLUMNS)
+    for cells in grids.values():
+        for cell in cells:
+            writer.writerow(_summary_row(cell))
     return text.getvalue()
+
+
+def _summary_row(cell: Cell) -> Iterator[str]:
+    scores = list(cell.scores.values())
+    yield from (cell.grid, cell.arm, cell.baseline, str(len(scores)))
+    values: list[float | None] = [cell.validation, statistics.fmean(scores), statistics.stdev(scores), cell.best_epoch]
+    if cell.comparison is not None:
+        test = cell.comparison.test
+        values += [test.mean_difference, *test.confidence_interval, test.effect_size, cell.detectable, test.p_value]
+        values += [cell.comparison.wilcoxon, cell.comparison.corrected, cell.loss_excluded]
+        values += [cell.overtakes, cell.relative_time]
+    values += [None] * (len(SUMMARY_COLUMNS) - 4 - len(values))
+    for value in values:
+        yield "" if value is None else f"{value:.4g}" if abs(value) < 10 else f"{value:.3f}"
 
 
 def fill(page: str, found: dict[str, str]) -> str:
@@ -176,10 +218,11 @@ def fill(page: str, found: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Write the page and the summary."""
-    families = read_families(RUNS)
-    PAGE.write_text(fill(PAGE.read_text(), tables(families)))
-    (RUNS / SUMMARY).write_text(summary(families))
+    """Write the page, the summary and the figures."""
+    grids = read_all(RESULTS)
+    PAGE.write_text(fill(PAGE.read_text(), tables(grids)))
+    (RESULTS / SUMMARY).write_text(summary(grids))
+    draw_gains(RESULTS, [name for name, cells in grids.items() if cells])
 
 
 if __name__ == "__main__":

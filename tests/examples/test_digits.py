@@ -177,7 +177,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 def test_both_arms_start_from_the_same_weights_but_the_scales_and_see_the_same_batches(
     made: list[Recorder], tmp_path: Path
 ) -> None:
-    run = digits.Run("baseline", seed=1, epochs=1, blocks=1, scale=0.1, divisor=100.0, log_dir=tmp_path / "baseline")
+    run = digits.Run("baseline", 1, 1, 1, scale=0.1, divisor=100.0, head_init="paper", log_dir=tmp_path / "baseline")
     digits.train(run)
     digits.train(replace(run, arm="revisited", log_dir=tmp_path / "revisited"))
     baseline, revisited = made
@@ -194,7 +194,7 @@ def test_both_arms_start_from_the_same_weights_but_the_scales_and_see_the_same_b
 
 @pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect. no scale was rewritten:UserWarning")
 def test_a_scale_and_divisor_of_1_train_the_baseline_to_the_bit(made: list[Recorder], tmp_path: Path) -> None:
-    run = digits.Run("baseline", seed=1, epochs=1, blocks=1, scale=1.0, divisor=1.0, log_dir=tmp_path / "baseline")
+    run = digits.Run("baseline", 1, 1, 1, scale=1.0, divisor=1.0, head_init="torch", log_dir=tmp_path / "baseline")
     first = digits.train(run)
     second = digits.train(replace(run, arm="revisited", log_dir=tmp_path / "revisited"))
     assert first == second
@@ -283,6 +283,14 @@ def test_convolutions_start_kaiming_normal_over_the_fan_in_and_biases_at_zero() 
     assert all((value == 0).all() for name, value in network.named_parameters() if name.endswith("bias"))
 
 
+def test_the_option_keeps_torchs_start_of_the_last_layer() -> None:
+    (paper, _), (torchs, _) = digits.build(1), digits.build(1, head_init="torch")
+    for name, value in paper.named_parameters():
+        same = torch.equal(value, torchs.get_parameter(name))
+        assert same == (name != "head.2.weight"), name
+    assert torchs.head[2].weight.abs().max() <= 32**-0.5 < paper.head[2].weight.abs().max() <= (6 / 32) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -293,6 +301,7 @@ def test_convolutions_start_kaiming_normal_over_the_fan_in_and_biases_at_zero() 
         (["--scale", "nan"], r"scale=nan must be finite and positive"),
         (["--divisor", "0"], r"the divisor .* must be finite and positive, got 0\.0"),
         (["--divisor", "inf"], r"the divisor .* must be finite and positive, got inf"),
+        (["--head-init", "small"], r"argument --head-init: invalid choice: 'small'"),
         (["--output-dir", __file__], r"File exists: .*test_digits\.py"),
     ],
 )

@@ -31,7 +31,7 @@ class Recorder(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.keep(pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *others: object) -> None:
         self.keep(pl_module)
 
     def keep(self, network: nn.Module) -> None:
@@ -108,45 +108,45 @@ def test_a_part_alone_changes_what_it_says_and_nothing_else(part: str, baseline:
         torch.testing.assert_close(first[name] - value, step, rtol=1e-9, atol=1e-15, msg=name)
 
 
-def test_every_scale_has_its_parts_alone_and_all_but_each() -> None:
-    parsed = ablation.parse_arguments(["--scales", "0.1", "0.25", "--seeds", "2", "--leave-one-out"])
+def test_every_part_is_alone_and_left_out_and_the_two_pairs_are_arms_of_their_own() -> None:
+    parsed = ablation.parse_arguments(["--scale", "0.25", "--seeds", "2", "--leave-one-out"])
     runs = ablation.grid(parsed)
-    arms = {run.arm: run.callbacks() for run in runs}
-    assert len(runs) == 2 * len(arms) == 2 * (1 + 10 + 12)
+    arms = {run.name: run.callbacks() for run in runs}
+    assert len(runs) == 2 * len(arms) == 2 * (2 + 1 + 5 + 2 + 5)
     assert arms["baseline"] == []
     assert isinstance(arms["scale_0.25"][0], RevisitedBatchNorm)
     assert arms["scale_0.25_only_scale"][0].parts == ("scale",)
+    assert arms["scale_0.25_only_logits_head"][0].parts == ("logits", "head")
+    assert arms["scale_0.25_only_shift_eps"][0].parts == ("shift", "eps")
     assert arms["scale_0.25_without_eps"][0].parts == ("logits", "head", "shift", "scale")
-    assert arms["scale_0.1_all"][0].parts == ("logits", "head", "shift", "eps")
+    parts = {run.name: run.callbacks()[0] for run in ablation.grid(ablation.parse_arguments([])) if "all" in run.name}
+    assert parts["scale_0.1_all"].parts == ("logits", "head", "shift", "eps")
 
 
 def test_a_run_with_parts_is_one_of_the_protocols(tmp_path: Path) -> None:
-    run = ablation.grid(
-        ablation.parse_arguments(["--scales", "0.5", "--seeds", "1", "--epochs", "1", "--leave-one-out"])
-    )[-1]
+    parsed = ablation.parse_arguments(["--scale", "0.5", "--seeds", "1", "--epochs", "1", "--leave-one-out"])
+    run = ablation.grid(parsed)[-1]
     result = paper_protocol.train(run, tmp_path)
-    assert (result["arm"], result["scale"]) == ("scale_0.5_without_eps", 0.5)
+    assert result["name"] == "scale_0.5_without_eps"
     assert paper_protocol.finished(run, tmp_path) == json.loads(json.dumps(result))
 
 
-def test_every_scale_has_a_table_of_its_own_and_the_same_baseline(
+def test_all_arms_stand_against_the_same_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def pretend(runs: Sequence[paper_protocol.Run], *rest: object) -> list[dict[str, Any]]:
-        score = {"baseline": 90.0, "scale_0.5_only_eps": 93.0, "scale_0.25_only_eps": 95.0}
+    def pretend(runs: Sequence[paper_protocol.Run], *others: object) -> list[dict[str, Any]]:
+        score = {"baseline": 90.0, "scale_0.5_only_eps": 93.0, "scale_0.5": 95.0}
+        rest = {"val_acc": 50.0, "best_epoch": 1, "best_val_acc": 50.0, "best_test_acc": 50.0}
         return [
-            {**asdict(run), "arm": run.arm, "val_acc": 50.0, "test_acc": score.get(run.arm, 80.0) + run.seed % 2}
+            {**asdict(run), **rest, "name": run.name, "test_acc": score.get(run.name, 80.0) + run.seed % 2}
             for run in runs
-            if run.arm in score
         ]
 
     monkeypatch.setattr(ablation, "train_missing", pretend)
-    ablation.main(["--scales", "0.5", "0.25", "--seeds", "3", "--output-dir", str(tmp_path)])
-    first, second = capsys.readouterr().out.split("Accuracy in %, the parts of scale 0.5, divisor 100")
-    assert "90.667" in first
-    assert "93.667" in first
-    assert "0.25" not in first
-    assert "90.667" in second
-    assert "95.667" in second
+    ablation.main(["--scale", "0.5", "--seeds", "3", "--output-dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "Accuracy in %, the parts of scale 0.5" in printed
+    shown = {line.split("|")[0].strip(): line.split("|")[3].strip() for line in printed.splitlines() if "|" in line}
+    assert {"baseline": "90.667", "scale_0.5_only_eps": "93.667", "scale_0.5": "95.667"}.items() <= shown.items()
     with (tmp_path / "results.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 9
+        assert len(list(csv.DictReader(file))) == 3 * 10

@@ -1,18 +1,27 @@
-"""The results page: its numbers are those of the runs beside it, and every run of a grid is there."""
+"""The results page: its numbers are those of the runs beside it, and every planned grid is on it."""
 
 from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cells
+import collect
+import gains_figure
+import matplotlib.image
+import numpy as np
+import planned
 import pytest
 import results_page
+from curves import Curve, write_curves
 from scipy import stats
 
-GRIDS = sorted(path for path in results_page.RUNS.glob("*.csv") if path.name != results_page.SUMMARY)
+from lightning_revbn.runs.comparison import compare
+
+GRIDS = [name for name in planned.GRIDS if (results_page.RESULTS / f"{name}.csv").is_file()]
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -21,57 +30,141 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_page_and_the_summary_are_what_the_command_writes() -> None:
-    families = results_page.read_families(results_page.RUNS)
+    grids = results_page.read_all(results_page.RESULTS)
     page = results_page.PAGE.read_text()
-    assert results_page.fill(page, results_page.tables(families)) == page
-    assert (results_page.RUNS / results_page.SUMMARY).read_text() == results_page.summary(families)
+    assert results_page.fill(page, results_page.tables(grids)) == page
+    assert (results_page.RESULTS / results_page.SUMMARY).read_text() == results_page.summary(grids)
 
 
-@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_every_arm_has_every_seed_and_the_page_names_the_command(path: Path) -> None:
-    arms: dict[str, list[int]] = {}
-    for row in read(path):
-        arms.setdefault(row["arm"], []).append(int(row["seed"]))
-    assert set(map(tuple, arms.values())) in ({tuple(range(1, 16))}, {tuple(range(1, 9))})
-    assert f"results/{path.name})" in results_page.PAGE.read_text()
+def test_every_planned_grid_is_on_the_page_and_no_file_is_left_out() -> None:
+    page = results_page.PAGE.read_text()
+    for name in planned.GRIDS:
+        state = f"[{len(collect.runs_of(name))}](results/{name}.csv)" if name in GRIDS else "not run"
+        assert f"| `{name}` |" in page
+        assert state in next(line for line in page.splitlines() if f"| `{name}` |" in line)
+    files = {path.name for path in results_page.RESULTS.glob("*.csv")}
+    assert files == {f"{name}{end}.csv" for name in GRIDS for end in ("", "_curves")} | {results_page.SUMMARY}
+    assert sum(path.stat().st_size for path in results_page.RESULTS.iterdir()) < 1_500_000
 
 
-def summarised() -> Iterator[tuple[dict[str, str], dict[str, Any], dict[str, list[float]]]]:
-    """Yield the rows of the summary, with scipy's answer and the test scores of the file by arm."""
-    for row in read(results_page.RUNS / results_page.SUMMARY):
-        scores: dict[str, list[float]] = {}
-        for run in read(results_page.RUNS / f"{row['grid']}.csv"):
-            scores.setdefault(run["arm"], []).append(float(run["test_acc"]))
-        before = scores["input_baseline" if row["arm"].startswith("input_") else "baseline"]
-        after = scores[row["arm"]]
-        found: dict[str, Any] = {"mean": statistics.fmean(after), "std": statistics.stdev(after)}
-        if row["p"]:
-            test: Any = stats.ttest_rel(after, before, alternative="greater")
-            low, high = stats.ttest_rel(after, before).confidence_interval()  # type: ignore[attr-defined]
-            found |= {"p": test.pvalue, "ci_low": low, "ci_high": high, "mean_difference": (low + high) / 2}
-        yield row, found, scores
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_run_of_a_grid_is_there_with_its_settings(name: str) -> None:
+    expected = [(run.name, str(run.seed), str(run.settings.epochs)) for run in collect.runs_of(name)]
+    rows = read(results_page.RESULTS / f"{name}.csv")
+    assert [(row["arm"], row["seed"], row["epochs"]) for row in rows] == expected
+    assert {row["arm"] for row in read(results_page.RESULTS / f"{name}_curves.csv")} == {row["arm"] for row in rows}
 
 
-def test_the_numbers_of_the_summary_are_scipys() -> None:
-    tested = 0
-    for row, found, scores in summarised():
-        assert int(row["n"]) == len(scores[row["arm"]])
-        for name, value in found.items():
-            assert float(row[name]) == pytest.approx(value, rel=1e-3, abs=1e-12), (row["grid"], row["arm"], name)
-        tested += bool(row["p"])
-    assert tested >= 5 * len(GRIDS)
+SEEDS = range(1, 16)
+RANDOM = np.random.default_rng(0)
+BEFORE = {seed: 97 + float(RANDOM.normal(0, 0.3)) for seed in SEEDS}
+GAINS = {"scale_0.1": 0.5, "scale_0.25": -0.01, "input_batch_scale_0.1": -2.0, "input_batch_baseline": 0.3}
+SETTINGS = {"scale_0.1": ("0.1", "none"), "scale_0.25": ("0.25", "none"), "input_batch_scale_0.1": ("0.1", "batch")}
 
 
-def test_the_scale_in_bold_is_the_best_on_validation_data() -> None:
-    arms: dict[tuple[str, str], dict[str, float]] = {}
-    chosen: dict[tuple[str, str], str] = {}
-    for row in read(results_page.RUNS / results_page.SUMMARY):
-        if row["p"] and not row["grid"].startswith("ablation"):
-            arms.setdefault((row["grid"], row["family"]), {})[row["arm"]] = float(row["validation"])
-        if row["chosen"] == "1":
-            chosen[row["grid"], row["family"]] = row["arm"]
-    assert arms.keys() == chosen.keys()
-    assert all(validation[chosen[key]] == max(validation.values()) for key, validation in arms.items())
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of a made-up grid, named as the first planned."""
+    folder = tmp_path_factory.mktemp("results")
+    scores: dict[str, dict[int, float]] = {"baseline": BEFORE}
+    for arm, gain in GAINS.items():
+        scores[arm] = {seed: BEFORE[seed] + gain + float(RANDOM.normal(0, 0.1)) for seed in SEEDS}
+    columns = ["arm", "scale", "scale_lr_divisor", "shift_lr_multiplier", "eps", "input_norm"]
+    columns += ["seed", "val_acc", "test_acc", "best_test_acc"]
+    with (folder / "digits.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for arm, values in scores.items():
+            scale, kind = SETTINGS.get(arm, ("", "batch" if "input" in arm else "none"))
+            for seed, score in values.items():
+                writer.writerow([arm, scale, "100", "1", "", kind, seed, score - 1, score, score - 0.5])
+    curves: dict[str, Curve] = {}
+    for arm in scores:
+        gain = (-3.0, GAINS.get(arm, 0.0))
+        curves[arm] = Curve((7, 14), (1, 1), (1, 1), (90, 97), (90, 97), gain, (1, 1))
+    write_curves(curves, folder / "digits_curves.csv")
+    return folder
+
+
+def test_an_arm_is_tested_against_its_own_baseline_with_scipys_numbers(folder: Path) -> None:
+    found = {cell.arm: cell for cell in cells.read_cells(folder, "digits")}
+    assert found["baseline"].comparison is None
+    rows = read(folder / "digits.csv")
+    tested: dict[str, float] = {}
+    for arm in GAINS:
+        baseline = "input_batch_baseline" if arm == "input_batch_scale_0.1" else "baseline"
+        after, before = ([float(row["test_acc"]) for row in rows if row["arm"] == name] for name in (arm, baseline))
+        cell = found[arm]
+        assert cell.comparison is not None
+        expected: Any = stats.ttest_rel(after, before, alternative="greater")
+        assert (cell.baseline, cell.comparison.test.p_value) == (baseline, pytest.approx(expected.pvalue))
+        assert cell.comparison.test.mean_difference == pytest.approx(statistics.fmean(after) - statistics.fmean(before))
+        shifted: Any = stats.ttest_rel([score + 0.2 for score in after], before, alternative="greater")
+        assert cell.loss_excluded == pytest.approx(shifted.pvalue)
+        assert cell.best_epoch == pytest.approx(statistics.fmean(after) - 0.5)
+        tested[arm] = expected.pvalue
+    # Three arms share the plain baseline; the other has one question of its own.
+    ordered = sorted(tested[arm] for arm in ("scale_0.1", "scale_0.25", "input_batch_baseline"))
+    smallest = min(tested, key=lambda arm: tested[arm])
+    comparison, alone = found[smallest].comparison, found["input_batch_scale_0.1"].comparison
+    assert comparison is not None
+    assert alone is not None
+    assert comparison.corrected == pytest.approx(3 * ordered[0])
+    assert alone.corrected == pytest.approx(tested["input_batch_scale_0.1"])
+
+
+def test_the_steps_of_the_curves_are_in_the_cells(folder: Path) -> None:
+    found = {cell.arm: cell for cell in cells.read_cells(folder, "digits")}
+    assert {arm: found[arm].overtakes for arm in GAINS} == {
+        "scale_0.1": 14,
+        "scale_0.25": None,
+        "input_batch_scale_0.1": None,
+        "input_batch_baseline": 14,
+    }
+    assert found["scale_0.1"].relative_time == 1
+
+
+def test_a_grid_without_runs_says_so_and_an_arm_has_its_worst_and_best_cell(folder: Path) -> None:
+    grids = results_page.read_all(folder)
+    assert [name for name in grids if grids[name]] == ["digits"]
+    found = results_page.tables(grids)
+    assert "| mnist1d 20 | not run |" in found["mnist1d"]
+    assert "| `digits_torch` | 4 | 15 | not run |" in found["planned"]
+    rows = {line.split("|")[1].strip(): line for line in found["arms"].splitlines()}
+    assert rows["scale 0.1"].endswith("| not everywhere |")
+    assert rows["input batch scale 0.1"].endswith("| no |")
+    lost = next(cell for cell in grids["digits"] if cell.arm == "input_batch_scale_0.1")
+    gained = next(cell for cell in grids["digits"] if cell.arm == "scale_0.1")
+    elsewhere = replace(lost, grid="mnist1d_20", arm="scale_0.1")
+    both = results_page.tables({**grids, "mnist1d_20": [elsewhere]})["arms"]
+    row = next(line for line in both.splitlines() if line.startswith("| scale 0.1 |"))
+    assert f"| mnist1d 20 | {lost.difference:+.2f} | digits | {gained.difference:+.2f} | 2 | 1 |" in row
+
+
+def test_a_setting_is_safe_that_gains_on_digits_and_loses_on_no_data_set(folder: Path) -> None:
+    found = {cell.arm: cell for cell in cells.read_cells(folder, "digits")}
+    gain, loss = found["scale_0.1"], found["input_batch_scale_0.1"]
+    elsewhere = [replace(gain, grid=name) for name in ("mnist1d_100", "fashion-mnist_2000_10")]
+    assert results_page.judge([gain, *elsewhere]) == "yes"
+    assert results_page.judge([gain, *elsewhere, replace(loss, grid="mnist1d_20")]) == "no"
+    assert results_page.judge([found["scale_0.25"], *elsewhere]) == "no"
+    assert results_page.judge([gain, elsewhere[0]]) == "not everywhere"
+    assert results_page.judge([gain, replace(loss, grid="mnist1d_20")]) == "no"
+
+
+def test_equal_differences_exclude_a_loss_by_what_they_are(folder: Path) -> None:
+    cell = next(cell for cell in cells.read_cells(folder, "digits") if cell.arm == "scale_0.1")
+    for gain, p_value in ((-0.1, 0.0), (-0.25, 1.0)):
+        proposed = {seed: score + gain for seed, score in BEFORE.items()}
+        (comparison,) = compare(BEFORE, {"scale_0.1": proposed}, "greater")
+        assert replace(cell, comparison=comparison).loss_excluded == p_value
+
+
+def test_a_figure_is_small_and_shows_the_arms(folder: Path) -> None:
+    (picture,) = gains_figure.draw_gains(folder, ["digits"])
+    assert picture == folder / "digits.png"
+    assert picture.stat().st_size < 300_000
+    assert np.ptp(matplotlib.image.imread(picture)) > 0.9
 
 
 def test_a_page_without_a_place_for_a_table_is_refused() -> None:

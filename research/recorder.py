@@ -1,0 +1,105 @@
+"""The learning curves of a run: losses and accuracies after every epoch, test data included."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from torch.nn import functional as F
+
+CURVES = ("epoch", "step", "train_loss", "val_loss", "val_acc", "test_loss", "test_acc")
+
+
+@dataclass
+class Score:
+    """Sums over the samples seen.
+
+    Attributes:
+        loss: Sum of the losses.
+        correct: Samples that were classified rightly.
+        samples: How many there were.
+    """
+
+    loss: float = 0.0
+    correct: int = 0
+    samples: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch."""
+        self.loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        self.correct += int((logits.argmax(1) == labels).sum())
+        self.samples += len(labels)
+
+
+@dataclass
+class Recorder(L.Callback):
+    """Keeps a row for every epoch, named as in `CURVES`; accuracies are shares of 1.
+
+    The first validation loader holds validation data, the second test data. `validation_step` returns logits.
+
+    Attributes:
+        rows: One an epoch; `epoch` and `step` count what is finished.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    _train: Score = field(default_factory=Score)
+    _evaluated: tuple[Score, Score] = field(default_factory=lambda: (Score(), Score()))
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the sums of an epoch."""
+        self._train, self._evaluated = Score(), (Score(), Score())
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the mean loss of a batch."""
+        samples = len(batch[1])
+        self._train.loss += outputs["loss"].item() * samples
+        self._train.samples += samples
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score a batch of validation or test data."""
+        self._evaluated[dataloader_idx].add(outputs, batch[1])
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the epoch; its validation is over by now."""
+        val, test = self._evaluated
+        self.rows.append(
+            {
+                "epoch": trainer.current_epoch + 1,
+                "step": trainer.global_step,
+                "train_loss": self._train.loss / self._train.samples,
+                "val_loss": val.loss / val.samples,
+                "val_acc": val.correct / val.samples,
+                "test_loss": test.loss / test.samples,
+                "test_acc": test.correct / test.samples,
+            }
+        )
+
+    def best(self) -> dict[str, float]:
+        """Return the first epoch of the best validation accuracy, whose weights the paper tests."""
+        return max(self.rows, key=lambda row: row["val_acc"])
+
+    def as_csv(self) -> str:
+        """Return the curves as `metrics.csv` of a CSVLogger has them, which `lightning-revbn compare` reads."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, CURVES, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _short(value) for name, value in row.items()} for row in self.rows)
+        return text.getvalue()
+
+
+def _short(value: float) -> str:
+    return f"{value:.6g}"

@@ -52,7 +52,7 @@ kill-and-resume: $(VENV)/.examples $(VENV)/.test ## kill training at random mome
 	$(BIN)/python tests/processes/scripts/kill_and_resume.py $(KILL_ARGS)
 
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
+	$(BIN)/sphinx-build -W -E --keep-going -b html docs docs/_build
 
 test-lowest: ## run all tests at the lowest versions the package states
 	$(MAKE) test VENV=.venv-lowest TORCH="torch==2.5.0 torchvision==0.20.0 lightning==2.5.0 torchmetrics==1.4.0 numpy<2.3"

@@ -9,6 +9,7 @@ author = copyright = "The lightning-revbn authors"
 version = release = lightning_revbn.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+myst_heading_anchors = 3  # links to sections, as GitHub has them
 html_theme = "furo"
 html_title = "lightning-revbn"
 autodoc_typehints = "description"

@@ -37,8 +37,8 @@ def test_several_ranks_learn_what_one_process_learns_from_the_joined_batch(
     expected = data.state_dict()["input_norm"]
 
     for of_rank in saved:
-        for name, value in from_zero(expected).items():
-            assert_same(from_zero(of_rank["state"])[name], value, exactly=kind == "uint8", name=name)
+        for name, value in expected.items():
+            assert_same(of_rank["state"][name], value, exactly=kind == "uint8", name=name)
         for name, value in network.named_parameters():
             torch.testing.assert_close(of_rank["parameters"][name], value.detach(), rtol=0, atol=1e-6)
         # One all-reduce a training step, none in the sanity check and in what came before.
@@ -88,20 +88,11 @@ def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_the_statistics(tmp_p
     assert "first at index (1, 2)" in second["NaN"]["error"]
 
 
-def from_zero(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state with means from zero: where they are measured from is up to the ranks."""
-    is_average = state["average_weight"] > 0
-    means = {
-        "mean": state["shift"] + state["mean"],
-        "average_mean": torch.where(is_average, state["shift"] + state["average_mean"], 0.0),
-    }
-    return {name: value for name, value in {**state, **means}.items() if name != "shift"}
-
-
 def assert_same(value: Any, expected: Any, *, exactly: bool, name: str) -> None:
     if not isinstance(expected, Tensor):
         assert value == expected, name
     elif exactly:
         assert torch.equal(value, expected), name
     else:
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0, msg=name)
+        # The rest of a mean of 1e4 is below 1e-12; a difference of 1e-14 there is one of 1e-18 in the mean.
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14 if name.endswith("rest") else 0, msg=name)

@@ -145,7 +145,6 @@ class OnlineStandardizer:
         batch = own.alone() if ranks == 1 else own.among(gather(own.row(), group, ranks))
         self._learner.add(batch, values, mask)
         self._constants.clear()
-        self._compared.clear()
         if batch.kind is Kind.UNKNOWN:  # no rank has any values
             return torch.empty_like(values, dtype=dtype)
         self._dims = values.dim()
@@ -177,6 +176,7 @@ class OnlineStandardizer:
             if values.device.type != "mps":  # has no float64, in which the statistics are
                 self._learner.move_to(values.device)
             self._constants[key] = self._transform().constants_for(values)
+            self._compared.discard(values.dtype)
         self._dims = values.dim()
         result = self._apply(values.detach(), mask, self._constants[key], dtype)
         if values.dtype not in self._compared and values.numel() and not values.is_meta:
@@ -263,8 +263,8 @@ class OnlineStandardizer:
         if self.settings.scale == "auto":
             self._scale = saved.scale
         self._newest = None
-        for remembered in (self._constants, self._compared, self._told):
-            remembered.clear()
+        self._told.clear()
+        self._constants.clear()
 
     def _transform(self, batch: Moments | None = None) -> InputTransform:
         """Return the transform of a training batch that was added, or of batches of evaluation."""
@@ -278,10 +278,9 @@ class OnlineStandardizer:
         """Warn if a batch of evaluation is made of other numbers than the training data, once in one way."""
         statistics = self.statistics()
         distance = average_size(result, mask) / self.scale
-        texts = {"values": on_evaluation(values, mask, distance, self._learner.learned.kind, statistics, self.settings)}
-        if self.learns:
-            texts["channels"] = on_unseen_channels(statistics)
-        for subject, text in texts.items():
+        foreign = on_evaluation(values, mask, distance, self._learner.learned.kind, statistics, self.settings)
+        unseen = on_unseen_channels(statistics) if self.learns else None
+        for subject, text in (("values", foreign), ("channels", unseen)):
             if text is not None and subject not in self._told:
                 self._told.add(subject)
                 warnings.warn(text, stacklevel=3)

@@ -109,10 +109,10 @@ def read_state(state: object, settings: InputNorm) -> SavedInput:
     missing = [name for name in ("mode", "kind", "scale", "input_range", "constants", *_TENSORS) if name not in values]
     if missing:
         raise ValueError(f"the saved input statistics lack {', '.join(missing)}")
-    _expect(isinstance(values["mode"], str) and values["mode"] in MODES, "mode", values["mode"])
-    _expect(isinstance(values["kind"], str) and values["kind"] in Kind.__members__, "kind", values["kind"])
-    _expect(values["scale"] is None or _is_positive(values["scale"]), "scale", values["scale"])
-    _expect(_is_positive(values["input_range"]), "input_range", values["input_range"])
+    _expect(isinstance(values["mode"], str) and values["mode"] in MODES, "mode", repr(values["mode"]))
+    _expect(isinstance(values["kind"], str) and values["kind"] in Kind.__members__, "kind", repr(values["kind"]))
+    _expect(values["scale"] is None or _is_positive(values["scale"]), "scale", repr(values["scale"]))
+    _expect(_is_positive(values["input_range"]), "input_range", repr(values["input_range"]))
     count: Any = values["count"]
     if isinstance(count, Tensor) and count.dim() == 1 and len(count) != settings.num_features:
         raise ValueError(
@@ -168,7 +168,6 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
-def _expect(holds: bool, name: str, found: object) -> None:
+def _expect(holds: bool, name: str, found: str) -> None:
     if not holds:
-        text = found if isinstance(found, str) and name not in ("mode", "scale", "input_range") else repr(found)
-        raise ValueError(f"the saved input statistics cannot be taken over: {name} is {text}")
+        raise ValueError(f"the saved input statistics cannot be taken over: {name} is {found}")

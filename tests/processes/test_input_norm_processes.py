@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lit import trainer
-from helpers.raw import PARTS, UnevenData, UnevenNet, raw_images
+from helpers.raw import PARTS, UnevenData, UnevenNet, raw_images, same_states
 from helpers.scripts import run_ranks
 from helpers.strategies import STRATEGIES
 from torch import Tensor
@@ -19,6 +19,7 @@ CASES = [(strategy, 2, "batch", "uint8") for strategy in STRATEGIES] + [
     ("ddp", 3, "running", "uint8"),
     ("ddp", 3, "batch", "float"),
     ("ddp_spawn", 2, "ema", "float"),
+    ("ddp_fork", 2, "running", "float"),
 ]
 EVALUATION = {"sanity_check", "validate", "test", "predict", "example"}
 
@@ -49,7 +50,7 @@ def test_several_ranks_learn_what_one_process_learns_from_the_joined_batch(
         torch.testing.assert_close(joined, network.seen["train"][step], rtol=0, atol=1e-6)
         assert [len(of_rank["seen"][step]) for of_rank in saved] == [*PARTS[ranks][step % 5]]
 
-    if strategy == "ddp_spawn":
+    if strategy in ("ddp_spawn", "ddp_fork"):
         for name, value in torch.load(tmp_path / "home.pt", weights_only=True).items():
             assert_same(value, saved[0]["state"][name], exactly=True, name=name)
     else:
@@ -58,6 +59,30 @@ def test_several_ranks_learn_what_one_process_learns_from_the_joined_batch(
         assert stages >= (EVALUATION if strategy == "ddp" else EVALUATION - {"example"})
         assert len({len(of_rank["predict"]) for of_rank in counted}) > 1  # ranks predict different numbers of batches
         assert not any(sum(of_rank.get(stage, [])) for of_rank in counted for stage in EVALUATION)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_merge_what_they_have_measured_without_loss(ranks: int, tmp_path: Path) -> None:
+    run_ranks("merged_moments.py", ranks, tmp_path)
+    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+    for case, first in results[0].items():
+        kind, mode = case
+        assert all(same_states(other[case]["shared"], first["shared"]) for other in results[1:]), case
+        assert all(result[case]["collectives"] == [1] * 6 for result in results), case
+        if kind in ("uint8", "int16", "int32") and mode == "batch":
+            assert same_states(first["shared"], first["alone"]), case
+            assert all(result[case]["worst"] == 0 for result in results), case
+            continue
+        shared, alone = first["shared"], first["alone"]
+        names = ("average_weight", "average_mean", "average_rest", "average_m2")
+        count, mean, rest, m2 = ("count", "mean", "rest", "m2") if mode == "batch" else names
+        std = (alone[m2] / alone[count]).sqrt()
+        assert torch.equal(shared[count], alone[count]), case
+        torch.testing.assert_close(shared[m2], alone[m2], rtol=1e-12, atol=0, msg=str(case))
+        offset = (shared[mean] - alone[mean]) + (shared[rest] - alone[rest])
+        assert (offset.abs() <= 1e-12 * std).all(), (case, offset / std)
+        # A mean of 1e8 in float64 is 1e-8 away from itself: the results are rounded as on one process, or to that.
+        assert all(result[case]["worst"] <= 1e-7 for result in results), case
 
 
 def test_the_front_layer_on_two_ranks_equals_batch_norm_of_the_joined_batch(tmp_path: Path) -> None:

@@ -94,6 +94,12 @@ def test_the_front_layer_on_two_ranks_equals_batch_norm_of_the_joined_batch(tmp_
         for name, value in {**ours, **gathered}.items():
             torch.testing.assert_close(value, hand_made[name], rtol=1e-5, atol=2e-7, msg=f"{kind} {name}")
     assert results[0]["collectives"] == [1, 2]  # forwards; backwards too, where the input needs a gradient
+    # One value a channel on all ranks together has no variance, which torch's layers refuse too.
+    for result in results:
+        for single in result["single"]:
+            assert "more than 1 value per channel when training, got one value on all ranks" in single["error"]
+            assert single["unchanged"]
+            assert single["goes on"]
     # A Trainer with sync_batchnorm=True leaves the layer as it is, and it trains.
     assert results[0]["class"] == "InputBatchNorm"
     assert results[0]["trained"] == results[1]["trained"]

@@ -23,6 +23,7 @@ from lightning_revbn.lightning_compat import (
     MisconfigurationException,
     is_example,
     overrides,
+    rank_zero_info,
     rank_zero_warn,
 )
 
@@ -36,6 +37,10 @@ else:
 _HOOKS = ("on_after_batch_transfer", "state_dict", "load_state_dict")
 _NOT_INITIALIZED = (
     "{name}.__init__ must call super().__init__(input_norm=InputNorm(...)) before input statistics are used"
+)
+_LEFT_ALONE = (
+    "{name}: a batch that comes from no running loop is left as it is, as an example input of the network. "
+    "Normalise raw input by export_normalizer()"
 )
 _NO_STATISTICS = (
     "there are no input statistics to evaluate with: {name} learns them from training batches. Fit first, pass a "
@@ -122,7 +127,10 @@ class OnlineInputNormMixin(_Base):
         if overrides("on_after_batch_transfer", module):
             batch = module.on_after_batch_transfer(batch, dataloader_idx)
         if is_example(module, batch):
-            return _normalized_example(batch, online)
+            example = _normalized_example(batch, online)
+            if example is batch and trainer.state.stage is None:  # no loop runs: an export, or a call by hand
+                rank_zero_info(_LEFT_ALONE.format(name=type(self).__name__))
+            return example
         if self._fit is None or not self._fit.is_of(trainer):
             self._fit = InputFit(trainer, self, online, self._home)
         self._fit.before_batch(trainer)

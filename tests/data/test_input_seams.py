@@ -110,7 +110,9 @@ def test_a_training_batch_is_denormalised_by_the_statistics_that_normalised_it(m
     torch.testing.assert_close(data.denormalize(data.export_normalizer()(IMAGES)[7]), IMAGES[7] / 255)
 
 
-def test_a_hook_that_is_called_by_hand_normalises_or_says_why_not(tmp_path: Path) -> None:
+def test_a_hook_that_is_called_by_hand_normalises_or_says_why_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data, other = RawData(), RawData()
     with pytest.raises(MisconfigurationException, match="there are no input statistics to evaluate with"):
         data.on_after_batch_transfer([IMAGES, LABELS], 0)
@@ -120,6 +122,10 @@ def test_a_hook_that_is_called_by_hand_normalises_or_says_why_not(tmp_path: Path
         values, labels = own.on_after_batch_transfer([IMAGES, LABELS], 0)
         torch.testing.assert_close(values, data.export_normalizer()(IMAGES), rtol=1e-5, atol=1e-6)
         assert labels is LABELS
+    # Lightning calls the hook of an attached DataModule with examples in the same way, when a model is exported.
+    floats = IMAGES.float()
+    assert data.on_after_batch_transfer([floats, LABELS], 0)[0] is floats
+    assert "left as it is, as an example input of the network" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
@@ -157,6 +163,33 @@ def test_a_trainer_gets_one_callback_and_the_users_list_stays(tmp_path: Path) ->
     assert sum(isinstance(callback, InputFit) for callback in run.callbacks) == 1
     assert type(pickle.loads(pickle.dumps(run.callbacks[-1]))) is Callback
     assert data.input_statistics().count.tolist() == [2 * 48 * 36] * 3
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_another_scale_than_that_of_training_is_told_in_evaluation_too(stage: str, tmp_path: Path) -> None:
+    data, other = RawData(InputNorm(3, scale=0.5)), RawData(InputNorm(3, scale=1.0))
+    trainer(tmp_path).fit(SeeingNet(), data)
+    other.load_state_dict(data.state_dict())
+    with pytest.warns(UserWarning, match="made with an input scale of 0.5, this run has 1") as told:
+        getattr(trainer(tmp_path), stage)(SeeingNet(), other)
+    assert sum("input scale" in str(warning.message) for warning in told) == 1
+
+
+def test_a_bad_state_reaches_nothing_of_the_users_own(tmp_path: Path) -> None:
+    class Mixed(RawData):
+        seed = 0
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            self.seed = state_dict["seed"]
+
+    data = Mixed()
+    trainer(tmp_path).fit(SeeingNet(), data)
+    before = data.state_dict()["input_norm"]
+    with pytest.raises(ValueError, match="mean is not finite"):
+        data.load_state_dict({"input_norm": {**before, "mean": before["mean"] * torch.nan}, "seed": 7})
+    assert data.seed == 0
+    assert same_states(data.state_dict()["input_norm"], before)
 
 
 def state_of(count: int) -> dict[str, Any]:

@@ -138,6 +138,7 @@ class OnlineStandardizer:
         """
         check_input(values, mask, self.settings.channel_dim, self.settings.num_features)
         if self.is_frozen:
+            self._newest = None
             return self.evaluate(values, mask, dtype=dtype)
         values = values.detach()
         own = self._learner.measure(values, mask)
@@ -147,7 +148,6 @@ class OnlineStandardizer:
         self._constants.clear()
         if batch.kind is Kind.UNKNOWN:  # no rank has any values
             return torch.empty_like(values, dtype=dtype)
-        self._dims = values.dim()
         self._newest = self._transform(batch.moments)
         return self._apply(values, mask, self._newest.constants_for(values), dtype)
 
@@ -177,7 +177,6 @@ class OnlineStandardizer:
                 self._learner.move_to(values.device)
             self._constants[key] = self._transform().constants_for(values)
             self._compared.discard(values.dtype)
-        self._dims = values.dim()
         result = self._apply(values.detach(), mask, self._constants[key], dtype)
         if values.dtype not in self._compared and values.numel() and not values.is_meta:
             self._compared.add(values.dtype)
@@ -271,6 +270,7 @@ class OnlineStandardizer:
         return InputTransform(self.settings, self.scale, self._learner.estimate(batch))
 
     def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
+        self._dims = values.dim()
         with torch.no_grad():
             return standardize(values, constants, self.settings.channel_dim, dtype, mask, self.settings.compile)
 

@@ -153,3 +153,7 @@ def test_a_training_batch_comes_back_by_the_statistics_that_normalised_it() -> N
     result = standardizer.train(IMAGES[20:])
     torch.testing.assert_close(standardizer.denormalize(result, is_training=True), IMAGES[20:] / 255)
     assert (standardizer.denormalize(result) - IMAGES[20:] / 255).abs().max() > 0.05
+    frozen = OnlineStandardizer(InputNorm(3, freeze_after=20))
+    frozen.train(IMAGES[:20])
+    result = frozen.train(IMAGES[20:])
+    torch.testing.assert_close(frozen.denormalize(result, is_training=True), IMAGES[20:] / 255)

@@ -16,10 +16,17 @@ Scales: measure
     activations         how large the normalised values get inside the layers
 
 Input normalisation
-    input_norm          its settings, and the standardiser that every training batch adds to
-    input_statistics    what training batches have told, as tensors for a checkpoint
+    input_settings      the settings
+    input_norm          the standardiser that every training batch adds to
+    input_learner       what one input has taught, batch by batch
+    estimators          whose mean and variance each mode normalises by
+    input_transform     `(x - mean) * gain` that an estimate asks for: applied, undone, exported
+    input_statistics    what training batches have told
+    input_state         the same in a checkpoint, and which states are refused
     input_checks        which batches are refused, and what the error says
-    moments             count, mean and squared deviations of a batch, over all ranks with one collective
+    input_advice        what the user is told about the data
+    moments             count, mean and squared deviations: measured and merged without cancellation
+    global_moments      the moments of a batch over all ranks, with one collective
     integer_sums        exact sums of integers, and the moments that follow from them
     channel_view        a tensor by channel, in the order of its memory and in pieces for the cache
     fixed_normalizer    `(x - mean) * gain` with given constants, as a function and as a module to export

@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_revbn.core.arguments import check_patterns, check_patterns_match, matching_names
-from lightning_revbn.core.global_batch_norm import global_batch_norm, ranks_in, update_running
-from lightning_revbn.core.moments import Kind, global_moments
+from lightning_revbn.core.global_batch_norm import global_batch_norm, ranks_in, refuse_single_values, update_running
+from lightning_revbn.core.global_moments import global_moments
+from lightning_revbn.core.moments import Kind
 from lightning_revbn.core.torch_compat import BatchNormBase, has_hooks
 
 __all__ = ["damaged_by_conversion", "restore_batch_norms", "shared_batch", "synchronize_batch_norms"]
@@ -256,7 +257,7 @@ class _GlobalStatisticsMode(TorchFunctionMode):
         # Ranks need not agree on the kind of numbers, since batch norm takes floating-point values alone.
         values, ranks = input.detach(), ranks_in(self._group)
         batch = global_moments(values, kind=Kind.FLOAT, group=self._group, ranks=ranks)
-        moments = batch.moments.moved(batch.shift)
+        refuse_single_values(input, batch.moments)
         if running_mean is not None and running_var is not None:
-            update_running(running_mean, running_var, moments, momentum)
-        return global_batch_norm(input, moments, weight, bias, eps, self._group)
+            update_running(running_mean, running_var, batch.moments, momentum)
+        return global_batch_norm(input, batch.moments, weight, bias, eps, self._group)

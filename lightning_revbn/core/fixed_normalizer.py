@@ -2,10 +2,12 @@
 
 # TorchScript cannot read postponed annotations, so they are not postponed here.
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_revbn.core.channel_view import channel_view, dense, pieces
 from lightning_revbn.core.compiled import compile_once
@@ -48,6 +50,13 @@ class Constants:
         # On an accelerator the comparison would make the host wait; there the rest is always subtracted.
         small = rest.device.type == "cpu" and bool((rest * gain).abs().le(size * 2.0**-21).all())
         return cls(rounded, None if small else rest.to(dtype), gain.to(dtype))
+
+    def to(self, device: torch.device) -> "Constants":
+        """Return the constants on a device."""
+        if self.mean.device == device:
+            return self
+        rest = None if self.rest is None else self.rest.to(device)
+        return Constants(self.mean.to(device), rest, self.gain.to(device))
 
 
 def arithmetic_dtype(values: torch.dtype) -> torch.dtype:
@@ -127,14 +136,17 @@ def _standardize_in_one_kernel(
 class FixedNormalizer(nn.Module):
     """The normalisation of `OnlineInputNormMixin` with the statistics of one moment, for use without Lightning.
 
-    It has no parameters, and buffers only, in float32. It can be scripted, exported by `torch.export` and to ONNX, and
-    put in front of a trained network.
+    It has no parameters, and buffers only. It can be scripted, exported by `torch.export` and to ONNX, and put in front
+    of a trained network. `half`, `bfloat16`, `double` and `to` change the dtype of its results; its constants stay as
+    precise as they are.
 
     Args:
         mean: In units of the input range, float64, shape `(C,)`.
         gain: What the difference is multiplied by, in the same units, float64, shape `(C,)`.
         channel_dim: Where the channels are. None takes all values as one channel.
         input_range: What raw values are divided by; None divides uint8 by 255 and leaves others.
+        kind: What the statistics are of, where `input_range` is None: "uint8" refuses other integers, "integer" refuses
+            uint8.
 
     Example:
         >>> normalizer = FixedNormalizer(torch.tensor([0.5]).double(), torch.tensor([2.0]).double(), input_range=None)
@@ -143,25 +155,30 @@ class FixedNormalizer(nn.Module):
     """
 
     byte_mean: Tensor
-    byte_rest: Tensor
     byte_gain: Tensor
     other_mean: Tensor
-    other_rest: Tensor
     other_gain: Tensor
+    result: Tensor
 
     def __init__(
-        self, mean: Tensor, gain: Tensor, channel_dim: int | None = 1, input_range: float | None = None
+        self,
+        mean: Tensor,
+        gain: Tensor,
+        channel_dim: int | None = 1,
+        input_range: float | None = None,
+        kind: str = "unknown",
     ) -> None:
         super().__init__()
         self.channel_dim = 0 if channel_dim is None else channel_dim
         self.one_channel = channel_dim is None
         self.byte_range = 255.0 if input_range is None else input_range
         self.other_range = 1.0 if input_range is None else input_range
+        self.kind = kind
+        # Three float32 numbers add up to a constant: they hold all digits of float64, on devices without float64 too.
         for name, unit in (("byte", self.byte_range), ("other", self.other_range)):
-            rounded = (mean * unit).float()
-            self.register_buffer(f"{name}_mean", rounded)
-            self.register_buffer(f"{name}_rest", (mean * unit - rounded.double()).float())
-            self.register_buffer(f"{name}_gain", (gain / unit).float())
+            self.register_buffer(f"{name}_mean", _in_three(mean * unit))
+            self.register_buffer(f"{name}_gain", _in_three(gain / unit))
+        self.register_buffer("result", torch.empty(0), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
         """Normalise a batch.
@@ -170,17 +187,45 @@ class FixedNormalizer(nn.Module):
             values: Raw values with the channels at `channel_dim`.
 
         Returns:
-            The normalised values, float32.
+            The normalised values: float32, or the dtype that the module was converted to.
+
+        Raises:
+            ValueError: If the statistics are of uint8 and these are other integers, or the other way round.
         """
-        if values.dtype == torch.uint8:
-            mean, rest, gain = self.byte_mean, self.byte_rest, self.byte_gain
-        else:
-            mean, rest, gain = self.other_mean, self.other_rest, self.other_gain
+        is_bytes = values.dtype == torch.uint8
+        is_whole = not values.is_floating_point()
+        if (self.kind == "uint8" and is_whole and not is_bytes) or (self.kind == "integer" and is_bytes):
+            raise ValueError("the statistics are of another dtype of integers, whose range is another")
+        mean, gain = (self.byte_mean, self.byte_gain) if is_bytes else (self.other_mean, self.other_gain)
         if not self.one_channel:
-            shape = [1] * values.dim()
-            shape[self.channel_dim] = -1
-            mean, rest, gain = mean.view(shape), rest.view(shape), gain.view(shape)
-        return (values.to(mean.dtype) - mean - rest) * gain
+            shape = [3] + [1] * values.dim()
+            shape[self.channel_dim if self.channel_dim < 0 else self.channel_dim + 1] = -1
+            mean, gain = mean.view(shape), gain.view(shape)
+        # float32 could not hold such values themselves.
+        if values.element_size() > 2 and values.dtype != torch.float32:
+            mean, gain = mean.double().sum(0), gain.double().sum(0)
+            return ((values.double() - mean) * gain).to(self.result.dtype)
+        return ((values.float() - mean[0] - mean[1]) * gain[0]).to(self.result.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the constants in float32 where everything else is converted."""
+        # `half`, `to` and the rest all end in this private method of torch, and call nothing public for each tensor.
+        kept = {name: buffer for name, buffer in self.named_buffers() if name != "result"}
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        for name, before in kept.items():
+            moved: Tensor = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
+        return self
+
+
+def _in_three(constant: Tensor) -> Tensor:
+    """Return three float32 numbers that add up to a number in float64, shape `(3, C)`."""
+    parts: list[Tensor] = []
+    for _ in range(3):
+        parts.append(constant.float())
+        constant = constant - parts[-1].double()
+    return torch.stack(parts)
 
 
 def denormalize(values: Tensor, shift: Tensor, mean: Tensor, gain: Tensor, channel_dim: int | None) -> Tensor:

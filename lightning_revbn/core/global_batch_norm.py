@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_revbn.core.moments import Moments
 
-__all__ = ["global_batch_norm", "ranks_in", "update_running"]
+__all__ = ["global_batch_norm", "ranks_in", "refuse_single_values", "update_running"]
 
 
 def ranks_in(group: Any) -> int:
@@ -23,6 +23,24 @@ def ranks_in(group: Any) -> int:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1
     return max(1, torch.distributed.get_world_size(group))
+
+
+def refuse_single_values(values: Tensor, batch: Moments) -> None:
+    """Raise, as torch does, if the batch of all ranks has one value a channel, whose variance means nothing.
+
+    Args:
+        values: This rank's values, shape `(N, C, *)`.
+        batch: The moments of the values of all ranks.
+
+    Raises:
+        ValueError: If so, on every rank.
+    """
+    # A rank with two values knows the answer, so that the host waits for an accelerator on ranks with fewer alone.
+    if values.numel() <= values.shape[1] and bool((batch.count == 1).any()):
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got one value on all ranks together; this rank has "
+            f"input size {tuple(values.shape)}. Leave out the last, smaller batch (drop_last=True)"
+        )
 
 
 @torch.no_grad()

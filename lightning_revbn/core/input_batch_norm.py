@@ -11,8 +11,14 @@ from torch.nn.functional import batch_norm
 from typing_extensions import Self, override
 
 from lightning_revbn.core.arguments import as_integer, as_number
-from lightning_revbn.core.global_batch_norm import global_batch_norm, ranks_in, update_running
-from lightning_revbn.core.moments import Kind, global_moments
+from lightning_revbn.core.global_batch_norm import (
+    global_batch_norm,
+    ranks_in,
+    refuse_single_values,
+    update_running,
+)
+from lightning_revbn.core.global_moments import global_moments
+from lightning_revbn.core.moments import Kind
 
 __all__ = ["InputBatchNorm"]
 
@@ -117,7 +123,8 @@ class InputBatchNorm(nn.Module):
         """Normalise by the batch of all ranks, and add it to the running statistics."""
         unit, kind = (255.0, Kind.UINT8) if inputs.dtype == torch.uint8 else (1.0, Kind.FLOAT)
         batch = global_moments(inputs.detach(), kind=kind, group=self.process_group, ranks=ranks)
-        moments = batch.moments.moved(batch.shift).scaled(unit)
+        refuse_single_values(inputs, batch.moments)
+        moments = batch.moments.scaled(unit)
         update_running(self.running_mean, self.running_var, moments, self.momentum)
         weight, bias = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
         return global_batch_norm(values, moments, weight, bias, self.eps, self.process_group)

@@ -8,10 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.integer_sums import OUT_OF_RANGE
 from lightning_revbn.core.moments import Kind
 
-__all__ = ["InputError", "check_input", "refuse_faults"]
+__all__ = ["InputError", "check_input", "check_kind", "refuse_faults"]
 
 _SQUARE_ROOT = torch.finfo(torch.float64).max ** 0.5
 
@@ -52,13 +53,40 @@ def check_input(values: Tensor, mask: Tensor | None, channel_dim: int | None, ch
         raise InputError(f"the mask of shape {tuple(mask.shape)} does not broadcast to the input, {shape}") from error
 
 
-def refuse_faults(faults: Sequence[int], kind: Kind, values: Tensor | None, *, ignore_nan: bool) -> None:
+def check_kind(dtype: torch.dtype, kind: Kind, settings: InputNorm) -> None:
+    """Raise if a batch of evaluation holds integers in another unit than the training batches.
+
+    Args:
+        dtype: That of the batch.
+        kind: What the training batches were made of.
+        settings: The settings; a given `input_range` holds for every kind.
+
+    Raises:
+        InputError: If so.
+    """
+    if settings.input_range != "auto" or {Kind.of_dtype(dtype), kind} != {Kind.UINT8, Kind.INTEGER}:
+        return
+    before = (
+        "uint8, which is divided by 255"
+        if kind is Kind.UINT8
+        else "other integers than uint8, which are taken as they are"
+    )
+    raise InputError(
+        f"the input is {dtype}, but the training batches were {before}: evaluation would be off by a factor of 255. "
+        "Hand over both in one dtype, or give InputNorm(input_range=...) if they have one range"
+    )
+
+
+def refuse_faults(
+    faults: Sequence[int], kind: Kind, values: Tensor | None, mask: Tensor | None = None, *, ignore_nan: bool
+) -> None:
     """Raise if any rank has found a fault in a training batch.
 
     Args:
         faults: How many ranks have found each, in the order of `GlobalBatch.faults`.
         kind: What sort of numbers the batches before were made of.
         values: This rank's part of the batch, to say more about it.
+        mask: Its mask.
         ignore_nan: Whether NaN is no fault.
 
     Raises:
@@ -67,8 +95,8 @@ def refuse_faults(faults: Sequence[int], kind: Kind, values: Tensor | None, *, i
     nonfinite, beyond, mixed = faults
     if nonfinite:
         raise InputError(
-            f"NaN or infinity in a training batch{_place_of_nonfinite(values, ignore_nan)}: the statistics are as they "
-            'were before it. Clean the data, or leave NaN out of the statistics by nan_policy="ignore"'
+            f"NaN or infinity in a training batch{_place_of_nonfinite(values, mask, ignore_nan)}: the statistics are "
+            'as they were before it. Clean the data, or leave NaN out of the statistics by nan_policy="ignore"'
         )
     if beyond:
         raise InputError(f"a training batch has {OUT_OF_RANGE}")
@@ -80,7 +108,7 @@ def refuse_faults(faults: Sequence[int], kind: Kind, values: Tensor | None, *, i
         )
 
 
-def _place_of_nonfinite(values: Tensor | None, ignore_nan: bool) -> str:
+def _place_of_nonfinite(values: Tensor | None, mask: Tensor | None, ignore_nan: bool) -> str:
     """Say which sample and channel of this rank is not finite, as the end of a clause."""
     # On an accelerator the batch may be gone by the time that its faults are read.
     if values is None or values.device.type != "cpu" or not values.is_floating_point():
@@ -88,8 +116,11 @@ def _place_of_nonfinite(values: Tensor | None, ignore_nan: bool) -> str:
     wrong = ~values.isfinite()
     if ignore_nan:
         wrong &= ~values.isnan()
+    if mask is not None:
+        wrong &= mask
     if not wrong.any():
-        too_large = values.dtype == torch.float64 and values.numel() and values.abs().max() > _SQUARE_ROOT
+        counted = values if mask is None else values.masked_fill(~mask, 0.0)
+        too_large = values.dtype == torch.float64 and bool((counted.abs() > _SQUARE_ROOT).any())
         return ", with values too large to be squared" if too_large else " of another rank"
     index = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
     return f", first at index {tuple(index)} of an input of shape {tuple(values.shape)}"

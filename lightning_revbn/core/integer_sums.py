@@ -27,8 +27,8 @@ def integer_sums(view: ChannelView, valid: ChannelView | None, compile: bool) ->
         compile: Whether 8-bit integers are added by a compiled kernel.
 
     Returns:
-        Count, sum, sum of squares modulo 2^64, and its upper half, int64, one after another, shape `(4 C,)`; and
-        whether a value lies beyond 32 bits, so that the sums are wrong.
+        Count, sum, sum of squares modulo 2^64, and its upper half, int64, shape `(4, C)`; and whether a value lies
+        beyond 32 bits, so that the sums are wrong.
     """
     found: list[Tensor] = []
     beyond = torch.zeros((), dtype=torch.bool, device=view.parts[0].device)
@@ -49,7 +49,7 @@ def integer_sums(view: ChannelView, valid: ChannelView | None, compile: bool) ->
                 beyond |= (least < -(2**31)) | (greatest > 2**31)
             columns = (count, *_sums_of_piece(piece, add_bytes))
             found.append(torch.stack([view.fold(column).sum(0) for column in columns]))
-    return torch.stack(found).sum(0).flatten(), beyond
+    return torch.stack(found).sum(0), beyond
 
 
 def _sums_of_piece(
@@ -71,7 +71,9 @@ def _sums_of_piece(
     return total, squares, squares >> 32
 
 
-def moments_of_sums(count: Tensor, total: Tensor, squares: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def moments_of_sums(
+    count: Tensor, total: Tensor, squares: Tensor, upper: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute moments from exact sums, rounded once.
 
     The textbook formula, sum(x^2) - sum(x)^2 / n, takes the difference of two numbers of more than 64 bits that are
@@ -86,7 +88,8 @@ def moments_of_sums(count: Tensor, total: Tensor, squares: Tensor, upper: Tensor
         upper: The sum of their squares divided by 2^32, rounded down as a whole or square by square.
 
     Returns:
-        Count, mean and sum of squared deviations from the mean, float64, shape `(C,)` each.
+        Count, mean, what the mean has lost by rounding, and sum of squared deviations from the mean, float64, shape
+        `(C,)` each.
     """
     filled = count.clamp(min=1)
     # Integer division, since float64 could not hold the sum. The rounded-down quotient becomes the nearest one, so the
@@ -101,7 +104,9 @@ def moments_of_sums(count: Tensor, total: Tensor, squares: Tensor, upper: Tensor
     # Both are the same number, the first but for a multiple of 2^64, the second but for an error far below 2^64. So the
     # multiple is the one nearest to their difference.
     deviations = wrapped.double() + torch.round((nearly - wrapped.double()) / 2.0**64) * 2.0**64
-    return count.double(), q + rest.double() / n, deviations - rest.double().square() / n
+    fraction = rest.double() / n
+    mean = q + fraction
+    return count.double(), mean, (q - mean) + fraction, deviations - rest.double().square() / n
 
 
 def _byte_sums(part: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,27 +1,21 @@
-"""Count, mean and sum of squared deviations per channel: of a batch, merged, and over all ranks by one all-reduce.
+"""Count, mean and sum of squared deviations per channel, in float64: measured, and merged.
 
-Everything is float64. Integers are summed exactly in int64 before anything is rounded, so that their statistics do not
-depend, to the bit, on how a batch is divided among ranks. Floating-point values are measured from a shift near their
-mean that all ranks share, so that nothing cancels where the mean is large and the spread small.
+A mean is two numbers, `mean` and the `rest` that its rounding has lost. So nothing cancels where the mean is large and
+the spread small, wherever the data go, and no shift has to be chosen before the data are known.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, cast
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from lightning_revbn.core.channel_view import ChannelView, channel_view, dense, pieces
 from lightning_revbn.core.integer_sums import OUT_OF_RANGE, integer_sums, moments_of_sums
 
-__all__ = ["GlobalBatch", "Kind", "Moments", "global_moments", "moments"]
-
-_HEADER = 5
-"""Samples, three faults and the kind, before the sums that a rank sends."""
+__all__ = ["Kind", "Moments", "join", "moments", "sums_or_moments", "two_sum"]
 
 
 class Kind(IntEnum):
@@ -35,26 +29,37 @@ class Kind(IntEnum):
     @classmethod
     def of(cls, values: Tensor) -> Kind:
         """Return the kind of a tensor; of an empty one it is not known."""
-        if not values.numel():
-            return cls.UNKNOWN
-        if values.dtype == torch.uint8:
+        return cls.of_dtype(values.dtype) if values.numel() else cls.UNKNOWN
+
+    @classmethod
+    def of_dtype(cls, dtype: torch.dtype) -> Kind:
+        """Return the kind of the values of a dtype."""
+        if dtype == torch.uint8:
             return cls.UINT8
-        return cls.FLOAT if values.is_floating_point() else cls.INTEGER
+        return cls.FLOAT if dtype.is_floating_point else cls.INTEGER
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations from the mean, per channel.
+    """Count, mean and sum of squared deviations from the mean, per channel; float64, shape `(C,)` each.
 
     Attributes:
-        count: How many values, float64, shape `(C,)`.
-        mean: Their mean, float64, shape `(C,)`; 0 where there are none.
-        m2: The sum of their squared deviations from the mean, float64, shape `(C,)`.
+        count: How many values; in an average that forgets, their weight.
+        mean: Their mean; 0 where there are none.
+        rest: What the mean has lost by rounding.
+        m2: The sum of their squared deviations from the mean.
     """
 
     count: Tensor
     mean: Tensor
+    rest: Tensor
     m2: Tensor
+
+    @classmethod
+    def of_nothing(cls, channels: int) -> Moments:
+        """Return the moments of no values."""
+        zero = torch.zeros(channels, dtype=torch.float64)
+        return cls(zero, zero, zero, zero)
 
     @property
     def variance(self) -> Tensor:
@@ -69,8 +74,6 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets of values together.
 
-        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-
         Args:
             other: Moments of other values of the same channels.
 
@@ -83,39 +86,21 @@ class Moments:
             >>> both.count.item(), both.mean.item(), both.m2.item()
             (4.0, 2.0, 24.0)
         """
-        return _join(*(torch.stack(pair) for pair in zip(self.astuple(), other.astuple(), strict=True)))
+        return join(*(torch.stack(pair) for pair in zip(self.astuple(), other.astuple(), strict=True)))
 
-    def astuple(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return count, mean and m2."""
-        return self.count, self.mean, self.m2
+    def weighing(self, weight: Tensor) -> Moments:
+        """Return the moments with the same mean and variance and another count, shape `(C,)`; 0 forgets them."""
+        return Moments(weight, self.mean, self.rest, self.variance * weight)
+
+    def astuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return count, mean, rest and m2."""
+        return self.count, self.mean, self.rest, self.m2
 
     def scaled(self, factor: float) -> Moments:
         """Return the moments of the values divided by a factor."""
-        return Moments(self.count, self.mean / factor, self.m2 / factor**2)
-
-    def moved(self, shift: Tensor) -> Moments:
-        """Return the moments of the values plus a shift, shape `(C,)`."""
-        return Moments(self.count, self.mean + shift, self.m2)
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """What all ranks together know of one batch.
-
-    Attributes:
-        moments: Of the values of all ranks, minus `shift`.
-        shift: What was subtracted, float64, shape `(C,)`.
-        kind: What sort of numbers they are; unknown where no rank has any.
-        samples: Number of samples of all ranks, a float64 scalar.
-        faults: How many ranks have NaN or infinity, integers beyond 32 bits, and another kind of numbers than the
-            others or than before; float64, shape `(3,)`.
-    """
-
-    moments: Moments
-    shift: Tensor
-    kind: Kind
-    samples: Tensor
-    faults: Tensor
+        if factor == 1:
+            return self
+        return Moments(self.count, self.mean / factor, self.rest / factor, self.m2 / factor**2)
 
 
 def moments(
@@ -140,188 +125,108 @@ def moments(
         >>> measured.mean.tolist(), measured.std.tolist()
         ([251.0, 2.0], [1.0, 2.0])
     """
-    batch = global_moments(values, channel_dim, mask=mask, ignore_nan=ignore_nan)
-    if batch.faults[1]:
+    table, beyond = sums_or_moments(values, channel_dim, mask, ignore_nan, compile=False)
+    if beyond is not None and beyond:
         raise ValueError(OUT_OF_RANGE)
-    return batch.moments.moved(batch.shift)
+    return Moments(*(moments_of_sums(*table) if table.dtype == torch.int64 else table))
 
 
-def global_moments(
-    values: Tensor,
-    channel_dim: int | None = 1,
-    *,
-    kind: Kind = Kind.UNKNOWN,
-    shift: Tensor | None = None,
-    mask: Tensor | None = None,
-    ignore_nan: bool = False,
-    group: Any = None,
-    ranks: int = 1,
-    compile: bool = False,
-) -> GlobalBatch:
-    """Measure a batch over all ranks with at most one collective.
-
-    Ranks may hold different numbers of samples, and none. A rank whose values are of another kind sends nothing but
-    the fault, so that all ranks can complain together.
+def sums_or_moments(
+    values: Tensor, channel_dim: int | None, mask: Tensor | None, ignore_nan: bool, compile: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Measure values as they can be merged without loss: integers by exact sums, floating-point values by moments.
 
     Args:
-        values: This rank's values.
+        values: A tensor of any rank and real dtype.
         channel_dim: Where the channels are. None takes all values as one channel.
-        kind: What kind of numbers the ranks have agreed on. Unknown finds out; on accelerators that waits for them.
-        shift: A value near the mean of each channel, float64, shape `(C,)`, the same on all ranks; for floating-point
-            values. None agrees on one in the same collective, which carries a row for every rank then, not their sum.
         mask: True where values count; broadcast to the shape of `values`.
         ignore_nan: Whether NaN is left out.
-        group: The process group; None is the default group.
-        ranks: How many ranks it has; with 1 there is no collective.
         compile: Whether 8-bit integers are added by a compiled kernel.
 
     Returns:
-        What is known then, the same on all ranks.
+        The sums of `integer_sums`, int64, or count, mean, rest and m2, float64, shape `(4, C)`; and for integers
+        whether one lies beyond 32 bits, so that the sums are wrong.
     """
-    if values.device.type == "mps":  # has no float64
-        values, mask = values.cpu(), None if mask is None else mask.cpu()
-    own = Kind.of(values)
-    expected = own if kind is Kind.UNKNOWN else kind
-    fits = own in (Kind.UNKNOWN, expected)
-    row = _own_row(values, channel_dim, expected if fits else Kind.UNKNOWN, shift, mask, ignore_nan, compile)
-    row[3:_HEADER] = torch.tensor([not fits, own])
-    if ranks > 1:
-        # Sums of integers add up, and so do moments from one shift. Before there is a shift, or a kind of numbers to
-        # sum by, every rank must see the row of every other rank.
-        if kind is Kind.UNKNOWN or (kind is Kind.FLOAT and shift is None):
-            row = _all_rows(row, group, ranks)
-        elif kind is Kind.FLOAT:
-            return _sum_from_shift(row, group, kind, cast("Tensor", shift))
-        else:
-            torch.distributed.all_reduce(row, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-    table = row.view(-1, len(row)) if row.dim() == 1 else row
-    return _from_table(table, expected if ranks == 1 else kind)
-
-
-def _own_row(
-    values: Tensor,
-    channel_dim: int | None,
-    kind: Kind,
-    shift: Tensor | None,
-    mask: Tensor | None,
-    ignore_nan: bool,
-    compile: bool,
-) -> Tensor:
-    """Return what this rank knows as int64, shape `(5 + 4 C,)`.
-
-    After the header come, for integers, count, sum, sum of squares modulo 2^64, and its upper half; for floating-point
-    values the bits of count, shift, mean from there, and m2.
-    """
-    channels = 1 if channel_dim is None else values.shape[channel_dim]
-    row = torch.zeros(_HEADER + 4 * channels, dtype=torch.int64, device=values.device)
-    row[0] = _count_samples(values, channel_dim)
-    if kind is Kind.UNKNOWN or not values.numel():
-        return row
+    is_float = values.is_floating_point()
+    if not values.numel():
+        channels = 1 if channel_dim is None else values.shape[channel_dim]
+        return torch.zeros(4, channels, dtype=torch.float64 if is_float else torch.int64, device=values.device), None
     tidy = dense(values)
     view = channel_view(tidy, channel_dim)
     valid = None if mask is None else channel_view(mask.expand(values.shape), channel_dim, like=tidy)
-    if kind is Kind.FLOAT:
-        if shift is None:
-            # The mean of this rank, rounded to float32: numbers so short that the difference of the shifts of two ranks
-            # is exact in float64.
-            shift = torch.zeros(channels, dtype=torch.float64, device=values.device)
-            shift = _float_moments(view, valid, shift, ignore_nan).mean.float().double()
-        own = _float_moments(view, valid, shift, ignore_nan)
-        body = torch.stack([own.count, shift, own.mean, own.m2])
-        row[1] = ~body.isfinite().all()
-        row[_HEADER:] = body.flatten().view(torch.int64)
-    else:
-        row[_HEADER:], row[2] = integer_sums(view, valid, compile)
-    return row
+    if is_float:
+        return torch.stack(_float_moments(view, valid, ignore_nan).astuple()), None
+    return integer_sums(view, valid, compile)
 
 
-def _count_samples(values: Tensor, channel_dim: int | None) -> int:
-    """Return the size of the first dimension that holds no channels; 1 for a sample without a batch dimension."""
-    if channel_dim is None or channel_dim % values.dim() != 0:
-        return values.shape[0]
-    return values.shape[1] if values.dim() > 1 else 1
+def join(count: Tensor, mean: Tensor, rest: Tensor, m2: Tensor) -> Moments:
+    """Return the moments of M sets of values together.
 
+    Squared deviations from the common mean are those from the own mean, plus how far the own mean lies from it: Chan,
+    Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979). All means are
+    taken from that of the largest set, since differences of neighbouring numbers are exact.
 
-def _all_rows(row: Tensor, group: Any, ranks: int) -> Tensor:
-    """Return the rows of all ranks, shape `(ranks, L)`: zeros in all places but one's own, added up."""
-    table = row.new_zeros(ranks, len(row))
-    table[torch.distributed.get_rank(group)] = row
-    torch.distributed.all_reduce(table, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-    return table
+    Args:
+        count: How many values each set has, shape `(M, C)`, as every argument.
+        mean: Their means.
+        rest: What the means have lost by rounding.
+        m2: Their squared deviations.
 
-
-def _sum_from_shift(row: Tensor, group: Any, kind: Kind, shift: Tensor) -> GlobalBatch:
-    """Reduce floating-point moments that all ranks measured from one shift, by sums of powers."""
-    count, _, mean, m2 = row[_HEADER:].view(torch.float64).view(4, -1)
-    message = torch.cat([row[:_HEADER].double(), count, count * mean, m2 + count * mean.square()])
-    torch.distributed.all_reduce(message, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-    count, first, second = message[_HEADER:].view(3, -1)
-    mean = _divide(first, count)
-    # A difference of nearly equal numbers only where the shift is far from the mean, and the shift is the mean of the
-    # first batch. Rounding may leave it below 0; NaN stays NaN.
-    m2 = (second - first * mean).clamp(min=0)
-    return GlobalBatch(Moments(count, mean, m2), shift, kind, message[0], message[1:4])
-
-
-def _from_table(table: Tensor, kind: Kind) -> GlobalBatch:
-    """Join what several ranks know, shape `(ranks, 5 + 4 C)`."""
-    faults = table[:, 1:4].sum(0).double()
-    if kind is Kind.UNKNOWN:
-        found = {Kind(number) for number in cast("list[int]", table[:, 4].tolist())} - {Kind.UNKNOWN}  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-        if len(found) == 1:
-            (kind,) = found
-        else:
-            faults[2] += len(found)
-    body = table[:, _HEADER:].reshape(len(table), 4, -1)
-    zero = torch.zeros(body.shape[2], dtype=torch.float64, device=table.device)
-    if kind is Kind.UNKNOWN:
-        joined, shift = Moments(zero, zero, zero), zero
-    elif kind is Kind.FLOAT:
-        count, shifts, mean, m2 = body.view(torch.float64).unbind(1)
-        # Every rank has measured from its own shift. The first rank with values of a channel gives it to all.
-        first = (count > 0).long().argmax(0, keepdim=True)
-        shift = shifts.gather(0, first).squeeze(0)
-        mean = torch.where(count > 0, mean + (shifts - shift), 0.0)
-        joined = _join(count, mean, m2)
-    else:
-        joined, shift = Moments(*moments_of_sums(*body.sum(0))), zero
-    return GlobalBatch(joined, shift, kind, table[:, 0].sum().double(), faults)
-
-
-def _float_moments(view: ChannelView, valid: ChannelView | None, shift: Tensor, ignore_nan: bool) -> Moments:
-    """Return the moments of floating-point values minus a shift.
-
-    Every piece is read twice, the second time from its own mean, so that nothing cancels; it is in the cache by then.
+    Returns:
+        The moments of all, shape `(C,)`.
     """
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    largest = count.argmax(0, keepdim=True)
+    origin, origin_rest = mean.gather(0, largest), rest.gather(0, largest)
+    offset = torch.where(count > 0, (mean - origin) + (rest - origin_rest), 0.0)
+    total = count.sum(0)
+    middle = _divide((count * offset).sum(0), total)
+    m2 = m2.sum(0) + (count * (offset - middle).square()).sum(0)
+    return Moments(total, *two_sum(origin[0], origin_rest[0] + middle), m2)
+
+
+def two_sum(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a sum and exactly what it has lost by rounding.
+
+    Knuth, "The Art of Computer Programming", volume 2, section 4.2.2.
+
+    Args:
+        first: A number.
+        second: Another one.
+
+    Returns:
+        The rounded sum, and the rest.
+    """
+    total = first + second
+    part = total - first
+    return total, (first - (total - part)) + (second - part)
+
+
+def _float_moments(view: ChannelView, valid: ChannelView | None, ignore_nan: bool) -> Moments:
+    """Return the moments of floating-point values.
+
+    Every piece is read again from its own mean, so that nothing cancels; it is in the cache by then. The mean of what
+    is left is what the rounding of the mean has lost.
+    """
+    found: list[tuple[Tensor, ...]] = []
     for index, part in enumerate(view.parts):
-        origin = view.spread(shift, part)
         for at in pieces(part):
-            values = part[at].to(torch.float64, copy=True).sub_(origin)
+            values = part[at].to(torch.float64, copy=True)
             if valid is None and not ignore_nan:
+                number = values.shape[0] * values.shape[2]
                 mean = values.mean((0, 2))
-                m2 = values.sub_(mean.view(1, -1, 1)).square_().sum((0, 2))
-                count = torch.full_like(mean, values.shape[0] * values.shape[2])
+                rest = values.sub_(mean.view(1, -1, 1)).mean((0, 2))
+                count = torch.full_like(mean, number)
             else:
                 keep = ~values.isnan() if ignore_nan else torch.ones_like(values, dtype=torch.bool)
                 if valid is not None:
                     keep &= valid.parts[index][at]
                 count = keep.sum((0, 2)).double()
-                mean = _divide(torch.where(keep, values, 0.0).sum((0, 2)), count)
-                m2 = torch.where(keep, values.sub_(mean.view(1, -1, 1)), 0.0).square_().sum((0, 2))
-            found.append((view.fold(count), view.fold(mean), view.fold(m2)))
-    count, mean, m2 = (torch.cat(column) for column in zip(*found, strict=True))
-    return _join(count, mean, m2)
-
-
-def _join(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
-    """Return the moments of M sets of values together; every argument has shape `(M, C)`.
-
-    Squared deviations from the common mean are those from the own mean, plus how far the own mean lies from it.
-    """
-    total = count.sum(0)
-    middle = _divide((count * mean).sum(0), total)
-    return Moments(total, middle, m2.sum(0) + (count * (mean - middle).square()).sum(0))
+                mean = _divide(values.masked_fill_(~keep, 0.0).sum((0, 2)), count)
+                values.sub_(mean.view(1, -1, 1)).masked_fill_(~keep, 0.0)
+                rest = _divide(values.sum((0, 2)), count)
+            m2 = (values.square_().sum((0, 2)) - count * rest.square()).clamp_(min=0)  # NaN stays NaN
+            found.append(tuple(view.fold(column) for column in (count, *two_sum(mean, rest), m2)))
+    return join(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def _divide(values: Tensor, count: Tensor) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +10,17 @@ import torch.distributed
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
-from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
 from lightning_revbn.core.fixed_normalizer import FixedNormalizer
-from lightning_revbn.core.input_norm import (
-    RELU_STD,
-    InputNorm,
-    InputStatistics,
-    MissingStatisticsError,
-    OnlineStandardizer,
-)
-from lightning_revbn.core.rank_settings import RankSettings
+from lightning_revbn.core.input_advice import on_other_constants
+from lightning_revbn.core.input_norm import InputNorm, InputStatistics, MissingStatisticsError, OnlineStandardizer
+from lightning_revbn.core.input_state import read_state
 from lightning_revbn.data.batches import is_sequence, replace_tensor, select_tensor
-from lightning_revbn.data.input_log import InputLog
+from lightning_revbn.data.input_fit import InputFit
 from lightning_revbn.data.saved_statistics import STATE_NAME, read_input_statistics
 from lightning_revbn.data.spawned_statistics import SharedStatistics
 from lightning_revbn.data.subclass_checks import check_subclass
 from lightning_revbn.lightning_compat import (
     MisconfigurationException,
-    callbacks_of,
     is_example,
     overrides,
     rank_zero_info,
@@ -48,9 +38,9 @@ _HOOKS = ("on_after_batch_transfer", "state_dict", "load_state_dict")
 _NOT_INITIALIZED = (
     "{name}.__init__ must call super().__init__(input_norm=InputNorm(...)) before input statistics are used"
 )
-_OTHER_SCALE = (
-    "{name}: the checkpoint was made with an input scale of {loaded:g}, this run has {scale:g}. From here on this "
-    "run's applies."
+_LEFT_ALONE = (
+    "{name}: a batch that comes from no running loop is left as it is, as an example input of the network. "
+    "Normalise raw input by export_normalizer()"
 )
 _NO_STATISTICS = (
     "there are no input statistics to evaluate with: {name} learns them from training batches. Fit first, pass a "
@@ -101,11 +91,8 @@ class OnlineInputNormMixin(_Base):
         if not isinstance(input_norm, InputNorm):  # pyright: ignore[reportUnnecessaryIsInstance] # callers may be untyped
             raise TypeError(f"input_norm must be an InputNorm, got {input_norm!r}")
         self._standardizer = OnlineStandardizer(input_norm)
-        self._shared = SharedStatistics(input_norm.num_features)
-        self._knows_scale = False
-        self._loaded_scale: float | None = None
-        self._scaled_for: weakref.ref[Trainer] | None = None
-        self._log = InputLog(type(self).__name__)
+        self._home = SharedStatistics(self._standardizer.state_dict())
+        self._fit: InputFit | None = None
 
     @property
     def input_norm(self) -> InputNorm:
@@ -131,31 +118,31 @@ class OnlineInputNormMixin(_Base):
             MisconfigurationException: If there are no statistics to evaluate with, or ranks cannot communicate.
         """
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
-        trainer = self.trainer
-        if trainer is None or batch is None:
+        if batch is None:
             return batch
+        trainer, online = self.trainer, self._online
+        if trainer is None:  # called by hand
+            return self.replace_input(batch, self._evaluate(batch, torch.float32))
         module = trainer.lightning_module
         if overrides("on_after_batch_transfer", module):
             batch = module.on_after_batch_transfer(batch, dataloader_idx)
-        online = self._online
         if is_example(module, batch):
-            return _normalized_example(batch, online)
-        if not self._knows_scale:
-            self._settle_scale(trainer)
-        values, mask = self.select_input(batch), self.select_mask(batch)
+            example = _normalized_example(batch, online)
+            if example is batch and trainer.state.stage is None:  # no loop runs: an export, or a call by hand
+                rank_zero_info(_LEFT_ALONE.format(name=type(self).__name__))
+            return example
+        if self._fit is None or not self._fit.is_of(trainer):
+            self._fit = InputFit(trainer, self, online, self._home)
+        self._fit.before_batch(trainer)
         dtype = trainer.precision_plugin.convert_input(torch.zeros((), dtype=torch.float32)).dtype
-        if trainer.training:
-            self._prepare(trainer)
-            group, ranks = (None, 1) if online.is_frozen else _data_parallel_group(trainer)
-            result = online.train(values, mask, dtype=dtype, group=group, ranks=ranks)
-            self._log.after_batch(trainer, online, values)
-        elif trainer.sanity_checking:
-            result = online.preview(values, mask, dtype=dtype)
-        else:
-            try:
-                result = online.evaluate(values, mask, dtype=dtype)
-            except MissingStatisticsError as error:
-                raise MisconfigurationException(_NO_STATISTICS.format(name=type(self).__name__)) from error
+        if not trainer.training and not trainer.sanity_checking:
+            return self.replace_input(batch, self._evaluate(batch, dtype))
+        values, mask = self.select_input(batch), self.select_mask(batch)
+        if trainer.sanity_checking:
+            return self.replace_input(batch, online.preview(values, mask, dtype=dtype))
+        group, ranks = (None, 1) if online.is_frozen else _data_parallel_group(trainer)
+        result = online.train(values, mask, dtype=dtype, group=group, ranks=ranks)
+        self._fit.after_batch(trainer, values)
         return self.replace_input(batch, result)
 
     def select_input(self, batch: Any) -> Tensor:
@@ -217,9 +204,14 @@ class OnlineInputNormMixin(_Base):
                 other types need False, which runs code from the file: only for files that you trust.
 
         Raises:
-            ValueError: If the checkpoint has no input statistics or those of several DataModules.
+            ValueError: If the checkpoint has no input statistics or those of several DataModules, or if they cannot be
+                used in this mode: those of mode `"fixed"` in another.
         """
-        self._load(read_input_statistics(Path(path), weights_only=weights_only))
+        state = read_input_statistics(Path(path), weights_only=weights_only)
+        lack = read_state(state, self._online.settings).lacks(self._online.settings.mode)
+        if lack is not None:
+            raise ValueError(f"the input statistics of {path} cannot be used: {lack}")
+        self._load(state)
 
     def export_normalizer(self) -> FixedNormalizer:
         """Return the normalisation with the present statistics as a module that needs no Lightning.
@@ -234,10 +226,13 @@ class OnlineInputNormMixin(_Base):
         return self._online.normalizer()
 
     def denormalize(self, values: Tensor) -> Tensor:
-        """Undo the normalisation with the present statistics, for pictures of what the network was given.
+        """Undo the normalisation, for pictures of what the network was given.
+
+        While training, in `training_step` and its hooks, that is the normalisation of the present training batch: in
+        mode `"batch"` by its own mean and standard deviation. Anywhere else it is that of evaluation.
 
         Args:
-            values: Standardised values.
+            values: Standardised values: a batch, or one sample without the dimension of the batch.
 
         Returns:
             Values in units of the input range: what came as uint8 lies in [0, 1].
@@ -245,7 +240,8 @@ class OnlineInputNormMixin(_Base):
         Raises:
             MissingStatisticsError: If there are no statistics yet.
         """
-        return self._online.denormalize(values)
+        trainer = self.trainer
+        return self._online.denormalize(values, is_training=trainer is not None and trainer.training)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the DataModule with the input statistics, for a checkpoint."""
@@ -256,7 +252,12 @@ class OnlineInputNormMixin(_Base):
 
         Args:
             state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: If the statistics in it cannot be those of such an input; nothing is taken over then.
         """
+        if STATE_NAME in state_dict:
+            read_state(state_dict[STATE_NAME], self._online.settings)  # before anything is taken over
         super().load_state_dict({name: value for name, value in state_dict.items() if name != STATE_NAME})
         if STATE_NAME in state_dict:
             self._load(state_dict[STATE_NAME])
@@ -266,67 +267,31 @@ class OnlineInputNormMixin(_Base):
         """The standardiser, with what a process that was spawned has learned meanwhile."""
         if "_standardizer" not in vars(self):
             raise MisconfigurationException(_NOT_INITIALIZED.format(name=type(self).__name__))
-        learned = self._shared.take()
+        learned = self._home.take()
         if learned is not None:
             self._standardizer.load_state_dict(learned)
         return self._standardizer
 
     def _load(self, state: dict[str, Any]) -> None:
-        self._online.load_state_dict(state)
-        self._knows_scale = self._online.has_statistics  # a checkpoint from before the first step knows nothing
-        self._loaded_scale = float(state["scale"]) if self._knows_scale else None
-        self._scaled_for = None
-        self._log.begin()
+        online = self._online
+        online.load_state_dict(state)
+        text = None if online.saved is None else on_other_constants(online.saved, online.settings)
+        if text is not None:
+            rank_zero_warn(f"{type(self).__name__}: {text}")
 
-    def _prepare(self, trainer: Trainer) -> None:
-        """Do what is to be done once in a fit: settle the scale, and tell it."""
-        if self._scaled_for is not None and self._scaled_for() is trainer:
-            return
-        self._scaled_for = weakref.ref(trainer)
-        _refuse_other_ranks(type(self).__name__, self._standardizer.settings)
-        self._log.begin()
-        self._shared.send_at_end(trainer, self._standardizer.state_dict)
-        name = type(self).__name__
-        if STATE_NAME not in self.state_dict():
-            raise MisconfigurationException(f"{name}.state_dict must keep what super().state_dict() returns")
-        origin = self._settle_scale(trainer)
-        scale = self._standardizer.scale
-        rank_zero_info(f"{name}: the standardised input is multiplied by {scale:g} ({origin})")
-        if self._loaded_scale not in (None, scale):
-            rank_zero_warn(_OTHER_SCALE.format(name=name, loaded=self._loaded_scale, scale=scale))
-        self._loaded_scale = None
-
-    def _settle_scale(self, trainer: Trainer) -> str:
-        """Take the scale that the settings ask for, and return in words where it is from."""
-        self._knows_scale = True
-        if self._standardizer.settings.scale != "auto":
-            return "InputNorm(scale=...)"
-        scale, origin = _automatic_scale(trainer)
-        self._standardizer.set_scale(scale)
-        return origin
+    def _evaluate(self, batch: Any, dtype: torch.dtype) -> Tensor:
+        """Return the standardised input of a batch of evaluation."""
+        try:
+            return self._online.evaluate(self.select_input(batch), self.select_mask(batch), dtype=dtype)
+        except MissingStatisticsError as error:
+            saved, mode = self._online.saved, self._online.settings.mode
+            lack = None if saved is None else saved.lacks(mode)
+            loaded = f". Statistics were loaded, but {lack}" if lack else ""
+            raise MisconfigurationException(_NO_STATISTICS.format(name=type(self).__name__) + loaded) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process."""
-        return {**vars(self), "_scaled_for": None}
-
-
-def _refuse_other_ranks(name: str, settings: InputNorm) -> None:
-    """Raise if ranks normalise by different settings; each waits for all others here, as it does in every step.
-
-    Raises:
-        MisconfigurationException: If so, on every rank.
-    """
-    comparison = RankSettings.open("input_norm")
-    if comparison is None:
-        return
-    comparison.post({"InputNorm": asdict(settings)})
-    comparison.wait()
-    differences = comparison.differences()
-    if differences:
-        raise MisconfigurationException(
-            f"{name}: ranks normalise the input by different settings: {'; '.join(differences)}. They would train "
-            "different networks, or wait for each other without end. Give every rank the same InputNorm"
-        )
+        return {**vars(self), "_fit": None}
 
 
 def _normalized_example(batch: Any, online: OnlineStandardizer) -> Any:
@@ -340,25 +305,6 @@ def _normalized_example(batch: Any, online: OnlineStandardizer) -> Any:
         return batch
     result = online.preview(values)
     return result if batch is values else replace_tensor(batch, 0, result)
-
-
-def _automatic_scale(trainer: Trainer) -> tuple[float, str]:
-    """Return the scale of the input that suits the callback of a Trainer, and in words where it is from."""
-    ours = (found for found in callbacks_of(trainer) if isinstance(found, RevisitedBatchNorm))
-    callback = next((found for found in ours if found.enabled), None)
-    scale = None if callback is None else _first_scale(callback)
-    if scale is None:
-        return RELU_STD, f"{RELU_STD}, as there is no RevisitedBatchNorm in the Trainer"
-    return RELU_STD * scale, f"{RELU_STD} times the scale {scale:g} of RevisitedBatchNorm"
-
-
-def _first_scale(callback: RevisitedBatchNorm) -> float | None:
-    """Return g: of a mapping by name, that of the first layer which has one and is not an input layer itself."""
-    if not isinstance(callback.scale, Mapping):
-        return callback.scale
-    return next(
-        (record.target for record in callback.report.records if record.target and record.state != "input"), None
-    )
 
 
 def _data_parallel_group(trainer: Trainer) -> tuple[Any, int]:

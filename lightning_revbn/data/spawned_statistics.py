@@ -1,87 +1,85 @@
-"""Brings home to the main process what a spawned one has learned."""
+"""Brings home to the main process what a spawned or forked one has learned."""
 
 from __future__ import annotations
 
+import io
 import multiprocessing
-from collections.abc import Callable
+from multiprocessing.context import get_spawning_popen
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from typing_extensions import override
-
-from lightning_revbn.core.moments import Kind
-from lightning_revbn.lightning_compat import callbacks_of
+from lightning.pytorch import Trainer
 
 __all__ = ["SharedStatistics"]
 
-_COLUMNS = ("count", "mean", "m2", "average_weight", "average_mean", "average_variance", "shift")
-_HEADER = 5
+_ROOM = 4096
+"""Bytes beyond those of an empty state: numbers and names of other lengths."""
 
 
 class SharedStatistics:
-    """Shared memory by which rank 0 sends input statistics to the process that spawned it.
+    """Shared memory by which a child process sends input statistics to the process that started it.
 
     With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, Lightning trains in child processes and brings home the model, the
-    metrics and the state of the Trainer, but not the DataModule. Shared memory stays shared when it is sent to a child.
+    metrics and the state of the Trainer, but not the DataModule. Memory that is shared stays shared when it is sent to
+    a child; a copy of this object, deep or by pickle, has memory of its own.
 
     Args:
-        channels: Number of channels C.
+        state: A state of the size that will be sent: what `OnlineStandardizer.state_dict` returns.
     """
 
-    def __init__(self, channels: int) -> None:
-        # How often it was written, samples, kind, input range and scale; then the columns.
-        self._buffer = torch.zeros(_HEADER + len(_COLUMNS) * channels, dtype=torch.float64)
-        self._buffer.share_memory_()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-        self._read = 0
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._allocate(len(_to_bytes(state)) + _ROOM)
 
-    def send_at_end(self, trainer: Trainer, state: Callable[[], dict[str, Any]]) -> None:
-        """Arrange for writing at the end of training if this is rank 0 of the children of a launcher.
+    def send(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Send a state home, from the first child on every machine; elsewhere nothing happens.
 
         Args:
-            trainer: The Trainer; that of a child is thrown away when the child ends.
-            state: Returns the state of an `OnlineStandardizer`.
+            trainer: The Trainer.
+            state: What `OnlineStandardizer.state_dict` returned.
         """
         is_child = multiprocessing.parent_process() is not None and trainer.strategy.launcher is not None
-        if is_child and trainer.is_global_zero:
-            callbacks_of(trainer).append(_Writer(self, state))
+        if is_child and trainer.local_rank == 0:
+            self.write(state)
 
     def write(self, state: dict[str, Any]) -> None:
-        """Send a state.
+        """Write a state for `take` in another process.
 
         Args:
             state: What `OnlineStandardizer.state_dict` returned.
         """
-        self._read = int(self._buffer[0]) + 1
-        header = [self._read, state["samples"], Kind[state["kind"]], state["input_range"], state["scale"]]
-        columns = [cast("Tensor", state[name]) for name in _COLUMNS]
-        self._buffer.copy_(torch.cat([torch.tensor(header, dtype=torch.float64), *columns]))
+        content = _to_bytes(state)
+        self._memory[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        self._header.copy_(torch.tensor([int(self._header[0]) + 1, len(content)]))
+        self._read = int(self._header[0])
 
     def take(self) -> dict[str, Any] | None:
-        """Return the state that was written since the last call; None if there is none."""
-        number = int(self._buffer[0])
+        """Return the state that another process has written since the last call; None if there is none."""
+        number, length = cast("list[int]", self._header.tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
         if number == self._read:
             return None
         self._read = number
-        samples, kind, input_range, scale = cast("list[float]", self._buffer[1:_HEADER].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-        columns = self._buffer[_HEADER:].clone().view(len(_COLUMNS), -1)
-        return {
-            "samples": torch.tensor(samples, dtype=torch.float64),
-            "kind": Kind(int(kind)).name,
-            "input_range": input_range,
-            "scale": scale,
-            **dict(zip(_COLUMNS, columns, strict=True)),
-        }
+        return torch.load(io.BytesIO(self._memory[:length].numpy().tobytes()), weights_only=True)
+
+    def _allocate(self, size: int) -> None:
+        # How often it was written, and how many bytes; then the bytes.
+        self._header = torch.zeros(2, dtype=torch.int64)
+        self._memory = torch.zeros(size, dtype=torch.uint8)
+        for tensor in (self._header, self._memory):
+            tensor.share_memory_()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        self._read = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Send the memory to a child that is being spawned, and to nobody else."""
+        return vars(self) if get_spawning_popen() is not None else {"size": len(self._memory)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "size" in state:
+            self._allocate(state["size"])
+        else:
+            vars(self).update(state)
 
 
-class _Writer(Callback):
-    """Writes the state at the end of training."""
-
-    def __init__(self, shared: SharedStatistics, state: Callable[[], dict[str, Any]]) -> None:
-        self._shared = shared
-        self._state = state
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._shared.write(self._state())
+def _to_bytes(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

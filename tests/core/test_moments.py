@@ -9,7 +9,8 @@ from helpers.channels import SHAPES, by_channel, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_revbn.core.moments import Moments, global_moments, moments
+from lightning_revbn.core.global_moments import global_moments
+from lightning_revbn.core.moments import Moments, moments
 
 
 @pytest.mark.parametrize(("shape", "channel_dim"), SHAPES)
@@ -65,7 +66,7 @@ def test_nan_is_left_out_where_asked_for_and_else_reported() -> None:
 def test_nothing_has_no_moments() -> None:
     for dtype in (torch.uint8, torch.int64, torch.float32):
         empty = moments(torch.empty(0, 3, 4, dtype=dtype))
-        assert [value.tolist() for value in empty.astuple()] == [[0, 0, 0]] * 3
+        assert [value.tolist() for value in empty.astuple()] == [[0, 0, 0]] * 4
     some = moments(sample((5, 3), torch.uint8))
     nothing = moments(torch.empty(0, 3))
     for merged in (some.merge(nothing), nothing.merge(some)):
@@ -86,5 +87,8 @@ def test_parts_merge_to_the_whole_in_any_order(sizes: list[int], seed: int) -> N
 
 
 def test_merged_moments_know_the_variance_between_batches() -> None:
-    first, second = Moments(*(torch.tensor([value]).double() for value in (2, 0, 2))), moments(torch.full((2, 1), 6.0))
+    first, second = (
+        Moments(*(torch.tensor([value]).double() for value in (2, 0, 0, 2))),
+        moments(torch.full((2, 1), 6.0)),
+    )
     assert first.merge(second).variance.item() == np.var([-1, 1, 6, 6])

@@ -28,6 +28,14 @@ def raw_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 IMAGES = raw_images(40)[0]
 
 
+def same_states(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Tell whether two states of input statistics are the same to the bit."""
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
+        for name, value in first.items()
+    )
+
+
 class RawData(OnlineInputNormMixin, L.LightningDataModule):
     """Batches of raw images, in order."""
 

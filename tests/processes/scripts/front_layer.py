@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_revbn import InputBatchNorm
+from lightning_revbn.core.batch_norm_sync import synchronize_batch_norms
 
 
 def step(layer: nn.Module, inputs: Tensor, upstream: Tensor) -> dict[str, Tensor]:
@@ -50,8 +51,23 @@ def worker(rank: int, ranks: int, folder: Path) -> None:
             part = step(layer, inputs.split(sizes)[rank], upstream.split(sizes)[rank])
         results["collectives"].append(counted.count - 1)  # without our own all-reduce of the gradient
         results[kind] = {"layer": part, "joined": hand_made}
+    shared = synchronize_batch_norms(nn.Sequential(nn.BatchNorm1d(3)))[0]
+    results["single"] = [single_value(layer, rank) for layer in (InputBatchNorm(3), shared)]
     torch.save(results, folder / f"rank{rank}.pt")
     end_rank()
+
+
+def single_value(layer: nn.Module, rank: int) -> dict[str, Any]:
+    """Train on one sample that rank 0 has alone, then on two."""
+    before = layer.running_var.clone()
+    error = ""
+    try:
+        layer(torch.ones(1 - rank, 3))
+    except ValueError as raised:
+        error = str(raised)
+    unchanged = torch.equal(layer.running_var, before)
+    layer(torch.arange(1.0, 4.0).view(1, 3) * (rank + 1))  # one on each rank
+    return {"error": error, "unchanged": unchanged, "goes on": not torch.equal(layer.running_var, before)}
 
 
 class Save(LitNet):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,10 @@ def main(strategy: str, ranks: int, mode: str, kind: str, folder: Path) -> None:
     images, labels = raw_images(40)
     inputs = images.float() * 1.7 + 1e4 if kind == "float" else images
     data = UnevenData(ranks, InputNorm(num_features=3, mode=mode), (inputs, labels))  # type: ignore[arg-type]
+    if strategy == "ddp_spawn":
+        data = copy.deepcopy(data)
+    elif strategy == "ddp_fork":
+        data = pickle.loads(pickle.dumps(data))
     network = ShardedUnevenNet() if strategy == "fsdp2" else UnevenNet()
     options = {
         "devices": ranks,
@@ -62,12 +68,12 @@ def main(strategy: str, ranks: int, mode: str, kind: str, folder: Path) -> None:
         loggers.append(TensorBoardLogger(folder, log_graph=True))
     run = trainer(folder, Save(folder), logger=loggers, **options)
     run.fit(network, data)
-    if strategy == "ddp_spawn":  # the processes that learned are gone
+    if strategy in ("ddp_spawn", "ddp_fork"):  # the processes that learned are gone
         torch.save(data.state_dict()["input_norm"], folder / "home.pt")
     run.validate(network, data, verbose=False)
     run.test(network, data, verbose=False)
     run.predict(network, data, return_predictions=False)
-    if strategy != "ddp_spawn":
+    if strategy not in ("ddp_spawn", "ddp_fork"):
         torch.save(data.collectives, folder / f"collectives{run.global_rank}.pt")
 
 

@@ -1,0 +1,164 @@
+"""How the input is normalised: the settings of `OnlineInputNormMixin` and `OnlineStandardizer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import FrozenInstanceError, dataclass
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
+
+import torch
+
+from lightning_revbn.core.arguments import as_integer, as_number, check_choice
+from lightning_revbn.core.moments import Kind
+
+__all__ = ["MODES", "RELU_STD", "InputNorm"]
+
+RELU_STD = 0.58
+"""Standard deviation of ReLU(N(0, 1)), sqrt(1/2 - 1/(2 pi)) = 0.58382, as the paper rounds it: that of the input of a
+layer inside a network, in units of the scale of the batch norm before it."""
+
+Mode: TypeAlias = Literal["batch", "running", "ema", "fixed"]
+_NanPolicy: TypeAlias = Literal["error", "ignore"]
+
+MODES: tuple[str, ...] = get_args(Mode)
+"""The modes that there are."""
+
+_Number = TypeVar("_Number", int, float)
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class InputNorm:
+    """How the input is normalised: settings of `OnlineInputNormMixin` and `OnlineStandardizer`.
+
+    The result is `(x / input_range - mean) / sqrt(var + eps) * scale` per channel.
+
+    Args:
+        num_features: Number of channels C.
+        scale: What the standardised input is multiplied by. "auto" takes 0.58 times the scale of the
+            `RevisitedBatchNorm` in the Trainer, as the paper does, and 0.58 where there is none.
+        mode: Whose mean and variance are used while training: `"batch"`, those of the global batch (the paper);
+            `"running"`, those of everything seen so far, this batch included; `"ema"`, an exponential moving average;
+            `"fixed"`, the constants `mean` and `std`. Evaluation uses the statistics of everything seen in training; in
+            mode `"ema"` the average.
+        momentum: Weight of the newest batch in mode `"ema"`; the other modes forget nothing.
+        eps: Added to the variance, in units of `input_range` squared.
+        input_range: What raw values are divided by. "auto" is 255 for uint8 and 1 for everything else.
+        key: Where a batch holds the input: an index, a key of a mapping, or the name of an attribute. None is the
+            tensor itself, the first of a tuple or list, or the only tensor of a mapping.
+        channel_dim: Which dimension holds the channels; negative counts from the end. None takes all values together,
+            with `num_features=1`.
+        mask_key: Where a batch holds a boolean mask, True where values count; it must broadcast to the input. What it
+            leaves out becomes 0.
+        nan_policy: `"error"` stops training on all ranks, statistics untouched. `"ignore"` leaves NaN out of the
+            statistics and in the input. Infinity is always an error.
+        freeze_after: After how many samples of all ranks the statistics are kept as they are. From then on the
+            statistics of everything seen are used in mode `"batch"` too, and ranks communicate no more.
+        mean: Constants of mode `"fixed"`, one a channel, in units of `input_range`.
+        std: The same for the standard deviation.
+        prefix: First part of the keys that are logged.
+        compile: Whether `torch.compile` makes kernels of it, with the same results: faster for uint8, after some
+            seconds in the first step. On CPUs that takes a C++ compiler.
+
+    Raises:
+        ValueError: If a value is out of range or settings contradict each other.
+
+    Example:
+        >>> InputNorm(num_features=3).mode
+        'batch'
+    """
+
+    num_features: int
+    scale: float | Literal["auto"] = "auto"
+    mode: Mode = "batch"
+    momentum: float = 0.1
+    eps: float = 1e-5
+    input_range: float | Literal["auto"] = "auto"
+    key: int | str | None = None
+    channel_dim: int | None = 1
+    mask_key: int | str | None = None
+    nan_policy: _NanPolicy = "error"
+    freeze_after: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    prefix: str = "revbn"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
+        check_choice("nan_policy", self.nan_policy, get_args(_NanPolicy))
+        self._take("num_features", as_integer, lambda count: count >= 1, "be the number of channels, 1 or more")
+        if self.channel_dim is None and self.num_features != 1:
+            raise ValueError(
+                f"channel_dim=None takes all values together, so num_features must be 1, not {self.num_features}"
+            )
+        if self.channel_dim is not None:
+            self._take("channel_dim", as_integer, lambda dim: True, "be an integer or None")
+        for name in ("scale", "input_range"):
+            if not isinstance(getattr(self, name), str) or getattr(self, name) != "auto":
+                self._take(name, as_number, lambda number: number > 0, 'be "auto" or a finite number above 0')
+        self._take("eps", as_number, lambda eps: eps >= 0, "be a finite number, 0 or more")
+        self._take("momentum", as_number, lambda momentum: 0 < momentum <= 1, "be above 0 and at most 1")
+        if self.freeze_after is not None:
+            self._take("freeze_after", as_integer, lambda count: count > 0, "be a number of samples above 0, or None")
+        if self.mode == "fixed" and self.freeze_after is not None:
+            raise ValueError('mode="fixed" collects no statistics, so there is nothing for freeze_after to freeze')
+        for name in ("mean", "std"):
+            self._check_constants(name)
+
+    def unit(self, kind: Kind) -> float:
+        """Return what raw values of a kind are divided by.
+
+        Args:
+            kind: The kind.
+
+        Returns:
+            `input_range`, or what "auto" means for the kind.
+        """
+        if self.input_range == "auto":
+            return 255.0 if kind is Kind.UINT8 else 1.0
+        return self.input_range
+
+    def _take(
+        self, name: str, read: Callable[[object], _Number | None], is_good: Callable[[_Number], bool], must: str
+    ) -> None:
+        """Put a plain number in the place of what was given: a NumPy scalar, an array without dimensions or a text."""
+        value: object = getattr(self, name)
+        number = read(value)
+        if number is None or not math.isfinite(number) or not is_good(number):
+            raise ValueError(f"{name}={value!r} must {must}")
+        object.__setattr__(self, name, number)
+
+    def _check_constants(self, name: str) -> None:
+        values: Sequence[float] | None = getattr(self, name)
+        if values is None:
+            if self.mode == "fixed":
+                raise ValueError(f'mode="fixed" needs {name}: one number a channel, in units of input_range')
+            return
+        if self.mode != "fixed":
+            raise ValueError(f'{name} is for mode="fixed"; mode={self.mode!r} learns it from the data')
+        numbers = tuple(float(value) for value in values)
+        if len(numbers) != self.num_features:
+            raise ValueError(f"{name} has {len(numbers)} numbers, num_features is {self.num_features}")
+        if not all(math.isfinite(number) and (name == "mean" or number >= 0) for number in numbers):
+            raise ValueError(f"{name}={numbers} must be finite" + (" and not negative" if name == "std" else ""))
+        object.__setattr__(self, name, numbers)
+
+
+def _set(settings: InputNorm, name: str, value: object) -> None:
+    """Take a value that is there already, and no other."""
+    present = vars(settings).get(name, _MISSING)
+    if type(present) is not type(value) or present != value:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}: make another by dataclasses.replace")
+
+
+# Hyperparameters may hold it. Where omegaconf is installed, Lightning's loggers copy a dataclass by writing every field
+# again, and omegaconf reads the types of the class, where it refuses Literal; LightningCLI reads those of __init__.
+InputNorm.__setattr__ = _set
+InputNorm.__init__.__annotations__ = get_type_hints(InputNorm)
+InputNorm.__annotations__ = dict.fromkeys(InputNorm.__annotations__, Any)
+
+# Checkpoints hold hyperparameters, and are loaded with weights_only=True.
+torch.serialization.add_safe_globals([InputNorm])  # pyright: ignore[reportUnknownMemberType] # torch does not type it

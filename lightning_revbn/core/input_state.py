@@ -1,0 +1,173 @@
+"""The state of an `OnlineStandardizer` in a checkpoint: written, and checked before anything of it is taken over.
+
+| key | value |
+|---|---|
+| mode, kind | `InputNorm.mode`, and the name of the `Kind` of the training batches |
+| scale | what standardised values were multiplied by; None while that is not known |
+| input_range | what raw values were divided by |
+| samples | number of samples, a float64 scalar |
+| count, mean, rest, m2 | the moments of all values in raw units, float64, shape `(C,)` each |
+| average_weight, average_mean, average_rest, average_m2 | the same of the moving average |
+| constants | mean and std of mode "fixed" in units of the range, float64, shape `(2, C)`; None in other modes |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_revbn.core.input_settings import MODES, InputNorm
+from lightning_revbn.core.input_statistics import LearnedStatistics
+from lightning_revbn.core.moments import Kind, Moments
+
+__all__ = ["SavedInput", "read_state", "write_state"]
+
+_TOTAL = ("count", "mean", "rest", "m2")
+_AVERAGE = ("average_weight", "average_mean", "average_rest", "average_m2")
+_TENSORS = (*_TOTAL, *_AVERAGE, "samples")
+"""Names in the order of `LearnedStatistics.tensors`."""
+_NEVER_NEGATIVE = {"count", "m2", "average_weight", "average_m2", "samples"}
+
+
+@dataclass(frozen=True)
+class SavedInput:
+    """A state that was read.
+
+    Attributes:
+        mode: The mode it was saved in.
+        scale: What standardised values were multiplied by; None where nobody knew.
+        constants: Mean and std of mode "fixed", shape `(2, C)`.
+        learned: The statistics, in the raw units of the settings that read them.
+    """
+
+    mode: str
+    scale: float | None
+    constants: Tensor | None
+    learned: LearnedStatistics
+
+    def lacks(self, mode: str) -> str | None:
+        """Say why a mode cannot normalise batches of evaluation by it.
+
+        Args:
+            mode: The mode.
+
+        Returns:
+            The reason, as a clause that names both modes; None if it can.
+        """
+        if mode == "fixed" or self.learned.kind is not Kind.UNKNOWN:
+            return None
+        if self.constants is not None:
+            return f'they were saved in mode "fixed", which learns no statistics, and this is mode "{mode}"'
+        return f'they were saved in mode "{self.mode}" before the first training batch, and this is mode "{mode}"'
+
+
+def write_state(settings: InputNorm, scale: float | None, learned: LearnedStatistics) -> dict[str, Any]:
+    """Return everything in plain values and tensors on the CPU.
+
+    Args:
+        settings: The settings.
+        scale: What standardised values are multiplied by, if that is known.
+        learned: The statistics.
+
+    Returns:
+        The state.
+    """
+    constants = None
+    if settings.mode == "fixed":
+        constants = torch.tensor([settings.mean, settings.std], dtype=torch.float64)
+    return {
+        "mode": settings.mode,
+        "kind": learned.kind.name,
+        "scale": scale,
+        "input_range": settings.unit(learned.kind),
+        "constants": constants,
+        **{name: tensor.cpu().clone() for name, tensor in zip(_TENSORS, learned.tensors(), strict=True)},
+    }
+
+
+def read_state(state: object, settings: InputNorm) -> SavedInput:
+    """Check a state, and return what it says in the raw units of other settings.
+
+    Args:
+        state: What `write_state` returned.
+        settings: The settings.
+
+    Returns:
+        What it says; no tensor is one of the state.
+
+    Raises:
+        ValueError: If it cannot be the state of an input with so many channels; the message is one line.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the saved input statistics are a {type(state).__name__}, not a mapping")
+    values = cast("Mapping[str, Any]", state)
+    missing = [name for name in ("mode", "kind", "scale", "input_range", "constants", *_TENSORS) if name not in values]
+    if missing:
+        raise ValueError(f"the saved input statistics lack {', '.join(missing)}")
+    _expect(isinstance(values["mode"], str) and values["mode"] in MODES, "mode", repr(values["mode"]))
+    _expect(isinstance(values["kind"], str) and values["kind"] in Kind.__members__, "kind", repr(values["kind"]))
+    _expect(values["scale"] is None or _is_positive(values["scale"]), "scale", repr(values["scale"]))
+    _expect(_is_positive(values["input_range"]), "input_range", repr(values["input_range"]))
+    count: Any = values["count"]
+    if isinstance(count, Tensor) and count.dim() == 1 and len(count) != settings.num_features:
+        raise ValueError(
+            f"the saved input statistics are of {len(count)} channels, num_features is {settings.num_features}"
+        )
+    tensors = {name: _tensor(values, name, () if name == "samples" else (settings.num_features,)) for name in _TENSORS}
+    kind = Kind[values["kind"]]
+    _check_together(tensors, kind)
+    constants = None
+    if values["mode"] == "fixed":
+        constants = _tensor(values, "constants", (2, settings.num_features))
+        _expect(bool((constants[1] >= 0).all()), "constants", "a negative std")
+        _expect(kind is Kind.UNKNOWN, "kind", f"{kind.name} in mode 'fixed', which learns nothing")
+    else:
+        _expect(values["constants"] is None, "constants", f"given in mode {values['mode']!r}, which learns them")
+    factor = values["input_range"] / settings.unit(kind)  # the range may be another now
+    total, average = (Moments(*(tensors[name] for name in names)).scaled(factor) for names in (_TOTAL, _AVERAGE))
+    learned = LearnedStatistics(kind, total, average, tensors["samples"])
+    finite = all(bool(tensor.isfinite().all()) for tensor in learned.tensors())
+    _expect(finite, "input_range", f"{values['input_range']!r}, too far from {settings.unit(kind)!r} of this run")
+    scale = None if values["scale"] is None else float(values["scale"])
+    return SavedInput(values["mode"], scale, constants, learned)
+
+
+def _check_together(tensors: Mapping[str, Tensor], kind: Kind) -> None:
+    """Raise where tensors contradict each other."""
+    for name in ("count", "samples"):
+        _expect(bool((tensors[name] == tensors[name].round()).all()), name, "not whole numbers")
+    _expect(bool((tensors["average_weight"] <= 1 + 1e-9).all()), "average_weight", "above 1")
+    for weight, *others in (_TOTAL, _AVERAGE):
+        for name in others:
+            empty = (tensors[weight] == 0) & (tensors[name] != 0)
+            _expect(not bool(empty.any()), name, f"of channels in which {weight} is 0")
+    seen = bool(tensors["count"].any() or tensors["average_weight"].any())
+    _expect(not seen or kind is not Kind.UNKNOWN, "kind", "UNKNOWN, although values were seen")
+    _expect(not seen or bool(tensors["samples"] > 0), "samples", "0, although values were seen")
+
+
+def _tensor(values: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a copy of a tensor on the CPU, after all checks of its own."""
+    value = values[name]
+    _expect(isinstance(value, Tensor), name, f"a {type(value).__name__}, not a tensor")
+    _expect(value.layout == torch.strided and not value.is_meta, name, f"a tensor without values ({value.layout})")
+    _expect(value.dtype == torch.float64, name, f"{value.dtype}, not torch.float64")
+    _expect(tuple(value.shape) == shape, name, f"of shape {tuple(value.shape)}, not {shape}")
+    tensor = cast("Tensor", value).detach().cpu().clone()
+    _expect(bool(tensor.isfinite().all()), name, "not finite")
+    _expect(name not in _NEVER_NEGATIVE or bool((tensor >= 0).all()), name, "negative")
+    return tensor
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _expect(holds: bool, name: str, found: str) -> None:
+    if not holds:
+        raise ValueError(f"the saved input statistics cannot be taken over: {name} is {found}")

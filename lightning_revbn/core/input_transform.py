@@ -1,0 +1,78 @@
+"""The transform `(x / input_range - mean) * gain` that an estimate asks for: applied, undone and exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_revbn.core.estimators import Estimate
+from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize
+from lightning_revbn.core.input_checks import check_input
+from lightning_revbn.core.input_settings import InputNorm
+from lightning_revbn.core.moments import Kind
+
+__all__ = ["InputTransform"]
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """What a batch is normalised by, in float64; its constants are rounded once, at the end.
+
+    Attributes:
+        settings: The settings.
+        scale: What standardised values are multiplied by.
+        estimate: Mean and variance in units of the input range.
+    """
+
+    settings: InputNorm
+    scale: float
+    estimate: Estimate
+
+    @property
+    def gain(self) -> Tensor:
+        """What deviations are multiplied by, in units of the input range, shape `(C,)`."""
+        mean, variance = self.estimate.mean, self.estimate.variance
+        # A channel that never changed has no spread to divide by, and the rounding of its mean is no spread either.
+        constant = variance <= (8 * torch.finfo(torch.float64).eps * mean).square()
+        return self.scale / torch.where(constant, 1.0, (variance + self.settings.eps).sqrt())
+
+    def constants_for(self, values: Tensor) -> Constants:
+        """Return constants in raw units and in the precision of the arithmetic, on the device of the values."""
+        # What was learned from bytes also standardises floats from 0 to 1, and the other way round.
+        unit = self.settings.unit(Kind.of_dtype(values.dtype))
+        raw = (self.estimate.mean * unit, self.estimate.rest * unit, self.gain / unit)
+        return Constants.of(*raw, arithmetic_dtype(values.dtype), self.scale).to(values.device)
+
+    def undo(self, values: Tensor, dims: int | None) -> Tensor:
+        """Return values in units of the input range.
+
+        Args:
+            values: Standardised values: a batch, or a sample without the dimension of the batch.
+            dims: How many dimensions a batch has, where that is known.
+
+        Returns:
+            A tensor of the same shape.
+        """
+        dim, channels = self.settings.channel_dim, self.settings.num_features
+        if dim is not None and dim > 0:
+            looks_single = values.shape[dim : dim + 1] != (channels,) == values.shape[dim - 1 : dim]
+            dim -= looks_single if dims is None else values.dim() == dims - 1
+        check_input(values, None, dim, channels)
+        return denormalize(values, self.estimate.mean, self.estimate.rest, self.gain, dim)
+
+    def module(self, kind: Kind) -> FixedNormalizer:
+        """Return the transform as a module on the CPU.
+
+        Args:
+            kind: What the training batches were made of.
+
+        Returns:
+            The module.
+        """
+        mean, gain = (self.estimate.mean + self.estimate.rest).cpu(), self.gain.cpu()
+        given = self.settings.input_range
+        if given != "auto":
+            return FixedNormalizer(mean, gain, self.settings.channel_dim, given)
+        return FixedNormalizer(mean, gain, self.settings.channel_dim, None, kind.name.lower())

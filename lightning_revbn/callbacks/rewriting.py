@@ -229,9 +229,7 @@ class Rewriting:
         targets = {record.name: record.target for record in self.records if record.verdict == "rewrite"}
         for record in self._selection.look(module) if names else ():
             target = targets.get(record.name)
-            if record.name not in names or target is None or record.state == "unsupported":
-                continue
-            if record.has_scale(target):
+            if record.name in names and target is not None and record.has_scale(target):
                 fill_scale(record.module, self._before[record.name].scale)
         for copy, before in self._copies:
             if copy.copy_of in names and _has_target(copy):

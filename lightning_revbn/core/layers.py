@@ -111,8 +111,11 @@ class BatchNormRecord:
 
     @property
     def values(self) -> Tensor | None:
-        """The values that the layer multiplies with, shape `(C,)`; None where it has none yet or at all."""
-        value: object = getattr(self.module, "weight", None)
+        """The values that the layer multiplies with, shape `(C,)`; None where it has none yet or at all.
+
+        Part of a flat parameter counts as none: FSDP1 frees its memory between uses.
+        """
+        value: object = None if is_flattened(self.module) else getattr(self.module, "weight", None)
         return value.detach() if isinstance(value, Tensor) and not is_lazy(value) else None
 
     @property

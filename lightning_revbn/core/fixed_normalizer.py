@@ -32,12 +32,12 @@ class Constants:
     gain: Tensor
 
     @classmethod
-    def of(cls, shift: Tensor, mean: Tensor, gain: Tensor, dtype: torch.dtype, size: float = 1.0) -> "Constants":
+    def of(cls, mean: Tensor, rest: Tensor, gain: Tensor, dtype: torch.dtype, size: float = 1.0) -> "Constants":
         """Round constants for arithmetic in a precision.
 
         Args:
-            shift: A part of the mean, float64, shape `(C,)`.
-            mean: The other part, float64, shape `(C,)`.
+            mean: float64, shape `(C,)`.
+            rest: What the mean has lost by rounding, float64, shape `(C,)`.
             gain: float64, shape `(C,)`.
             dtype: The precision.
             size: The standard deviation of the results.
@@ -45,8 +45,8 @@ class Constants:
         Returns:
             The constants in that precision.
         """
-        rounded = (shift + mean).to(dtype)
-        rest = (shift - rounded.double()) + mean
+        rounded = (mean + rest).to(dtype)
+        rest = (mean - rounded.double()) + rest
         # On an accelerator the comparison would make the host wait; there the rest is always subtracted.
         small = rest.device.type == "cpu" and bool((rest * gain).abs().le(size * 2.0**-21).all())
         return cls(rounded, None if small else rest.to(dtype), gain.to(dtype))
@@ -228,13 +228,13 @@ def _in_three(constant: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def denormalize(values: Tensor, shift: Tensor, mean: Tensor, gain: Tensor, channel_dim: int | None) -> Tensor:
+def denormalize(values: Tensor, mean: Tensor, rest: Tensor, gain: Tensor, channel_dim: int | None) -> Tensor:
     """Return `values / gain + mean`: what was normalised, in float32 or better.
 
     Args:
         values: Normalised values.
-        shift: A part of the mean, float64, shape `(C,)`.
-        mean: The other part, float64, shape `(C,)`.
+        mean: float64, shape `(C,)`.
+        rest: What the mean has lost by rounding, float64, shape `(C,)`.
         gain: What the values were multiplied by, float64, shape `(C,)`.
         channel_dim: Where the channels are. None takes all values as one channel.
 
@@ -245,5 +245,5 @@ def denormalize(values: Tensor, shift: Tensor, mean: Tensor, gain: Tensor, chann
     shape = [1] * values.dim()
     if channel_dim is not None:
         shape[channel_dim] = -1
-    inverse, middle = ((column).to(values.device, dtype).view(shape) for column in (1 / gain, shift + mean))
+    inverse, middle = ((column).to(values.device, dtype).view(shape) for column in (1 / gain, mean + rest))
     return values.to(dtype) * inverse + middle

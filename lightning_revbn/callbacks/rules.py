@@ -188,6 +188,7 @@ class UpdateRules:
         if attached is None:
             return method(optimizer, *args, **kwargs)
         attached.before_step()
+        args, kwargs = attached.around_closure(args, kwargs)
         result = method(optimizer, *args, **kwargs)
         if attached.has_passed_by():
             raise MisconfigurationException(
@@ -222,6 +223,25 @@ class _Attached:
         held = (parameter for group in rule.optimizer.param_groups for parameter in group["params"])
         covered = (p for p in held if id(p) in self._ids and p.requires_grad and not is_lazy(p) and p.numel())
         self._watch.start(next(covered, None))
+
+    def around_closure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a step with a closure after which the parameter is looked at anew.
+
+        A training step may change parameters, and a step that a GradScaler skips after it is no update.
+        """
+        if args and callable(args[0]):
+            return (self._followed(args[0]), *args[1:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._followed(kwargs["closure"])}
+        return args, kwargs
+
+    def _followed(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = closure(*args, **kwargs)
+            self._watch.start_again()
+            return result
+
+        return run
 
     def has_passed_by(self) -> bool:
         """Tell whether the step has updated a parameter of the rule without the rule."""

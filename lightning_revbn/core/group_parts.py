@@ -19,6 +19,7 @@ from lightning_revbn.core.optimizer_checks import refuse_divided_group, refuse_s
 from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK, Group
 from lightning_revbn.core.rates import Rates, Role
 from lightning_revbn.core.torch_compat import version_of
+from lightning_revbn.core.update_watch import ReadWatch
 
 __all__ = ["GroupPlan", "Part"]
 
@@ -84,6 +85,10 @@ class GroupPlan:
     Raises:
         ValueError: If the group has no learning rate to work out another from, or was made by `scale_param_groups` with
             other numbers.
+
+    Attributes:
+        doubts: Watches of the parts that no update is known to have read.
+        has_own_lr: Whether a part has a learning rate of its own.
     """
 
     def __init__(self, group: Group, coverage: Coverage, where: str) -> None:
@@ -112,6 +117,8 @@ class GroupPlan:
         ]
         self._shown = [copy.shown for copy in self._copies]
         self._own_keys = {key for copy in self._copies for key in copy.own_rates}
+        self.has_own_lr = "lr" in self._own_keys
+        self.doubts = [ReadWatch(copy.shown, copy.params, has_own_lr="lr" in copy.own_rates) for copy in self._copies]
         # What the copies have taken over; _NOTHING where they have to do so anew.
         self._taken: Group = {}
 

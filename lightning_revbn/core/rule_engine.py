@@ -18,7 +18,7 @@ from lightning_revbn.core.optimizer_checks import refuse_divided
 from lightning_revbn.core.optimizer_view import OptimizerView
 from lightning_revbn.core.param_groups import MARKS, Group, MarkKeeper, keep_marks
 from lightning_revbn.core.torch_compat import step_pre_hooks
-from lightning_revbn.core.update_watch import UpdateWatch
+from lightning_revbn.core.update_watch import ReadWatch, UpdateWatch, refuse_unread
 
 __all__ = ["Joined", "RuleEngine", "engine_of"]
 
@@ -111,6 +111,7 @@ class RuleEngine:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self._in_step:  # an exception has ended the last step
+            self._pause()
             for plan in self._plans:
                 plan.forget()
         self._in_step, self._was_read, self._is_stale = True, False, True
@@ -118,6 +119,8 @@ class RuleEngine:
             self._choose_watched()
         # Until a step has read its groups, changes between steps count: the update may be done by gradient hooks.
         self._watch.start(self._chosen, since_before=not self.updates)
+        for doubt in self._doubts():
+            doubt.start(optimizer.state)
         view = self._view.enter()
         if len(args) > 1 and callable(args[1]):
             return (view, self._wrap(args[1]), *args[2:]), kwargs
@@ -131,6 +134,11 @@ class RuleEngine:
             if self._view.was_stored:
                 self._view.leave()
             self._write_back()
+            doubts = self._doubts()
+            if doubts:
+                refuse_unread(type(optimizer).__name__, doubts, has_own_lr=any(plan.has_own_lr for plan in self._plans))
+            for plan in self._plans if doubts else ():
+                plan.doubts = [doubt for doubt in plan.doubts if not doubt.is_settled]
             self.updates += 1
             self._watch.by_value = False
             return
@@ -160,11 +168,14 @@ class RuleEngine:
         """Let the closure run on the optimizer's own groups, since it may change learning rates or add groups."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            self._pause()
             self._hand_back()
             result = closure(*args, **kwargs)
             if self._was_read and self._in_step:
                 self._refresh()  # the optimizer may hold the groups that it read before
             self._watch.start_again()
+            for doubt in self._doubts():
+                doubt.start(self.optimizer.state)
             return result
 
         return run
@@ -193,6 +204,8 @@ class RuleEngine:
         if self._is_new:
             self._is_new = False
             self._warn_if_unused(groups)
+        for doubt in self._doubts():
+            doubt.listen(self.optimizer.state)
 
     def _warn_if_unused(self, groups: Sequence[Group]) -> None:
         held = {id(parameter) for group in groups for parameter in group["params"]}
@@ -240,6 +253,7 @@ class RuleEngine:
 
     def _write_back(self) -> None:
         """Carry over to the groups what the optimizer wrote into their copies."""
+        self._pause()
         shown, expected = self._shown, self._expected
         if len(shown) != len(expected) or not all(map(is_, shown, expected)):
             self._adopt(shown, expected)
@@ -255,6 +269,15 @@ class RuleEngine:
             )
         self.optimizer.param_groups.extend(shown[len(expected) :])
         self._expected = shown.copy()
+
+    def _doubts(self) -> list[ReadWatch]:
+        """List the watches of the parts that no update is known to have read: none after the first update."""
+        return [doubt for plan in self._plans for doubt in plan.doubts]
+
+    def _pause(self) -> None:
+        """Let other code than the optimizer's read and change what it likes."""
+        for doubt in self._doubts():
+            doubt.pause()
 
     def _undivided_rates(self) -> Iterator[Any]:
         return (rate for plan in self._plans if (rate := plan.undivided_lr) is not None)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_revbn.core.torch_compat import version_of
 
-__all__ = ["UpdateWatch"]
+__all__ = ["ReadWatch", "UpdateWatch", "refuse_unread"]
 
 
 class UpdateWatch:
@@ -52,3 +56,145 @@ class UpdateWatch:
         return version_of(parameter) != self._version or (
             self._values is not None and not torch.equal(parameter, self._values)
         )
+
+
+class ReadWatch:
+    """Tells whether the first update of a part of a group has read the part's own learning rate and parameters.
+
+    While the optimizer's code runs, two keys of the part's dict are strings that note each comparison with another
+    string, and a look-up is one. The dict stays one plain dict, and holds plain strings again after the first update.
+
+    Args:
+        shown: The dict that the optimizer finds.
+        params: The parameters in it.
+        has_own_lr: Whether the part has a learning rate of its own. Then all its parameters are watched, since
+            some may take no part in an update; else the first does, which may be large.
+
+    Attributes:
+        read: The keys, of "lr" and "params", that were read.
+        has_changed: Whether the optimizer has changed a watched parameter.
+        had_state: Whether the optimizer had state for these parameters before. It may have read the rate long ago.
+    """
+
+    def __init__(self, shown: dict[str, Any], params: Sequence[Tensor], *, has_own_lr: bool) -> None:
+        self.read: set[str] = set()
+        self.has_changed = self.had_state = False
+        self._shown = shown
+        self._params = params
+        self._has_own_lr = has_own_lr
+        self._listens = False
+        self._values: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def has_read_all(self) -> bool:
+        """Whether the update has read both the learning rate and the parameters."""
+        return len(self.read) == len(_READ)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the first update has come, so that nothing is left to be found out."""
+        return self.has_changed or self.has_read_all
+
+    def start(self, state: Container[Tensor]) -> None:
+        """Note the values of parameters, before the optimizer's code runs.
+
+        Args:
+            state: The optimizer's state, by parameters.
+        """
+        held = [parameter for parameter in self._params if not is_lazy(parameter) and parameter.requires_grad]
+        watched = held if self._has_own_lr else held[:1]
+        self.had_state = self.had_state or any(parameter in state for parameter in watched)
+        self._values = [(parameter, _local(parameter).clone()) for parameter in watched]
+
+    def listen(self, state: Container[Tensor]) -> None:
+        """Note from now on what is read.
+
+        Args:
+            state: The optimizer's state, by parameters.
+        """
+        if not self._values:
+            self.start(state)
+        self._listens = True
+        self._exchange_keys({key: _Heard(key, self.read) for key in _READ})
+
+    def pause(self) -> None:
+        """Listen no more, and find out what has changed, before other code than the optimizer's runs."""
+        if self._listens:
+            self._listens = False
+            # Keys that compare count as read, and this comparison is not the optimizer's.
+            read = self.read.copy()
+            self._exchange_keys({key: key for key in _READ})
+            self.read.intersection_update(read)
+        self.has_changed = self.has_changed or any(
+            not torch.equal(_local(parameter), values) for parameter, values in self._values
+        )
+        self._values = []
+
+    def _exchange_keys(self, keys: dict[str, str]) -> None:
+        items = [(keys.get(key, key), value) for key, value in self._shown.items()]
+        self._shown.clear()
+        self._shown.update(items)
+
+
+def refuse_unread(name: str, doubts: Sequence[ReadWatch], *, has_own_lr: bool) -> None:
+    """Raise if an update has changed a part of a group and has not read how the part learns.
+
+    Args:
+        name: The kind of the optimizer.
+        doubts: The watches of the parts, after the update.
+        has_own_lr: Whether a part has a learning rate of its own.
+
+    Raises:
+        RuntimeError: If so; it names the remedy.
+    """
+    reads_rates = any("lr" in doubt.read for doubt in doubts)
+    unread = [doubt for doubt in doubts if doubt.has_changed and not doubt.has_read_all]
+    # With state from before, as Rprop has it, the rate may have been read long ago.
+    unrated = [doubt for doubt in unread if has_own_lr and "lr" not in doubt.read and not doubt.had_state]
+    if any(reads_rates or "params" in doubt.read for doubt in unrated):
+        raise RuntimeError(
+            f"{name}.step() takes one learning rate for all parameters, and does not read 'lr' in each of its "
+            "param_groups, so scales or shifts did not learn with a rate of their own. scale_param_groups does "
+            "not help this optimizer: use another, or let its step() read 'lr' of every group"
+        )
+    if any("params" not in doubt.read for doubt in unread):
+        raise RuntimeError(
+            f"{name}.step() updates parameters that it has kept from before the step, and does not read "
+            "'params' in its param_groups, so scales or shifts did not learn in their own way: use "
+            "scale_param_groups for this optimizer, or let its step() read 'params' of every group"
+        )
+
+
+_READ = "lr", "params"
+"""What an update must read of each part."""
+
+
+class _Heard(str):
+    """A key that notes that it was looked up."""
+
+    _read: set[str]
+
+    def __new__(cls, key: str, read: set[str]) -> _Heard:
+        """Make a key that is equal to another."""
+        heard = super().__new__(cls, key)
+        heard._read = read
+        return heard
+
+    def __eq__(self, other: object) -> bool:
+        is_equal = super().__eq__(other)
+        if is_equal is True:
+            self._read.add(str(self))
+        return is_equal
+
+    __hash__ = str.__hash__
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """Let copies and pickles of the group have the plain key."""
+        return str, (str(self),)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """Return the values that this rank holds, so that no rank waits for another to compare them."""
+    local = getattr(parameter, "to_local", None)
+    found: Tensor = parameter.detach() if local is None else local().detach()
+    return found

@@ -12,6 +12,7 @@ import torch
 from helpers.aftermath import Snapshot, assert_nothing_left
 from helpers.lit import LitNet, loader, quiet, sgd, trainer
 from helpers.models import scales
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
@@ -139,3 +140,22 @@ def test_a_tensor_that_is_scale_and_shift_of_tied_layers_learns_as_what_has_a_ra
 
     trainer(tmp_path, callback, Looking(), max_epochs=1).fit(module, loader(1))
     assert seen == [(2, 0)]
+
+
+def test_a_step_that_a_scaler_skips_may_follow_on_a_training_step_that_changes_scales(tmp_path: Path) -> None:
+    class Clamping(LitNet):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            with torch.no_grad():
+                for scale in scales(self.model):
+                    scale.clamp_(min=0.2)
+            return super().training_step(batch, batch_idx)
+
+    class Skipping(Precision):
+        """Run the closure and make no step, as a GradScaler does that has found an infinite gradient."""
+
+        def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+            return closure()
+
+    module = Clamping()
+    trainer(tmp_path, quiet(), max_epochs=1, plugins=[Skipping()]).fit(module, loader(2))
+    assert all(torch.equal(scale, torch.full_like(scale, 0.2)) for scale in scales(module.model))

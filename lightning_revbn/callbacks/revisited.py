@@ -338,7 +338,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     def _abandon(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a fit that has failed; without an update the module becomes what it was."""
         try:
-            if not self._rules.has_stepped:
+            if not self._rules.has_updated:
                 self._rewriting.give_back(pl_module)
                 self._eps.give_back(pl_module)
         finally:  # a device that has failed may not let values be read

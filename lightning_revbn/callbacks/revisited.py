@@ -338,7 +338,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     def _abandon(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a fit that has failed; without an update the module becomes what it was."""
         try:
-            if not self._rules.has_stepped:
+            if not self._rules.has_updated:
                 self._rewriting.give_back(pl_module)
                 self._eps.give_back(pl_module)
         finally:  # a device that has failed may not let values be read
@@ -349,6 +349,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._unwrap()
         self._rules.remove()
         self._rewriting.end()
+        self._eps.end()
         self._monitor.teardown(trainer, pl_module, "fit")
 
     @override
@@ -365,7 +366,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rewriting.settle(trainer, pl_module)
         self._eps.choose(pl_module, self._rewriting.records)
-        self._eps.settle(pl_module)
+        self._eps.settle(pl_module, self._rewriting.records)
         self._rules.attach(trainer, pl_module, self._rewriting)
 
     def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -393,6 +394,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
             evaluation.end()
 
     def _tell(self, trainer: Trainer) -> None:
+        self._eps.warn_if_unknown(self._rewriting.records)
         tell(type(self).__name__, self.report, trainer, self._rules, is_resumed=self._is_resumed)
 
     def _unwrap(self) -> None:

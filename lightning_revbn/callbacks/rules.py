@@ -68,6 +68,11 @@ class UpdateRules:
         """How many shifts learn with lr * k now."""
         return sum(attached.rule.covered_shifts for attached in self._attached)
 
+    @property
+    def has_updated(self) -> bool:
+        """Whether an optimizer has updated in this fit, be it past the strategy, by a loop of the user's own."""
+        return self.has_stepped or any(attached.rule.updates for attached in self._attached)
+
     def begin(self, trainer: Trainer, follow: Callable[[], None]) -> None:
         """Start a fit: from now on every step of the strategy is announced and checked.
 

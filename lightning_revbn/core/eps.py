@@ -25,7 +25,7 @@ from lightning_revbn.core.layers import BatchNormRecord, eps_of, find_batch_norm
 from lightning_revbn.core.module_names import unwrapped
 from lightning_revbn.core.table import first_to_last, plain_table, rich_table
 
-__all__ = ["EPS_KEY", "EpsReport", "LayerEps", "choose_eps", "layers_with_eps", "set_eps", "write_eps"]
+__all__ = ["EPS_KEY", "EpsReport", "LayerEps", "choose_eps", "has_seen_data", "layers_with_eps", "set_eps", "write_eps"]
 
 EPS_KEY = "eps_by_layer"
 """Key under which a callback's state in a checkpoint has the eps that was set, by the layer's name."""
@@ -216,6 +216,21 @@ def _is_trained(record: BatchNormRecord) -> bool:
     """Tell whether a layer has seen data."""
     # A scale that starts at values of its own, such as 0.25, is no sign of that, but for a layer that has nothing else.
     return record.state == "trained" and (_running_mean(record) is None or statistics_moved(record.module))
+
+
+def has_seen_data(record: BatchNormRecord) -> bool:
+    """Tell whether the running statistics of a layer have moved; a layer without any tells by its scale.
+
+    Args:
+        record: The layer's record.
+
+    Returns:
+        Whether they have; False on the meta device and for lazy layers.
+    """
+    mean = _running_mean(record)
+    if mean is None:
+        return record.state == "trained"
+    return not is_lazy(mean) and not mean.is_meta and statistics_moved(record.module)
 
 
 def _running_mean(record: BatchNormRecord) -> Tensor | None:

@@ -14,6 +14,8 @@ from helpers.models import assert_same_parameters, residual_net
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_revbn.core.eps import set_eps
+
 EPS, TORCHS = 1e-3, 1e-5
 
 
@@ -165,6 +167,7 @@ def test_an_export_has_the_eps_of_the_fit(tmp_path: Path) -> None:
         assert not torch.allclose(exported(inputs), other(inputs), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*eps=0.001 is not set in 3 layers")
 def test_a_second_fit_leaves_the_eps_and_other_modules_have_their_own(tmp_path: Path) -> None:
     callback, module = quiet(eps=EPS), Evaluated()
     trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
@@ -222,3 +225,90 @@ def test_another_trainer_may_evaluate_in_the_middle_of_a_fit(saved: Path, tmp_pa
 def test_a_wrong_eps_is_refused_when_the_callback_is_made(eps: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="eps"):
         quiet(eps=eps)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """Return a checkpoint of a run without the callback."""
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(Evaluated(), loader())
+    run.save_checkpoint(tmp_path / "plain.ckpt")
+    return tmp_path / "plain.ckpt"
+
+
+WITHOUT = r"trained without eps=0.001 in 3 layers"
+
+
+@pytest.mark.filterwarnings("ignore:.*half of the method")
+@pytest.mark.parametrize("other", [None, {"eps": EPS}, {}], ids=["same", "other", "no eps"])
+@pytest.mark.parametrize("stage", ["test", "fit"])
+def test_a_module_that_has_had_eps_gives_it_up_for_weights_that_were_trained_without(
+    stage: str, other: dict[str, Any] | None, plain: Path, tmp_path: Path
+) -> None:
+    module, callback = Evaluated(), quiet(eps=EPS)
+    trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    module.seen.clear()
+    run = trainer(tmp_path, callback if other is None else quiet(**other), max_epochs=2)
+    with pytest.warns(UserWarning, match=WITHOUT):
+        getattr(run, stage)(module, loader(), ckpt_path=plain)
+    assert module.seen == {stage: {TORCHS}}
+    assert "on_load_checkpoint" not in vars(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*half of the method")
+def test_a_fresh_module_that_goes_on_from_a_run_without_eps_trains_without(plain: Path, tmp_path: Path) -> None:
+    module, callback = Evaluated(), quiet(eps=EPS)
+    with pytest.warns(UserWarning, match=WITHOUT):
+        trainer(tmp_path, callback).fit(module, loader(), ckpt_path=plain)
+    assert module.seen == {"fit": {TORCHS}}
+    assert "eps_by_layer" not in callback.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*half of the method")
+def test_weights_that_the_module_loads_in_setup_keep_their_eps(plain: Path, tmp_path: Path) -> None:
+    class Loading(Evaluated):
+        def setup(self, stage: str) -> None:
+            self.load_state_dict(torch.load(plain, weights_only=True)["state_dict"])
+
+    module, callback = Loading(), quiet(eps=EPS)
+    with pytest.warns(UserWarning, match=WITHOUT):
+        trainer(tmp_path, callback).fit(module, loader())
+    assert module.seen == {"fit": {TORCHS}}
+    assert "eps_by_layer" not in callback.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*half of the method")
+@pytest.mark.parametrize("options", [{"eps": EPS}, {}], ids=["same eps", "no eps"])
+def test_another_callback_records_the_eps_that_layers_have(options: dict[str, Any], tmp_path: Path) -> None:
+    module, callback = Evaluated(), quiet(**options)
+    trainer(tmp_path, quiet(eps=EPS), max_epochs=1).fit(module, loader())
+    trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert list(callback.state_dict()["eps_by_layer"].values()) == [EPS] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*half of the method")
+def test_eps_that_was_set_by_hand_after_loading_is_recorded(saved: Path, tmp_path: Path) -> None:
+    module, callback = Evaluated.load_from_checkpoint(saved), quiet(eps=EPS)
+    set_eps(module, EPS, trained="overwrite")
+    trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert list(callback.state_dict()["eps_by_layer"].values()) == [EPS] * 3
+
+
+def test_a_second_fit_that_fails_leaves_what_the_first_has_recorded(saved: Path, tmp_path: Path) -> None:
+    class Failing(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            raise OSError("no")
+
+    module, callback = Evaluated(), quiet(eps=EPS)
+    trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    with pytest.raises(OSError, match="no"):
+        trainer(tmp_path, callback, Failing()).fit(module, loader(), ckpt_path=saved)
+    assert list(callback.state_dict()["eps_by_layer"].values()) == [EPS] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*half of the method")
+def test_fine_tuning_of_weights_that_were_loaded_by_hand_warns_of_their_eps(saved: Path, tmp_path: Path) -> None:
+    module = Evaluated.load_from_checkpoint(saved)
+    with pytest.warns(UserWarning, match=r"eps=0.001 is not set in 3 layers.*trained and have eps=1e-05"):
+        trainer(tmp_path, quiet(eps=EPS), max_epochs=1).fit(module, loader())
+    assert module.seen == {"fit": {TORCHS}}

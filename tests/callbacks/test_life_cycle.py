@@ -443,3 +443,22 @@ def test_the_report_says_what_the_settings_amount_to_at_scale_1(
 def test_the_plain_log_has_no_rate_of_shifts(tmp_path: Path) -> None:
     trainer(tmp_path, RevisitedBatchNorm(), logger=CSVLogger(tmp_path)).fit(LitNet(), loader())
     assert all("revbn/shift_lr" not in row for row in rows(tmp_path))
+
+
+@pytest.mark.parametrize("unwrap", [False, True], ids=["use_pl_optimizer=False", "LightningOptimizer.optimizer"])
+def test_updates_that_pass_by_the_strategy_count_when_a_fit_fails(unwrap: bool, tmp_path: Path) -> None:
+    class ByHand(LitNet):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            if self.current_epoch:
+                raise OSError("no")
+            optimizer: Any = self.optimizers().optimizer if unwrap else self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    module = ByHand()
+    with pytest.raises(OSError, match="no"):
+        trainer(tmp_path, quiet(eps=1e-3)).fit(module, loader())
+    assert {layer.eps for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)} == {1e-3}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
+from lightning_revbn.cli.terminal import print_json, show_table
 from lightning_revbn.core.metric_keys import AFFINE_KINDS, affine_quantity, metric_key
-from lightning_revbn.core.table import print_table
 
 # torch takes seconds to import, and neither --help nor the other commands need it: functions here import it.
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _SHOWN = ("mean", "std", "min", "max")
+_HEADINGS = ("Scale", "Scale std", "Scale min", "Scale max", "Shift", "Shift std", "Shift min", "Shift max")
 _TORCH_EPS = 1e-5
 _SORT_KEYS = (
     *("model", "name", "channels", "verdict"),
@@ -69,16 +69,15 @@ def _run(arguments: argparse.Namespace) -> int:
     report = InitReport(tuple(find_batch_norms(resolve(arguments.target))))
     layers = _describe(report, arguments.sort)
     if arguments.json:
-        print(json.dumps({"target": arguments.target, "counts": report.counts, "layers": layers}, indent=2))  # noqa: T201
+        print_json({"target": arguments.target, "counts": report.counts, "layers": layers})
         return 0
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items() if count)
     summary = f"{arguments.target}: {len(layers)} batch norm layers" + (f" ({counts})" if counts else "")
     # Most layers have torch's eps, and the table is wide without it.
     eps = ("eps",) if any(layer["eps"] not in (None, _TORCH_EPS) for layer in layers) else ()
-    values = ("Scale", "std", "min", "max", "Shift", "std", "min", "max")
-    header = ("Layer", "Type", "Channels", *eps, *values, "Verdict", "Why")
+    header = ("Layer", "Type", "Channels", *eps, *_HEADINGS, "Verdict", "Why")
     rows = [_row(layer, shows_eps=bool(eps)) for layer in layers]
-    print_table(header, rows, summary)
+    show_table(header, rows, summary)
     return 0
 
 

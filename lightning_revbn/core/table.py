@@ -21,6 +21,8 @@ __all__ = ["first_to_last", "plain_table", "print_table", "rich_table", "use_ric
 _LEAST_PROSE = 20
 """Characters a line in which a sentence of the last column can still be read."""
 _LEAST_WIDTH = 20
+_NOTHING = ("", "-")
+"""Cells of a column that has nothing to say of a row."""
 
 
 def print_table(
@@ -174,7 +176,8 @@ class _Table:
                 break
             left_out += [column for column in group if column in shown]
             shown = [column for column in shown if column not in group]
-        notes = [f"In every row: {', '.join(f'{self.header[c]} {self.rows[0][c]}' for c in same)}"] if same else []
+        shared = [f"{self.header[c]} {self.rows[0][c]}" for c in same if self.rows[0][c] not in _NOTHING]
+        notes = [f"In every row: {', '.join(shared)}"] if shared else []
         prose = None
         if not self._fits(shown, room):
             others = sum(self._width(column) + 3 for column in shown[:-1])
@@ -190,7 +193,9 @@ class _Table:
         """Yield the lines of the rows whose cells stand below each other: the first cell, and its others indented."""
         for first, *others in self.rows:
             yield from textwrap.wrap(first, max(width or 0, _LEAST_WIDTH), break_on_hyphens=False) or [""]
-            pairs = [f"{name} {cell}" for name, cell in zip(self.header[1:], others, strict=True) if cell]
+            pairs = [
+                f"{name} {cell}" for name, cell in zip(self.header[1:], others, strict=True) if cell not in _NOTHING
+            ]
             line = ""
             for pair in pairs:
                 longer = f"{line} | {pair}" if line else pair

@@ -104,6 +104,10 @@ def _run(arguments: argparse.Namespace) -> int:
         raise CompareError('comparing needs scipy: pip install "lightning-revbn[compare]"')
     before, *after = ({seed: run.score for seed, run in runs.items()} for runs in arms)
     comparisons = compare(before, dict(zip(labels, after, strict=True)), arguments.direction)
+    try:
+        conclusions = conclude(comparisons, arguments.alpha)
+    except ValueError as error:
+        raise CompareError(f"--alpha {arguments.alpha}: {error}") from error
     if arguments.output is not None:
         _draw(comparisons, arguments)
     if arguments.json:
@@ -112,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
     header, rows = table(comparisons)
     title = f"{arguments.metric} of {len(baseline)} pairs, paired t-test: {_SIGNS[arguments.direction]}"
     show_table(header, rows, title)
-    for line in conclude(comparisons, arguments.alpha):
+    for line in conclusions:
         say(line)
     return 0
 

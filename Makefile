@@ -11,9 +11,10 @@ TEST_JOBS ?= 2
 MATRIX_ARGS ?=
 KILL_ARGS ?=
 OPTIMIZERS_ARGS ?=
+FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench matrix optimizers kill-and-resume docs test-lowest test-deepspeed test-gpu clean
+.PHONY: help demo test lint format bench matrix optimizers kill-and-resume fuzz docs test-lowest test-deepspeed test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -50,6 +51,9 @@ optimizers: ## try every optimizer of many packages against hand-made groups, an
 
 kill-and-resume: $(VENV)/.examples $(VENV)/.test ## kill training at random moments and resume it, 200 times (KILL_ARGS="--trials 20 --seed 1")
 	$(BIN)/python tests/processes/scripts/kill_and_resume.py $(KILL_ARGS)
+
+fuzz: $(VENV)/.examples $(VENV)/.test ## give the command targets, and LIGHTNING_REVBN values, that nobody means (FUZZ_ARGS="--targets 2000 --seed 500")
+	PYTHONPATH=.:tests $(BIN)/python tests/processes/scripts/fuzz_command.py $(FUZZ_ARGS)
 
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W -E --keep-going -b html docs docs/_build

@@ -172,7 +172,7 @@ def least_detectable_effect(
         Cohen's d_z: the effect in standard deviations of the differences, above 0 in every direction.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or `level` too small for so few pairs.
 
     Example:
         >>> round(least_detectable_effect(8), 2), round(least_detectable_effect(15), 2)
@@ -193,13 +193,19 @@ def least_detectable_effect(
         far = effect * math.sqrt(n)
         found = float(stats.nct.sf(critical, n - 1, far))
         if alternative == "two-sided":
-            found += float(stats.nct.cdf(-critical, n - 1, far))
+            # Beyond what scipy can compute, and gives as NaN, this far tail is nothing beside the other.
+            other = float(stats.nct.cdf(-critical, n - 1, far))
+            found += 0.0 if math.isnan(other) else other
+        if math.isnan(found):
+            raise ValueError(f"level={level!r} is too small for n={n} pairs: scipy cannot compute the effect")
         return power - found
 
     highest = 1.0
-    while lacking(highest) > 0:
-        highest *= 2
-    return float(optimizer.brentq(lacking, 0.0, highest))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of series that do not converge: the result is checked
+        while lacking(highest) > 0:
+            highest *= 2
+        return float(optimizer.brentq(lacking, 0.0, highest))
 
 
 def _students_t(

@@ -21,7 +21,7 @@ go in any release. A fit that can do without one goes on, with one warning that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -223,20 +223,20 @@ def logs_hyperparameters(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "enable_autolog_hparams", True))
 
 
-def publish(trainer: Trainer, metrics: Mapping[str, float], *, progress_bar: bool = False) -> None:
+def publish(trainer: Trainer, metrics: Mapping[str, float], *, in_progress_bar: Collection[str] = ()) -> None:
     """Show metrics to other callbacks, such as ModelCheckpoint and EarlyStopping.
 
     Args:
         trainer: The Trainer.
         metrics: Their values by key.
-        progress_bar: Whether to show them in the progress bar too.
+        in_progress_bar: Keys of those that the progress bar shows too, rounded to four digits.
     """
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
     if metrics.keys() - trainer.callback_metrics.keys():
         _warn_without("a live callback_metrics", "callbacks cannot monitor batch norm metrics")
-    if progress_bar:
-        trainer.progress_bar_metrics.update(metrics)
-        if metrics.keys() - trainer.progress_bar_metrics.keys():
+    if in_progress_bar:
+        trainer.progress_bar_metrics.update({key: float(f"{metrics[key]:.4g}") for key in in_progress_bar})
+        if {*in_progress_bar} - trainer.progress_bar_metrics.keys():
             _warn_without("live progress_bar_metrics", "the progress bar does not show batch norm metrics")
 
 

@@ -248,3 +248,16 @@ def test_the_least_detectable_effect_is_found_as_often_as_it_says(alternative: A
 def test_impossible_questions_of_power_are_refused(n: int, options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         least_detectable_effect(n, **options)
+
+
+@pytest.mark.parametrize("n", [2, 4, 15, 40])
+def test_the_least_effect_of_a_test_in_both_directions_is_found_for_few_and_many_pairs(n: int) -> None:
+    for level in (0.05, 1e-4):
+        effect = least_detectable_effect(n, level=level, alternative="two-sided")
+        # Beyond the effect's own direction next to nothing is left of the other tail.
+        assert effect == pytest.approx(least_detectable_effect(n, level=level / 2), rel=2e-3)
+
+
+def test_a_level_that_is_too_small_for_so_few_pairs_is_said() -> None:
+    with pytest.raises(ValueError, match=r"level=1e-09 is too small for n=2 pairs"):
+        least_detectable_effect(2, level=1e-9)

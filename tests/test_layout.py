@@ -28,7 +28,7 @@ ALLOWED = {
     # The other: logs of runs.
     "runs": PLAIN,
     "plots": PLAIN | {"runs"},
-    "cli": PLAIN | {"runs", "plots"},
+    "cli": PLAIN | {"runs", "plots", ""},  # "": the package itself, for its version
     "__main__": {"cli"},
 }
 WITHOUT_LIGHTNING = ("core", "compare", "runs", "plots", "cli")

@@ -29,6 +29,7 @@ from lightning_revbn.core.metric_keys import (
     NORMALIZED_ABSMAX,
     NORMALIZED_OVER_3,
     SCALE_LR,
+    SCALE_MEAN,
     SHIFT_LR,
     WHOLE_MODEL_QUANTITIES,
     metric_key,
@@ -115,7 +116,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         histograms: Whether to log the values of every layer's scale and shift as histograms `revbn/{layer}/scale` and
             `revbn/{layer}/shift`; for TensorBoardLogger and WandbLogger.
         prefix: First part of every key.
-        progress_bar: Whether to show the keys of the whole model in the progress bar.
+        progress_bar: Whether to show the mean of all scales, `revbn/scale_mean`, in the progress bar.
 
     Raises:
         ValueError: If `every_n_steps` is not a positive whole number.
@@ -323,7 +324,8 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
                 _log(logger, replace(event, metrics=metrics))
         whole_model = (metric_key(self.prefix, "", quantity) for quantity in WHOLE_MODEL_QUANTITIES)
         summary = {key: metrics[key] for key in whole_model if key in metrics}
-        publish(trainer, summary, progress_bar=self.progress_bar)
+        shown = metric_key(self.prefix, "", SCALE_MEAN)  # a bar has room for one number more
+        publish(trainer, summary, in_progress_bar=(shown,) if self.progress_bar and shown in summary else ())
 
     def _activation_metrics(
         self, records: Sequence[BatchNormRecord], metric: NormalizedActivations

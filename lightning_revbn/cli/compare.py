@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_revbn.cli.figure_file import check_output, matplotlib_needed, save_figure
-from lightning_revbn.cli.terminal import CommandError, progress_bar
+from lightning_revbn.cli.terminal import CommandError, print_json, progress_bar, say, show_table
 from lightning_revbn.compare import Alternative
-from lightning_revbn.core.table import print_table
 from lightning_revbn.runs.comparison import POWER, Comparison, compare, conclude, table, to_dict
 from lightning_revbn.runs.finished_runs import FinishedRun, check_pairs, read_finished
 from lightning_revbn.runs.logs import find_logs
@@ -106,16 +104,20 @@ def _run(arguments: argparse.Namespace) -> int:
         raise CompareError('comparing needs scipy: pip install "lightning-revbn[compare]"')
     before, *after = ({seed: run.score for seed, run in runs.items()} for runs in arms)
     comparisons = compare(before, dict(zip(labels, after, strict=True)), arguments.direction)
+    try:
+        conclusions = conclude(comparisons, arguments.alpha)
+    except ValueError as error:
+        raise CompareError(f"--alpha {arguments.alpha}: {error}") from error
     if arguments.output is not None:
         _draw(comparisons, arguments)
     if arguments.json:
-        print(json.dumps(to_dict(comparisons, arguments.metric, arguments.alpha), indent=2))  # noqa: T201
+        print_json(to_dict(comparisons, arguments.metric, arguments.alpha))
         return 0
     header, rows = table(comparisons)
     title = f"{arguments.metric} of {len(baseline)} pairs, paired t-test: {_SIGNS[arguments.direction]}"
-    print_table(header, rows, title)
-    for line in conclude(comparisons, arguments.alpha):
-        print(line)  # noqa: T201
+    show_table(header, rows, title)
+    for line in conclusions:
+        say(line)
     return 0
 
 

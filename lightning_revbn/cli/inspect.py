@@ -1,22 +1,20 @@
-"""`lightning-revbn inspect`: the batch norm layers of a model or checkpoint, verdicts and values."""
+"""`lightning-revbn inspect`: the batch norm layers of a model or checkpoint, and what a run did with them."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
-from lightning_revbn.core.metric_keys import AFFINE_KINDS, affine_quantity, metric_key
-from lightning_revbn.core.table import print_table
+from lightning_revbn.cli.terminal import print_json
+from lightning_revbn.core.metric_keys import AFFINE_KINDS, affine_quantity
 
 # torch takes seconds to import, and neither --help nor the other commands need it: functions here import it.
 if TYPE_CHECKING:
-    from lightning_revbn.core.initialization import InitReport
+    from lightning_revbn.cli.saved_run import SavedRun
 
 __all__ = ["add_parser"]
 
 _SHOWN = ("mean", "std", "min", "max")
-_TORCH_EPS = 1e-5
 _SORT_KEYS = (
     *("model", "name", "channels", "verdict"),
     *(affine_quantity(kind, statistic) for kind in AFFINE_KINDS for statistic in _SHOWN),
@@ -34,7 +32,9 @@ def add_parser(commands: Any) -> None:
         help="show the batch norm layers of a model or checkpoint",
         description="Show the batch norm layers of a model or checkpoint: the verdict that RevisitedBatchNorm would "
         "pass on each with its default settings, the values of scale and shift, and eps where it is not torch's 1e-5. "
-        "A checkpoint has no eps, unless RevisitedBatchNorm(eps=...) wrote it down.",
+        "A checkpoint has no eps, unless RevisitedBatchNorm(eps=...) wrote it down. Of a checkpoint of a run with "
+        "RevisitedBatchNorm: what it did with each layer, its settings, where scales started and how far they are "
+        "from there, and the statistics of the input.",
     )
     parser.add_argument(
         "target", help="a checkpoint file, torchvision:NAME, timm:NAME, or package.module:callable (returns a module)"
@@ -62,58 +62,50 @@ def _run(arguments: argparse.Namespace) -> int:
     Raises:
         TargetError: If the target cannot be read.
     """
-    from lightning_revbn.cli.targets import resolve
-    from lightning_revbn.core.initialization import InitReport
-    from lightning_revbn.core.layers import find_batch_norms
+    from lightning_revbn.cli.checkpoint_layers import from_state_dict
+    from lightning_revbn.cli.layer_table import show_layers, tell_run
+    from lightning_revbn.cli.layer_values import counts, describe_checkpoint, describe_model
+    from lightning_revbn.cli.saved_run import read_run, saved_eps
+    from lightning_revbn.cli.targets import Checkpoint, resolve
 
-    report = InitReport(tuple(find_batch_norms(resolve(arguments.target))))
-    layers = _describe(report, arguments.sort)
+    found = resolve(arguments.target)
+    run, drifts = None, dict[str, float | None]()
+    if isinstance(found, Checkpoint):
+        modules = from_state_dict(found.tensors, saved_eps(found.content))
+        layers, run = describe_checkpoint(modules), read_run(found.content)
+        told = {} if run is None else run.tell_layers(modules)
+        layers = [layer | {"run": told.get(layer["name"])} for layer in layers]
+        drifts = {kind: None if run is None else run.drift(modules, kind) for kind in AFFINE_KINDS}
+    else:
+        layers = [layer | {"run": None} for layer in describe_model(found)]
+    _sort(layers, arguments.sort)
     if arguments.json:
-        print(json.dumps({"target": arguments.target, "counts": report.counts, "layers": layers}, indent=2))  # noqa: T201
+        whole = None if run is None else _run_as_dict(run, drifts)
+        print_json({"target": arguments.target, "counts": counts(layers), "run": whole, "layers": layers})
         return 0
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items() if count)
-    summary = f"{arguments.target}: {len(layers)} batch norm layers" + (f" ({counts})" if counts else "")
-    # Most layers have torch's eps, and the table is wide without it.
-    eps = ("eps",) if any(layer["eps"] not in (None, _TORCH_EPS) for layer in layers) else ()
-    values = ("Scale", "std", "min", "max", "Shift", "std", "min", "max")
-    header = ("Layer", "Type", "Channels", *eps, *values, "Verdict", "Why")
-    rows = [_row(layer, shows_eps=bool(eps)) for layer in layers]
-    print_table(header, rows, summary)
+    show_layers(layers, arguments.target)
+    if run is not None:
+        tell_run(run, layers, drifts)
     return 0
 
 
-def _describe(report: InitReport, sort: str = "model") -> list[dict[str, Any]]:
-    """Return every layer of a report with the statistics of its scale and shift.
-
-    Args:
-        report: The report.
-        sort: One of `_SORT_KEYS`; names and verdicts ascend, numbers descend, layers without the number come last.
-
-    Returns:
-        The layers of `report.to_dict()` with `"scale"` and `"shift"`, each a dict of mean, standard deviation, least
-        and greatest, or None.
-    """
-    from lightning_revbn.core.affine_statistics import AffineStatistics
-
-    values = AffineStatistics(report.records).compute() if report.records else {}
-    layers: list[dict[str, Any]] = report.to_dict()["layers"]
-    for layer in layers:
-        for kind in AFFINE_KINDS:
-            keys = {statistic: metric_key("", layer["name"], affine_quantity(kind, statistic)) for statistic in _SHOWN}
-            known = keys["std"] in values
-            layer[kind] = {statistic: values[key] for statistic, key in keys.items()} if known else None
-    if sort in ("name", "verdict"):
-        layers.sort(key=lambda layer: layer[sort])
-    elif sort == "channels":
+def _sort(layers: list[dict[str, Any]], key: str) -> None:
+    """Sort layers in place: names and verdicts ascend, numbers descend, layers without the number come last."""
+    if key in ("name", "verdict"):
+        layers.sort(key=lambda layer: layer[key])
+    elif key == "channels":
         layers.sort(key=lambda layer: -layer["channels"])
-    elif sort != "model":
-        kind, _, statistic = sort.partition("_")
+    elif key != "model":
+        kind, _, statistic = key.partition("_")
         layers.sort(key=lambda layer: (layer[kind] is None, -layer[kind][statistic] if layer[kind] else 0.0))
-    return layers
 
 
-def _row(layer: dict[str, Any], *, shows_eps: bool) -> tuple[str, ...]:
-    numbers = [f"{layer[kind][statistic]:.4g}" if layer[kind] else "-" for kind in AFFINE_KINDS for statistic in _SHOWN]
-    name = layer["name"] or "(the model)"
-    eps = ("-" if layer["eps"] is None else f"{layer['eps']:g}",) if shows_eps else ()
-    return (name, layer["class"], str(layer["channels"]), *eps, *numbers, layer["verdict"], layer["reason"])
+def _run_as_dict(run: SavedRun, drifts: dict[str, float | None]) -> dict[str, Any]:
+    return {
+        "epoch": run.epoch,
+        "global_step": run.step,
+        "callbacks": run.settings,
+        **{f"{kind}_drift": drift for kind, drift in drifts.items()},
+        "input_statistics": run.inputs,
+        "problems": run.problems,
+    }

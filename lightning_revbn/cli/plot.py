@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_revbn.cli.figure_file import PlotError, check_output, matplotlib_needed, save_figure
-from lightning_revbn.cli.terminal import progress_bar, tell
+from lightning_revbn.cli.terminal import progress_bar, say, tell
 from lightning_revbn.core.arguments import UnmatchedPatternError, check_patterns_match, matching_names
 from lightning_revbn.runs.batch_norm_runs import Run, read_runs
 from lightning_revbn.runs.logs import Log, find_logs
@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
     save_figure(layers_figure.draw(runs, arguments.style), output)
     for warning in warnings:
         tell(warning)
-    print(f"Figure: {output} ({_summary(runs)})")  # noqa: T201
+    say(f"Figure: {output} ({_summary(runs)})")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Turns what a user names on the command line into a model: a checkpoint file, a library's model, or a callable."""
+"""Finds what a user names on the command line: a checkpoint file, a library's model, or a callable that makes one."""
 
 from __future__ import annotations
 
@@ -6,48 +6,58 @@ import importlib
 import inspect
 import re
 import sys
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_revbn.cli.terminal import CommandError
+from lightning_revbn.cli.checkpoints import TargetError, read_checkpoint, tensors_of
 from lightning_revbn.core.arguments import nearest_names
-from lightning_revbn.core.eps import EPS_KEY
-from lightning_revbn.core.module_names import unwrapped
+from lightning_revbn.core.printable import shortened
 
-__all__ = ["BatchNorm", "TargetError", "from_state_dict", "load_state_dict", "resolve"]
+__all__ = ["Checkpoint", "resolve"]
 
-_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
-"""Where checkpoints keep the model: Lightning's and timm's, torch tutorials', torchvision's references'."""
-
-
-class TargetError(CommandError):
-    """A target that cannot be read."""
+_FORMS = "a model is named as torchvision:NAME, timm:NAME or module:callable"
+_LONGEST = 100  # characters of a target, or of an error of others, in a message
 
 
-def resolve(target: str) -> nn.Module:
-    """Make the model that a target names.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        content: Everything.
+        tensors: The tensors of the model by name.
+    """
+
+    content: dict[Any, Any]
+    tensors: dict[str, Tensor]
+
+
+def resolve(target: str) -> nn.Module | Checkpoint:
+    """Find what a target names.
 
     Args:
         target: A checkpoint file; `torchvision:NAME` or `timm:NAME`, built without weights; or
             `package.module:callable`, which is called without arguments.
 
     Returns:
-        The model; of a checkpoint, a module that has its batch norm layers under their names and nothing else.
+        The model, or the checkpoint.
 
     Raises:
         TargetError: If the target cannot be read.
     """
-    if Path(target).is_file():
-        content = _read(Path(target))
-        return from_state_dict(_tensors(content, Path(target)), _saved_eps(content))
+    path = Path(target)
+    if _is(Path.is_file, path):
+        content = read_checkpoint(path)
+        return Checkpoint(content, tensors_of(content, path))
+    _refuse_other_paths(target, path)
     scheme, colon, name = target.partition(":")
     if not colon:
-        raise TargetError(f"{target!r} is no file; a model is named as torchvision:NAME, timm:NAME or module:callable")
+        raise TargetError(f"{_quoted(target)} is no file; {_FORMS}")
     if scheme == "torchvision":
         return _torchvision(name)
     if scheme == "timm":
@@ -55,109 +65,35 @@ def resolve(target: str) -> nn.Module:
     return _call(scheme, name)
 
 
-def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint, and run none of its code.
+def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return kind(path)
+    except (OSError, ValueError):  # a name that no file can have, as one of 300 characters
+        return False
 
-    Args:
-        path: Lightning's checkpoint, or any file of `torch.save` whose model is at the top or under a usual key.
 
-    Returns:
-        The model's tensors by name, on the CPU.
+def _refuse_other_paths(target: str, path: Path) -> None:
+    """Raise if a target is meant for a file and none that is read.
 
     Raises:
-        TargetError: If the file is damaged, is no checkpoint, or holds anything but plain data.
+        TargetError: If so, with what to give instead.
     """
-    return _tensors(_read(path), path)
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    try:
-        content = _load(path)
-    except Exception as error:  # damaged bytes make torch's unpickler raise whatever they happen to spell
-        text = " ".join(str(error).split())
-        if re.search(r"Unsupported (global|class)|GLOBAL", text):
-            raise TargetError(
-                f"{path} holds pickled objects besides tensors; refused, and none of its code was run. "
-                "Save the model's state_dict() alone to inspect it"
-            ) from error
-        raise TargetError(f"{path} is no checkpoint of torch.save, or is damaged: {text[:100]}") from error
-    top = _as_dict(content)
-    if top is None:
-        raise TargetError(f"{path} holds a {type(content).__name__}, not a model's state_dict")
-    return top
-
-
-def _tensors(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
-    inner = (_as_dict(content.get(key)) for key in _STATE_DICT_KEYS)
-    named = next((found for found in inner if found is not None), content)
-    tensors = {key: value for key, value in named.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise TargetError(
-            f"{path} holds no model: no tensor by name, at the top or under {', '.join(_STATE_DICT_KEYS)}"
-        )
-    return tensors
-
-
-def _saved_eps(content: dict[Any, Any]) -> dict[str, float]:
-    """Return the eps that RevisitedBatchNorm set, by layer, as its state in a checkpoint of Lightning has it."""
-    states = (_as_dict(state) or {} for state in (_as_dict(content.get("callbacks")) or {}).values())
-    return {name: eps for state in states for name, eps in (_as_dict(state.get(EPS_KEY)) or {}).items()}
-
-
-def _load(path: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of pickle protocols it does not write; what fails is told below
-        return torch.load(path, map_location="cpu", weights_only=True)  # never otherwise: a pickle can run code
-
-
-def _as_dict(value: object) -> dict[Any, Any] | None:
-    return cast("dict[Any, Any]", value) if isinstance(value, dict) else None
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """A batch norm layer of a checkpoint, which does not tell whether it is for 1, 2 or 3 dimensions."""
-
-    def __init__(self, channels: int, affine: bool, eps: float | None) -> None:
-        super().__init__(channels, affine=affine)  # pyright: ignore[reportUnknownMemberType] # torch types it in part
-        self.eps = eps  # pyright: ignore[reportAttributeAccessIssue] # unknown, as no state dict has it
-
-
-def from_state_dict(tensors: Mapping[str, Tensor], eps: Mapping[str, float] | None = None) -> nn.Module:
-    """Build the batch norm layers that a state dict shows.
-
-    A layer is known by its running statistics; one without them cannot be told from other norms, and a frozen layer
-    or an instance norm with running statistics looks the same.
-
-    Args:
-        tensors: The model's tensors by name.
-        eps: The eps of layers by name, where it is known.
-
-    Returns:
-        A module that holds the layers under their names.
-    """
-    eps = eps or {}
-    root = nn.Module()
-    for key, mean in tensors.items():
-        name, _, attribute = key.rpartition(".")
-        variance = tensors.get(f"{name}.running_var" if name else "running_var")
-        if attribute != "running_mean" or variance is None or mean.dim() != 1 or variance.shape != mean.shape:
-            continue
-        own = {k: tensors.get(f"{name}.{k}" if name else k) for k in ("weight", "bias", "num_batches_tracked")}
-        layer = BatchNorm(mean.numel(), own["weight"] is not None, eps.get(unwrapped(name))).to(mean.dtype)
-        state = {"running_mean": mean, "running_var": variance, **{k: v for k, v in own.items() if v is not None}}
-        layer.load_state_dict(state, strict=False)
-        if not name:
-            return layer
-        _place(root, name.split("."), layer)
-    return root
-
-
-def _place(root: nn.Module, path: list[str], layer: nn.Module) -> None:
-    for part in path[:-1]:
-        if part not in root._modules:  # pyright: ignore[reportPrivateUsage]
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    root.add_module(path[-1], layer)
+    quoted = _quoted(target)
+    if target and _is(Path.is_dir, path):
+        raise TargetError(f"{quoted} is a directory: name a checkpoint file in it")
+    if target and _is(Path.exists, path):
+        raise TargetError(f"{quoted} is no regular file")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", target):
+        raise TargetError(f"{quoted} is an address, and only local files are read: download it, and name the file")
+    if re.match(r"[A-Za-z]:[\\/]", target):
+        raise TargetError(f"there is no file {quoted}")
+    script, found, name = target.partition(".py:")
+    if found:
+        module = re.sub(r"[/\\]", ".", re.sub(r"^(\.[/\\])+", "", script))
+        raise TargetError(f"{quoted} names a script: name its module, as in an import: {_quoted(f'{module}:{name}')}")
+    stem, _, suffix = target.rpartition(".")
+    if stem and (suffix in ("ckpt", "pt", "pth", "bin") or re.search(r"[/\\]", target)):
+        raise TargetError(f"{quoted} is no file; {_FORMS}")
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -166,13 +102,14 @@ def _torchvision(name: str) -> nn.Module:
     builder: Callable[..., nn.Module] = models.get_model_builder(name)
     accepted = inspect.signature(builder).parameters
     # A backbone's weights would be downloaded by default.
-    return builder(**{key: None for key in ("weights", "weights_backbone") if key in accepted})
+    unset = {key: None for key in ("weights", "weights_backbone") if key in accepted}
+    return _made(f"torchvision:{name}", lambda: builder(**unset))
 
 
 def _timm(name: str) -> nn.Module:
     library = _library("timm")
     _check_name("timm", name.partition(".")[0], library.list_models())
-    return library.create_model(name, pretrained=False)
+    return _made(f"timm:{name}", lambda: library.create_model(name, pretrained=False))
 
 
 def _library(module: str) -> Any:
@@ -186,21 +123,50 @@ def _library(module: str) -> Any:
 def _check_name(library: str, name: str, known: list[str]) -> None:
     if name not in known:
         nearest = ", ".join(nearest_names(name, known))
-        raise TargetError(f"{library} has no model {name!r}; the nearest names are {nearest}")
+        raise TargetError(f"{library} has no model {_quoted(name)}; the nearest names are {nearest}")
 
 
 def _call(module: str, name: str) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module beside the user, as with python -m
-    try:
-        function: Any = importlib.import_module(module)
+
+    def make() -> Any:
+        found: Any = importlib.import_module(module)
         for part in name.split("."):
-            function = getattr(function, part)
-        model = function()
-    except Exception as error:  # whatever the user's own code raises is told in one line
-        raise TargetError(
-            f"{module}:{name} failed with {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+            found = getattr(found, part)
+        return found if isinstance(found, nn.Module) else found()
+
+    model = _made(f"{module}:{name}", make)
     if not isinstance(model, nn.Module):
-        raise TargetError(f"{module}:{name} returned a {type(model).__name__}, not a torch.nn.Module")
+        raise TargetError(f"{_short(f'{module}:{name}')} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _made(target: str, make: Callable[[], Any]) -> Any:
+    """Run code of others, and tell in one line what it raises.
+
+    Args:
+        target: What was asked for.
+        make: The code.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        TargetError: If it raises anything.
+    """
+    try:
+        # What it prints is no result of ours.
+        with redirect_stdout(sys.stderr):
+            return make()
+    except (Exception, SystemExit) as error:
+        text = " ".join(str(error)[:1000].split())
+        raise TargetError(f"{_short(target)} failed with {type(error).__name__}: {shortened(text, 300)}") from error
+
+
+def _short(target: str) -> str:
+    return shortened(target, _LONGEST)
+
+
+def _quoted(target: str) -> str:
+    return f"'{_short(target)}'"

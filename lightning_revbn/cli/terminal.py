@@ -1,29 +1,154 @@
-"""What commands show at a terminal beside their results: a progress bar, and messages on stderr."""
+"""What commands write: results to stdout as text or JSON, messages and a progress bar to stderr, never a traceback."""
 
 from __future__ import annotations
 
+import io
+import json
+import math
+import os
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, cast
 
-from lightning_revbn.core.table import use_rich
+from lightning_revbn.core.printable import printable, shortened
+from lightning_revbn.core.table import print_table, use_rich
 from lightning_revbn.runs.scalars import Advance
 
-__all__ = ["CommandError", "progress_bar", "tell"]
+__all__ = [
+    "CommandError",
+    "OutputClosedError",
+    "any_encoding",
+    "print_json",
+    "progress_bar",
+    "say",
+    "show_table",
+    "tell",
+    "writing",
+]
+
+_LONGEST_MESSAGE = 2000
 
 
 class CommandError(Exception):
     """A command that cannot do what was asked; the message is one line and says why."""
 
 
+class OutputClosedError(Exception):
+    """Whoever read stdout has gone, such as `head` after its lines."""
+
+
 def tell(message: object) -> None:
     """Print a message to stderr, under the name of the command.
 
     Args:
-        message: One line.
+        message: The message; what does not print in it is escaped.
     """
-    print(f"lightning-revbn: {message}", file=sys.stderr)  # noqa: T201
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison] # in a process that was started without it
+        return
+    try:
+        print(f"lightning-revbn: {shortened(message, _LONGEST_MESSAGE)}", file=sys.stderr, flush=True)  # noqa: T201
+    except OSError:  # nobody is left to be told
+        _discard(sys.stderr)
+
+
+def say(line: str) -> None:
+    """Print a line to stdout.
+
+    Args:
+        line: The line; what does not print in it is escaped.
+    """
+    with writing():
+        print(printable(line))  # noqa: T201
+
+
+def show_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], summary: str, spare: Sequence[Sequence[int]] = ()
+) -> None:
+    """Print a table to stdout, as `lightning_revbn.core.table.print_table` does.
+
+    Args:
+        header: Names of the columns.
+        rows: The cells.
+        summary: A sentence to close with.
+        spare: Groups of columns that a narrow terminal does without.
+    """
+    with writing():
+        print_table(header, rows, summary, spare)
+
+
+def print_json(value: Any) -> None:
+    """Print a value to stdout as JSON that every reader takes: numbers that are not finite become null.
+
+    Args:
+        value: Made of dicts, lists, tuples, texts, numbers, booleans and None.
+    """
+    with writing():
+        print(json.dumps(_strict(value), indent=2, allow_nan=False))  # noqa: T201
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):  # a path may hold bytes that are no text, which Python reads as lone surrogates
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_strict(key): _strict(item) for key, item in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in cast("Sequence[Any]", value)]
+    return value
+
+
+@contextmanager
+def writing() -> Generator[None, None, None]:
+    """Write to stdout in a `with` block, whose end sends off what was written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputClosedError: If nobody reads stdout any more.
+        CommandError: If stdout cannot be written, as on a full disk.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison] # started without it
+                sys.stdout.flush()
+    except BrokenPipeError as error:
+        _discard(sys.stdout)
+        raise OutputClosedError from error
+    except OSError as error:
+        _discard(sys.stdout)
+        raise CommandError(f"standard output cannot be written: {error.strerror or error}") from error
+
+
+def _discard(stream: Any) -> None:
+    """Send to nowhere what a stream still holds, which Python would try to write again at its end."""
+    with suppress(OSError):  # a stream of a test has no file
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+@contextmanager
+def any_encoding() -> Generator[None, None, None]:
+    """Let stdout and stderr of any encoding take every text in a `with` block, with escapes for what they lack.
+
+    Yields:
+        Nothing.
+    """
+    streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 __all__ = [
     "ScaleSpec",
@@ -27,6 +27,7 @@ __all__ = [
     "check_patterns",
     "check_patterns_match",
     "check_scale",
+    "is_flat",
     "matching_names",
     "nearest_names",
 ]
@@ -273,3 +274,27 @@ def as_integer(value: object) -> int | None:
     if callable(item) and getattr(value, "ndim", None) == 0:
         value = item()
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def is_flat(value: object) -> bool:
+    """Tell whether a value out of a file is a setting: a plain value, or a list or mapping of plain values.
+
+    A few lines of YAML or a pickle can nest lists that share their parts to 10^9 values, which no error text may quote.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        True if so.
+
+    Example:
+        >>> is_flat({"*": 0.1}), is_flat(["*.bn1"]), is_flat([[0.1]])
+        (True, True, False)
+    """
+    plain = (bool, int, float, str, type(None))
+    if isinstance(value, Mapping):
+        items: list[object] = [*cast("Mapping[object, object]", value).items()]
+        return all(isinstance(own, plain) for item in items for own in cast("tuple[object, object]", item))
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(own, plain) for own in cast("Sequence[object]", value))
+    return isinstance(value, plain)

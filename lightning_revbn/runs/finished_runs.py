@@ -17,6 +17,8 @@ __all__ = ["FinishedRun", "check_pairs", "read_finished"]
 _SEED_IN_PATH = re.compile(r"(?:^|[^a-z])seed[^0-9a-z]{0,2}([0-9]+)(?![0-9])", re.IGNORECASE)
 _SEED_IN_YAML = re.compile(r"^\s*(?:seed|seed_everything):\s*([0-9]+)\s*$", re.MULTILINE)
 _SETTINGS = ("hparams.yaml", "config.yaml")
+_GREATEST = 1e150
+"""Scores up to here have squares, whose sums a test takes."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def _read(log: Log, metric: str, seed_pattern: re.Pattern[str] | None, advance: 
         hint = f"; it has {', '.join(map(one_line, near))}" if near else ""
         raise LogError(f"{one_line(log.path)} has no {metric}: unfinished, or logged by another name{hint}")
     score = float(series[metric].values[-1])
+    if abs(score) > _GREATEST and math.isfinite(score):
+        raise LogError(f"{one_line(log.path)} ends with {metric}={score:g}: too large to compare, a run that diverged")
     if not math.isfinite(score):
         raise LogError(f"{one_line(log.path)} ends with {metric}={score}: a run that failed has no score to compare")
     last_step = max(int(one.steps[-1]) for one in series.values() if len(one.steps))
@@ -120,21 +124,30 @@ def _seed(path: Path, seed_pattern: re.Pattern[str] | None) -> int:
             raise LogError(f"--seed-pattern {seed_pattern.pattern!r} finds nothing in {one_line(path)}")
         try:
             return int(match[1])
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # an optional group that matches nothing, or too many digits
             raise LogError(
-                f"--seed-pattern {seed_pattern.pattern!r} finds no number in {one_line(path)}: {one_line(match[1])}"
+                f"--seed-pattern {seed_pattern.pattern!r} finds no number in {one_line(path)}: "
+                f"{one_line(match[1] or 'nothing', 60)}"
             ) from error
     directory = path if path.is_dir() else path.parent
     for name in _SETTINGS:
         file = directory / name
         seeds = set(_SEED_IN_YAML.findall(file.read_text(errors="replace"))) if file.is_file() else set[str]()
         if len(seeds) == 1:
-            return int(seeds.pop())
+            return _number(seeds.pop(), file)
     for part in reversed(path.absolute().parts):
         match = _SEED_IN_PATH.search(part)
         if match is not None:
-            return int(match[1])
+            return _number(match[1], path)
     raise LogError(
         f"the seed of {one_line(path)} is not known: there is no 'seed: N' in its hparams.yaml and no 'seed_N' in its "
         r"path; name it by --seed-pattern, such as 'run_(\d+)'"
     )
+
+
+def _number(digits: str, where: Path) -> int:
+    try:
+        return int(digits)
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        many = f"{len(digits):,} digits"
+        raise LogError(f"the seed in {one_line(where)} has {many}: name it by --seed-pattern") from error

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import itertools
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
+from lightning_revbn.core.printable import shortened
 from lightning_revbn.lightning_compat import MisconfigurationException, callbacks_of, rank_zero_info, rank_zero_warn
 from lightning_revbn.switches.environment import VARIABLE, asked
+from lightning_revbn.switches.settings_text import KEYS, settings_from
 
 __all__ = ["RevisitedBatchNormFromEnvironment", "callback_from"]
-
-_KEYS = tuple(inspect.signature(RevisitedBatchNorm).parameters)
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
@@ -104,46 +97,11 @@ def callback_from(text: str, variable: str) -> RevisitedBatchNormFromEnvironment
         MisconfigurationException: If the text is not understood, whatever the reason.
     """
     try:
-        return RevisitedBatchNormFromEnvironment(**_settings(text))
+        return RevisitedBatchNormFromEnvironment(**settings_from(text))
     except Exception as error:  # a variable of the environment must not end a script by anything but one clear error
+        # A text may be as long as a file, and an error may quote all of it.
+        told = f"{variable}={shortened(repr(text), 200)}: {shortened(' '.join(str(error).split()), 400)}"
         raise MisconfigurationException(
-            f"{variable}={text!r}: {error}. It takes 1, settings such as 'scale=0.1,scale_lr_divisor=50', or the path "
-            f"of a YAML file of settings, out of: {', '.join(_KEYS)}. Unset it to train without the callback."
+            f"{told}. It takes 1, settings such as 'scale=0.1,scale_lr_divisor=50', or the path "
+            f"of a YAML file of settings, out of: {', '.join(KEYS)}. Unset it to train without the callback."
         ) from error
-
-
-def _settings(text: str) -> dict[str, Any]:
-    if text.lower() in ("1", "true", "yes", "on"):
-        return {}
-    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
-        settings = _read(Path(text).expanduser())
-    else:
-        settings = dict(_pair(part) for part in text.split(","))
-    for key in settings:
-        if key not in _KEYS:
-            raise ValueError(f"unknown key {key!r}")
-    for key in ("enabled", "monitor"):
-        if key == "monitor" and isinstance(settings.get(key), Mapping):
-            settings[key] = BatchNormMonitor(**settings[key])
-        elif not isinstance(settings.get(key, True), bool):
-            raise TypeError(f"{key} must be true or false, got {settings[key]!r}")
-    return settings
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path.absolute())!r}")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise TypeError(f"{str(path)!r} must hold a mapping of settings, it holds {found!r}")
-    return cast("dict[str, Any]", found)
-
-
-def _pair(part: str) -> tuple[str, Any]:
-    key, equals, value = (piece.strip() for piece in part.partition("="))
-    if not equals:
-        raise ValueError(f"{part!r} is no key=value")
-    try:
-        return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return key, _WORDS.get(value.lower(), value)

@@ -105,3 +105,16 @@ def test_pairs_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     # Gains and losses have colours of their own.
     assert "#0072b2" in picture
     assert "#d55e00" in picture
+
+
+def test_a_comparison_in_both_directions_takes_few_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = write_arm(tmp_path / "a", BASELINE[:4]), write_arm(tmp_path / "b", BETTER[:4])
+    options = [arms[0], "--against", arms[1], "--metric", "test_acc", "--direction", "two-sided"]
+    assert as_json(capsys, *options)["arms"][0]["least_detectable_difference"] > 0
+    arms = write_arm(tmp_path / "c", BASELINE[:2]), write_arm(tmp_path / "d", BETTER[:2])
+    code, out, err = compare(capsys, arms[0], "--against", arms[1], "--metric", "test_acc", "--alpha", "1e-9")
+    assert (code, out) == (1, "")
+    assert (
+        err
+        == "lightning-revbn: --alpha 1e-09: level=1e-09 is too small for n=2 pairs: scipy cannot compute the effect\n"
+    )

@@ -85,3 +85,25 @@ def test_runs_that_are_no_pairs_are_refused_in_one_line(damage: Any, message: st
         read_pairs(*arms)
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_seed_of_thousands_of_digits_is_refused(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "run", [(20, {"test_acc": 0.9})])
+    (file.parent / "hparams.yaml").write_text(f"seed: {'7' * 4301}\n")
+    with pytest.raises(LogError, match=r"the seed in .* has 4,301 digits: name it by --seed-pattern"):
+        scores(tmp_path)
+    (file.parent / "hparams.yaml").write_text(f"seed: {'7' * 4300}\n")
+    assert list(scores(tmp_path)) == [int("7" * 4300)]
+
+
+def test_a_group_that_matches_nothing_is_no_seed(tmp_path: Path) -> None:
+    write_csv(tmp_path / "seed_1", [(20, {"test_acc": 0.9})])
+    with pytest.raises(LogError, match=r"finds no number in .*: nothing"):
+        scores(tmp_path, "(x)?seed")
+
+
+@pytest.mark.parametrize("score", [1e308, -1e308, 1e151])
+def test_a_score_whose_square_is_no_number_is_refused(score: float, tmp_path: Path) -> None:
+    write_csv(tmp_path / "seed_1", [(20, {"test_acc": score})])
+    with pytest.raises(LogError, match=r"ends with test_acc=.*: too large to compare, a run that diverged"):
+        scores(tmp_path)

@@ -215,6 +215,81 @@ def test_a_bad_value_is_one_error_that_names_the_variable_and_the_keys(text: str
     assert "scale_lr_divisor" in str(raised.value)
 
 
+ALIASES = "\n".join(
+    ["a0: &a0 [0.1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)), "scale: *a9"]
+)
+MERGES = "\n".join(
+    ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10))]
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (ALIASES, "unknown key 'a0'"),
+        (
+            f"exclude: [{', '.join(line.partition(': ')[2] for line in ALIASES.splitlines())}]",
+            "exclude is nested too deep",
+        ),
+        ("scale: &a [[0.1]]\neps: [*a, *a]", "scale is nested too deep: give a value, a list of values or a mapping"),
+        ("scale: &a [*a]", "scale is nested too deep"),
+        ("scale: {'*': {'*': 0.1}}", "scale is nested too deep"),
+        (MERGES, "settings take no merge key <<"),
+        ("word " * 10_000, "must hold a mapping of settings, it holds a str"),
+        ("- 1", "it holds a list"),
+        ("", "it holds a NoneType"),
+        ("#" * 2**21, "has 2,097,152 bytes, which is no file of settings"),
+        ("scale: 0.1\nscale: 0.2", "the key 'scale' stands twice"),
+        ("monitor: {prefix: a, prefix: b}", "the key 'prefix' stands twice"),
+        ("monitor: {activations: 'false'}", "activations of monitor must be true or false, got 'false'"),
+        ("monitor: {per_layer: 0}", "per_layer of monitor must be true or false, got 0"),
+        ("monitor: {prefix: 3}", "prefix of monitor must be a text, got 3"),
+        ("monitor: {every_n_steps: '3'}", "every_n_steps='3' must be a positive whole number"),
+        ("monitor: {every: 3}", "unknown key 'every' of monitor, which has every_n_steps, per_layer"),
+        ("monitor: [true]", "monitor must be true or false, got [True]"),
+        ("include: {a: b}", "include takes a name pattern or a list of patterns, got {'a': 'b'}"),
+        ("exclude: null", "exclude takes a name pattern or a list of patterns, got None"),
+        ("scale: [" + "9" * 10_000 + "]", "scale"),
+        ("[" * 10_000, ""),
+        ("scale: *nowhere", "found undefined alias"),
+        ("\x00", ""),
+    ],
+    ids=range(24),
+)
+def test_a_file_that_is_wrong_is_one_short_line(content: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "revbn.yaml"
+    file.write_text(content)
+    with pytest.raises(MisconfigurationException) as raised:
+        callback_from(str(file), "LIGHTNING_REVBN")
+    assert said in str(raised.value)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("scale=0.1,scale=0.2", "the key 'scale' stands twice"),
+        ("x" * 200_000, "is no key=value"),
+        ("scale=" + "9" * 5000, "scale"),
+        ("scale=" + "(" * 5000, ""),
+        ("scale=\x1b[2J\n", "scale"),
+    ],
+    ids=range(5),
+)
+def test_a_text_that_is_wrong_is_one_short_line(text: str, said: str) -> None:
+    with pytest.raises(MisconfigurationException) as raised:
+        callback_from(text, "LIGHTNING_REVBN")
+    assert said in str(raised.value)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 1000
+
+
+def test_settings_may_be_longer_than_the_name_of_a_file() -> None:
+    pattern = "*" + "x" * 300
+    assert callback_from(f"exclude={pattern},scale=0.2", "LIGHTNING_REVBN").exclude == (pattern,)
+
+
 def raw(base: type) -> Any:
     class Raw(OnlineInputNormMixin, base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:

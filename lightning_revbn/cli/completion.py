@@ -1,0 +1,42 @@
+"""`lightning-revbn --print-completion SHELL`: what a shell needs to complete the command, made by shtab."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from lightning_revbn.cli.terminal import CommandError
+
+__all__ = ["PrintCompletion"]
+
+
+class PrintCompletion(argparse.Action):
+    """Prints the completion of a parser and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Print the script for the shell that was named.
+
+        Raises:
+            CommandError: If shtab is not installed.
+        """
+        try:
+            shtab: Any = import_module("shtab")
+        except ImportError as error:
+            raise CommandError('completion needs shtab: pip install "lightning-revbn[cli]"') from error
+        for action in _actions(parser):
+            if action.type is Path or action.dest == "target":
+                action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue] # how shtab is told
+        print(shtab.complete(parser, values))  # noqa: T201
+        parser.exit()
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Yield the arguments of a parser and of its commands."""
+    for action in parser._actions:  # pyright: ignore[reportPrivateUsage] # argparse has no public list of them
+        yield action
+        if isinstance(action, argparse._SubParsersAction):  # pyright: ignore[reportPrivateUsage] # the same
+            for command in cast("dict[str, argparse.ArgumentParser]", vars(action)["choices"]).values():
+                yield from _actions(command)

@@ -1,0 +1,46 @@
+"""Text of others as text: names of files, layers and metrics may hold line breaks and commands to a terminal."""
+
+from __future__ import annotations
+
+__all__ = ["printable", "shortened"]
+
+
+def printable(text: object) -> str:
+    r"""Return a text on one line, with escapes in the place of characters that do not print.
+
+    Args:
+        text: Such as a path, or a name out of a file.
+
+    Returns:
+        The text; nothing of it is cut.
+
+    Example:
+        >>> print(printable("bn1"), printable("two\nlines \x1b[31m"))
+        bn1 two\nlines \x1b[31m
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+
+
+def shortened(text: object, most: int) -> str:
+    """Return a text on one line that loses its middle where it is too long for an error.
+
+    Args:
+        text: A text of any length.
+        most: Characters at most.
+
+    Returns:
+        The text without characters that do not print.
+
+    Example:
+        >>> shortened("a" * 5000, 11)
+        'aaaa...aaaa'
+    """
+    whole = str(text)
+    half = (most - 3) // 2
+    if len(whole) > most:
+        whole = f"{whole[:half]}...{whole[-half:]}"
+    line = printable(whole)  # escapes are longer than what they stand for
+    return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"

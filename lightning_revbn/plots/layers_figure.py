@@ -25,6 +25,7 @@ from lightning_revbn.plots.layer_axes import Axis, choose_axes
 from lightning_revbn.plots.layer_rows import Floats, Row, drawable, gaps, logged_rows
 from lightning_revbn.plots.layer_stages import common_prefix, name_rows
 from lightning_revbn.plots.output import HEAT_MAP, SMALL, settings
+from lightning_revbn.plots.step_axis import step_label
 from lightning_revbn.runs.batch_norm_runs import Run
 from lightning_revbn.runs.names import one_line
 
@@ -137,7 +138,7 @@ def _panels(
     for panel in panels[-1]:
         panel.set_xlabel("Training step")
         panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
-        panel.xaxis.set_major_formatter(FuncFormatter(_step))
+        panel.xaxis.set_major_formatter(FuncFormatter(step_label))
     for row, line in zip(rows, panels, strict=True):
         for run, panel in zip(runs, line, strict=True):
             if not any((layer, row.quantity) in run.series for layer in run.layers):
@@ -303,7 +304,3 @@ def _names_width(run: Run) -> float:
 
 def _number(value: float, position: int | None = None) -> str:
     return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _step(value: float, position: int | None = None) -> str:
-    return f"{value / 1000:g}k" if abs(value) >= 1000 and value % 100 == 0 else f"{value:.0f}"

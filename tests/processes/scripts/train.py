@@ -43,8 +43,8 @@ def main(name: str, folder: Path) -> None:
     reference = network(sgd_by_hand)
     for scale in scales(reference):
         nn.init.constant_(scale, 0.1)
-    for name in BATCH_NORMS:
-        reference.get_submodule(f"model.{name}").eps = EPS
+    for layer in BATCH_NORMS:
+        reference.get_submodule(f"model.{layer}").eps = EPS
     trainer(folder, **options()).fit(reference, data)
     states = {"by hand": values(reference)}
 

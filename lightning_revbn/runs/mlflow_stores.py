@@ -163,7 +163,6 @@ def _client(run: MlflowRun, path: Path) -> Generator[Any, None, None]:
     """
     try:
         tracking = import_module("mlflow.tracking")
-        exceptions = import_module("mlflow.exceptions")
         if run.store.is_file():
             import_module("sqlalchemy")
             import_module("alembic")
@@ -175,7 +174,7 @@ def _client(run: MlflowRun, path: Path) -> Generator[Any, None, None]:
     os.environ[_SWITCH] = "true"
     try:
         yield tracking.MlflowClient(tracking_uri=run.uri)
-    except exceptions.MlflowException as error:
+    except Exception as error:  # of a damaged store MLflow lets errors of every package below it through
         raise LogError(f"{one_line(path)} cannot be read by MLflow: {one_line(error)}") from error
     finally:
         if before is None:

@@ -39,7 +39,8 @@ def loggers(folder: Path, name: str) -> list[Logger]:
 def write_run(logger: Logger, hyperparameters: Mapping[str, Any], score: float) -> None:
     logger.log_hyperparams(dict(hyperparameters))
     for step, loss in CURVE:
-        logger.log_metrics({"val_loss": loss * hyperparameters["revbn/scale"], "epoch": step // 10}, step=step)
+        metrics = {"val_loss": loss * hyperparameters["revbn/scale"], "revbn/a/scale_mean": 1.0, "epoch": step // 10}
+        logger.log_metrics(metrics, step=step)
     logger.log_metrics({"test_acc": score}, step=20)
     logger.save()
     logger.finalize("success")

@@ -19,7 +19,8 @@ __all__ = ["FinishedRun", "Wanted", "by_seed", "check_pairs", "read_finished"]
 
 _SEED_IN_PATH = re.compile(r"(?:^|[^a-z])seed[^0-9a-z]{0,2}([0-9]+)(?![0-9])", re.IGNORECASE)
 _SEED_NAMES = ("seed", "seed_everything")
-_MOST_DIGITS = 19
+_GREATEST = 1e150
+"""Scores up to here have squares, whose sums a test takes."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,10 @@ def _read(log: Log, wanted: Wanted, advance: Advance) -> FinishedRun:
         curve = _series(log, scalars, wanted.curve)
     if wanted.metric is not None:
         score = float(_series(log, scalars, wanted.metric).values[-1])
+        if abs(score) > _GREATEST and math.isfinite(score):
+            raise LogError(
+                f"{one_line(log.path)} ends with {wanted.metric}={score:g}: too large to compare, a run that diverged"
+            )
         if not math.isfinite(score):
             raise LogError(
                 f"{one_line(log.path)} ends with {wanted.metric}={score}: a run that failed has no score to compare"
@@ -176,13 +181,13 @@ def _seed(path: Path, seed_pattern: re.Pattern[str] | None, hyperparameters: Map
         [hyperparameters.get(SEED_KEY)],
         [value for name, value in hyperparameters.items() if name.rpartition("/")[2] in _SEED_NAMES],
     ):
-        seeds = {value for value in group if type(value) is int and 0 <= value < 10**_MOST_DIGITS}
+        seeds = {str(value) for value in group if isinstance(value, (int, str)) and str(value).isdecimal()}
         if len(seeds) == 1:
-            return seeds.pop()
+            return _number(seeds.pop(), path)
     for part in reversed(path.absolute().parts):
         match = _SEED_IN_PATH.search(part)
-        if match is not None and len(match[1]) <= _MOST_DIGITS:
-            return int(match[1])
+        if match is not None:
+            return _number(match[1], path)
     raise LogError(
         f"the seed of {one_line(path)} is not known: there is no 'seed: N' in its hparams.yaml and no 'seed_N' in its "
         rf"path; name it by --seed-pattern, such as 'run_(\d+)'{unread}"
@@ -194,7 +199,16 @@ def _seed_by_pattern(path: Path, seed_pattern: re.Pattern[str]) -> int:
     match = seed_pattern.search(str(path))
     if match is None:
         raise LogError(f"--seed-pattern {quoted} finds nothing in {one_line(path)}")
-    found = match[1] or ""  # a group of the pattern may have no part in the match
-    if not found.isdecimal() or len(found) > _MOST_DIGITS:
-        raise LogError(f"--seed-pattern {quoted} finds no number in {one_line(path)}: {one_line(found, 100)}")
-    return int(found)
+    try:
+        return int(match[1])
+    except (TypeError, ValueError) as error:  # an optional group that matches nothing, or too many digits
+        found = one_line(match[1] or "nothing", 60)
+        raise LogError(f"--seed-pattern {quoted} finds no number in {one_line(path)}: {found}") from error
+
+
+def _number(digits: str, where: Path) -> int:
+    try:
+        return int(digits)
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        many = f"{len(digits):,} digits"
+        raise LogError(f"the seed in {one_line(where)} has {many}: name it by --seed-pattern") from error

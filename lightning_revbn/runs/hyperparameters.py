@@ -54,7 +54,14 @@ def _in_yaml(file: Path) -> dict[str, Any]:
     def nothing(loader: object, suffix: str, node: object) -> None:
         return None
 
+    def whole(loader: Any, node: Any) -> Any:
+        try:
+            return loader.construct_yaml_int(node)
+        except ValueError:  # Python reads no number of more than 4,300 digits
+            return str(node.value)
+
     cast("Any", Loader).add_multi_constructor("", nothing)
+    cast("Any", Loader).add_constructor("tag:yaml.org,2002:int", whole)
     try:
         with file.open("rb") as content:
             text = content.read(_MOST_BYTES + 1)
@@ -63,7 +70,7 @@ def _in_yaml(file: Path) -> dict[str, Any]:
         held: object = yaml.load(text, Loader)
     except OSError as error:
         raise LogError(f"{one_line(file)} cannot be read: {error.strerror or error}") from error
-    # Beside its own errors YAML lets those of the values through: dates, whole numbers of 5,000 digits, keys.
+    # Beside its own errors YAML lets those of the values through: dates, keys.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise LogError(f"{one_line(file)} cannot be read: {one_line(error, 200)}") from error
     return {str(key): value for key, value in held.items()} if isinstance(held, dict) else {}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] # from a file
@@ -92,6 +99,6 @@ def _plain(text: str) -> Any:
     if text in _WORDS:
         return _WORDS[text]
     try:
-        return int(text) if text.isdecimal() and len(text) < 20 else float(text)
+        return (int(text) if len(text) < 20 else text) if text.isdecimal() else float(text)
     except ValueError:
         return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sqlite3
 from collections.abc import Collection, Generator
@@ -148,6 +149,7 @@ def read_mlflow_settings(run: MlflowRun, path: Path) -> dict[str, Any]:
 @contextmanager
 def _connected(path: Path) -> Generator[sqlite3.Connection, None, None]:
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # of a damaged file
         yield connection
 
 

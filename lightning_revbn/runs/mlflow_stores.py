@@ -56,7 +56,7 @@ def is_database(path: Path) -> bool:
     try:
         with _connected(path) as connection:
             return {str(name) for (name,) in connection.execute("select name from sqlite_master")} >= _TABLES
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):  # SQLite quotes a damaged file in its errors
         return False
 
 
@@ -77,7 +77,7 @@ def find_in_database(path: Path) -> list[tuple[str, MlflowRun]]:
     try:
         with _connected(path) as connection:
             rows = [(str(run_id), str(name or run_id)) for run_id, name in connection.execute(query)]
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise LogError(f"{one_line(path)} cannot be read: {one_line(error)}") from error
     names = [name for _, name in rows]
     named = [(name if names.count(name) == 1 else f"{name}-{run_id[:8]}", run_id) for run_id, name in rows]

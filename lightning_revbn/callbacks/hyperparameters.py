@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,12 +12,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lightning_revbn.callbacks.next_call import NextCall
+from lightning_revbn.core.setting_keys import SEED_KEY, SETTINGS_PREFIX
 from lightning_revbn.lightning_compat import logs_hyperparameters, rank_zero_warn, twins
 
 __all__ = ["announce", "log"]
 
+_SEED_VARIABLE = "PL_GLOBAL_SEED"
+"""Where `seed_everything` of both packages leaves the seed, for the processes that Lightning starts."""
 
-def announce(trainer: Trainer, settings: Mapping[str, Any]) -> list[NextCall]:
+
+def announce(trainer: Trainer, settings: Mapping[str, Any], caller: str = "RevisitedBatchNorm") -> list[NextCall]:
     """Give the settings to the loggers that must have them before Lightning logs the user's hyperparameters.
 
     A TensorBoardLogger writes its `hparams.yaml` then and never again, and TensorBoard shows a run's first set of
@@ -25,6 +30,7 @@ def announce(trainer: Trainer, settings: Mapping[str, Any]) -> list[NextCall]:
     Args:
         trainer: The Trainer, at `on_fit_start`.
         settings: The settings by name.
+        caller: Who logs them, for warnings.
 
     Returns:
         Changes of the loggers, each to be undone by the end of the fit.
@@ -33,29 +39,35 @@ def announce(trainer: Trainer, settings: Mapping[str, Any]) -> list[NextCall]:
     joined: list[NextCall] = []
     for logger in _takers(trainer):
         if isinstance(logger, twins(TensorBoardLogger)):
-            _log(logger, ours, metrics={})
+            _log(logger, ours, caller, metrics={})
             joined.append(NextCall(logger, "log_hyperparams", _joined_by(ours)))
     return joined
 
 
-def log(trainer: Trainer, settings: Mapping[str, Any]) -> None:
+def log(trainer: Trainer, settings: Mapping[str, Any], caller: str = "RevisitedBatchNorm") -> None:
     """Give the settings to all other loggers, once the user's are there: where two names are the same these come first.
 
     Args:
         trainer: The Trainer, at `on_train_start`.
         settings: The settings by name.
+        caller: Who logs them, for warnings.
     """
     for logger in _takers(trainer):
         if not isinstance(logger, twins(TensorBoardLogger)):
-            _log(logger, _entries(settings))
+            _log(logger, _entries(settings), caller)
 
 
 def _entries(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `revbn/...` entries of one value: what loggers make of containers differs, and MLflow refuses patterns."""
-    return {
-        f"revbn/{name}": json.dumps(value) if isinstance(value, (dict, list)) else value
+    """Return `revbn/...` entries of one value: what loggers make of containers differs, and MLflow refuses patterns.
+
+    The seed of `seed_everything` is among them, so that the runs of any script can be paired.
+    """
+    entries = {
+        f"{SETTINGS_PREFIX}{name}": json.dumps(value) if isinstance(value, (dict, list)) else value
         for name, value in settings.items()
     }
+    seed = os.environ.get(_SEED_VARIABLE, "")
+    return {**entries, SEED_KEY: int(seed)} if seed.isascii() and seed.isdigit() else entries
 
 
 def _takers(trainer: Trainer) -> list[Logger]:
@@ -63,12 +75,12 @@ def _takers(trainer: Trainer) -> list[Logger]:
     return trainer.loggers if logs_hyperparameters(trainer) and trainer.is_global_zero else []
 
 
-def _log(logger: Logger, entries: dict[str, Any], **options: Any) -> None:
+def _log(logger: Logger, entries: dict[str, Any], caller: str, **options: Any) -> None:
     try:
         logger.log_hyperparams(entries, **options)
     except Exception as error:  # a service that refuses must not end a training: MLflow does, if values have changed
         rank_zero_warn(
-            f"RevisitedBatchNorm: {type(logger).__name__} did not take the settings as hyperparameters, which some "
+            f"{caller}: {type(logger).__name__} did not take the settings as hyperparameters, which some "
             f"loggers never change once they are written. Checkpoints have them. It says: {error}"
         )
 

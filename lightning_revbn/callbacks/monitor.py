@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, cast
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from lightning_revbn.callbacks import hyperparameters
 from lightning_revbn.callbacks.agreement import SameOnAllRanks
 from lightning_revbn.callbacks.next_call import NextCall
 from lightning_revbn.callbacks.saved_by_arguments import SavedByArguments, save_by_arguments
@@ -34,10 +36,12 @@ from lightning_revbn.core.metric_keys import (
     WHOLE_MODEL_QUANTITIES,
     metric_key,
 )
+from lightning_revbn.core.setting_keys import BASELINE_SETTINGS
 from lightning_revbn.core.update_rule import scale_learning_rates, shift_learning_rates
 from lightning_revbn.lightning_compat import (
     accumulates,
     adopt,
+    callbacks_of,
     is_logging_step,
     publish,
     rank_zero_warn,
@@ -56,6 +60,7 @@ class _Event:
     """What is logged at one step."""
 
     step: int
+    epoch: int
     metrics: dict[str, float]
     histograms: dict[str, NDArray[np.float64]]
 
@@ -98,10 +103,14 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
     root mean square distance from the value at the start of training; a resumed run goes on measuring from there.
     The keys of the whole model are in `trainer.callback_metrics` too, for ModelCheckpoint and EarlyStopping.
 
-    Every logger gets one dict a logging step. Values are those before the step they are logged at, on the step axis of
-    Lightning's LearningRateMonitor. In a model with lazy layers everything starts with the first logging step after
-    they were made. TensorBoard groups the layers on its page "Custom Scalars"; a layout that you write there yourself
-    after the start of training takes the place of ours.
+    Every logger gets one dict a logging step, with `epoch` as in Lightning's own metrics. Values are those before the
+    step they are logged at, on the step axis of Lightning's LearningRateMonitor. A logger that fails in them is named
+    once, and training goes on. In a model with lazy layers everything starts with the first logging step after they
+    were made. TensorBoard groups the layers on its page "Custom Scalars"; a layout that you write there yourself after
+    the start of training takes the place of ours.
+
+    In a run without RevisitedBatchNorm the monitor logs hyperparameters as that callback does: the settings of a
+    baseline, and the seed of `seed_everything`. So TensorBoard and `lightning-revbn compare` tell the runs apart.
 
     With `activations`, the normalised values of every layer (x_hat, before scale and shift) are measured in the forward
     passes of logging steps: `revbn/{layer}/normalized_absmax`, the greatest `|x_hat|`, and `normalized_over_3`, the
@@ -151,6 +160,8 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         self._fit: _Fit | None = None
         self._warned_unseen = False
         self._needs_logger = True
+        self._is_of_baseline = False
+        self._failed: set[str] = set()
         self._wraps: list[NextCall] = []
         adopt(BatchNormMonitor)  # pytorch_lightning may have been imported since the class was made
 
@@ -180,8 +191,17 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
             self._start = None  # another model: what its drift is measured from is not known yet
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A monitor of RevisitedBatchNorm's own never gets here, and beside that callback its settings count.
+        self._is_of_baseline = not _is_revisited(trainer)
+        if self._is_of_baseline:
+            self._wraps += hyperparameters.announce(trainer, BASELINE_SETTINGS, type(self).__name__)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
+        if self._is_of_baseline:
+            hyperparameters.log(trainer, BASELINE_SETTINGS, name)
         if not trainer.loggers:
             if self._needs_logger:
                 rank_zero_warn(f"{name}: the Trainer has no logger, so per-layer batch norm statistics are not logged")
@@ -229,6 +249,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._wraps:
             self._wraps.pop().undo()
+        self._is_of_baseline = False
         if self._fit is not None:
             self._fit.unhook()
             self._fit = None
@@ -277,8 +298,8 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         layout = scalar_layout(self.prefix, layers, activations=self.activations, per_layer=self.per_layer)
         for logger in trainer.loggers:
             if records and isinstance(logger, twins(TensorBoardLogger)):
-                writer = cast("Any", logger).experiment
-                writer.add_custom_scalars(layout)
+                with self._failures_told(logger):
+                    cast("Any", logger).experiment.add_custom_scalars(layout)
 
     def _measure(self, trainer: Trainer, fit: _Fit, step: int) -> _Event:
         """Measure scales and shifts at a logging step."""
@@ -291,7 +312,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         for quantity, found in ((SCALE_LR, rates), (SHIFT_LR, fast)):
             if found:
                 metrics[metric_key(self.prefix, "", quantity)] = sum(found) / len(found)
-        return _Event(step, metrics, histograms)
+        return _Event(step, trainer.current_epoch, metrics, histograms)
 
     def _measurable(self, records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
         """Leave out the layers whose scale FSDP1 has made part of a flat parameter."""
@@ -321,11 +342,26 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
                 )
         if metrics:  # a model without batch norm layers has none, and would get a row of nothing but the step
             for logger in trainer.loggers:
-                _log(logger, replace(event, metrics=metrics))
+                with self._failures_told(logger):
+                    _log(logger, replace(event, metrics=metrics))
         whole_model = (metric_key(self.prefix, "", quantity) for quantity in WHOLE_MODEL_QUANTITIES)
         summary = {key: metrics[key] for key in whole_model if key in metrics}
         shown = metric_key(self.prefix, "", SCALE_MEAN)  # a bar has room for one number more
         publish(trainer, summary, in_progress_bar=(shown,) if self.progress_bar and shown in summary else ())
+
+    @contextmanager
+    def _failures_told(self, logger: Logger) -> Generator[None, None, None]:
+        """Let training go on where a logger fails in the monitor's keys, and say so once for each kind of logger."""
+        try:
+            yield
+        except Exception as error:  # such as a service that is down, or a full disk
+            name = type(logger).__name__
+            if name not in self._failed:
+                self._failed.add(name)
+                rank_zero_warn(
+                    f"{type(self).__name__}: {name} did not take the batch norm metrics, and training goes on without "
+                    f"them. This is said once. It says: {type(error).__name__}: {error}"
+                )
 
     def _activation_metrics(
         self, records: Sequence[BatchNormRecord], metric: NormalizedActivations
@@ -347,13 +383,20 @@ adopt(BatchNormMonitor)
 save_by_arguments(BatchNormMonitor)
 
 
+def _is_revisited(trainer: Trainer) -> bool:
+    """Tell whether the scales of the run are those of a RevisitedBatchNorm."""
+    from lightning_revbn.callbacks.revisited import RevisitedBatchNorm  # which has a monitor of its own
+
+    return any(isinstance(callback, RevisitedBatchNorm) and callback.enabled for callback in callbacks_of(trainer))
+
+
 def _with_histograms(trainer: Trainer) -> bool:
     return any(isinstance(logger, (*twins(TensorBoardLogger), *twins(WandbLogger))) for logger in trainer.loggers)
 
 
 def _log(logger: Logger, event: _Event) -> None:
     """Hand an event to a logger, with the histograms where it takes them."""
-    metrics: dict[str, Any] = dict(event.metrics)
+    metrics: dict[str, Any] = {**event.metrics, "epoch": event.epoch}
     for key, values in event.histograms.items():
         finite = values[np.isfinite(values)]
         if not finite.size:

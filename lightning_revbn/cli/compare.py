@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_revbn.cli.figure_file import check_output, matplotlib_needed, save_figure
-from lightning_revbn.cli.terminal import CommandError, print_json, progress_bar, say, show_table
+from lightning_revbn.cli.terminal import CommandError, print_json, progress_bar, say, show_table, tell
 from lightning_revbn.compare import Alternative
-from lightning_revbn.runs.comparison import POWER, Comparison, compare, conclude, table, to_dict
-from lightning_revbn.runs.finished_runs import FinishedRun, check_pairs, read_finished
-from lightning_revbn.runs.logs import find_logs
+from lightning_revbn.runs import curves
+from lightning_revbn.runs.arms import confounders, sort_runs
+from lightning_revbn.runs.comparison import POWER, Comparison, compare, conclude, note, table, to_dict
+from lightning_revbn.runs.finished_runs import FinishedRun, Wanted, by_seed, check_pairs, read_finished
+from lightning_revbn.runs.logs import Log, find_logs
 from lightning_revbn.runs.names import one_line, suffixes
 
 __all__ = ["CompareError", "add_parser"]
@@ -36,24 +38,29 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "compare",
         help="compare finished runs with a baseline, seed by seed",
-        description="Pair finished runs with baseline runs of the same seed, from the logs of CSVLogger or "
-        "TensorBoardLogger, and test whether they score higher: a paired t-test in a direction that is declared, "
+        description="Pair finished runs with baseline runs of the same seed, from the logs of CSVLogger, "
+        "TensorBoardLogger, WandbLogger (offline) or MLFlowLogger (a local store), and test whether they score higher: "
+        "a paired t-test in a direction that is declared, "
         "Wilcoxon's test beside it, Holm's correction where several arms are compared, and the least effect that so "
         "many pairs can show.",
     )
     parser.add_argument(
-        "baseline", nargs="+", type=Path, metavar="BASELINE_LOGS", help="runs, or a directory above several"
+        "baseline",
+        nargs="+",
+        type=Path,
+        metavar="LOGS",
+        help="runs, or a directory above several: the baseline's; without --against those of all arms, which the "
+        "settings that RevisitedBatchNorm logged tell apart (none: baseline)",
     )
     parser.add_argument(
         "--against",
         nargs="+",
         type=Path,
         action="append",
-        required=True,
         metavar="LOGS",
         help="the runs of one proposed arm; give it again for another, such as another scale",
     )
-    parser.add_argument("--metric", required=True, metavar="KEY", help="the score, such as test_acc: its last value")
+    parser.add_argument("--metric", metavar="KEY", help="the score, such as test_acc: its last value")
     parser.add_argument(
         "--direction",
         choices=get_args(Alternative),
@@ -67,13 +74,30 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--seed-pattern",
         metavar="REGEX",
-        help=r"finds a run's seed in its path, such as 'run_(\d+)' (default: 'seed: N' in its hparams.yaml or "
-        "config.yaml, else seed_N in its path)",
+        help=r"finds a run's seed in its path, such as 'run_(\d+)' (default: 'seed' among its hyperparameters, else "
+        "the seed of seed_everything that the callback logged, else seed_N in its path)",
     )
     parser.add_argument("--any-length", action="store_true", help="allow runs that end at different steps")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the pairs: a .png, .svg or .pdf file")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="draw the pairs, or the curves: a .png, .svg or .pdf file"
+    )
+    _add_curves(parser)
     parser.set_defaults(run=_run)
+
+
+def _add_curves(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--curves",
+        metavar="KEY",
+        help="draw this scalar over training into FILE, with the step from which an arm is ahead for good, such as "
+        "val_loss",
+    )
+    parser.add_argument(
+        "--curves-direction",
+        choices=("greater", "less"),
+        help="which side of the baseline is ahead (default: less if the key of --curves has loss or err in it)",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -89,50 +113,97 @@ def _run(arguments: argparse.Namespace) -> int:
         CompareError: If an option is wrong, or the runs cannot be compared.
         PlotError: If the figure cannot be written.
     """
-    if not 0 < arguments.alpha < POWER:
-        raise CompareError(f"--alpha {arguments.alpha} must be above 0 and below {POWER}")
-    if arguments.output is not None:
-        check_output(arguments.output)
-    labels = _labels(arguments)
+    _check(arguments)
     arms = _read_arms(arguments)
-    baseline, *proposed = arms
-    for label, runs in zip(labels, proposed, strict=True):
+    baseline, proposed = arms[0][1], dict(arms[1:])
+    for label, runs in proposed.items():
         check_pairs(baseline, runs, label, arguments.any_length)
     if len(baseline) < 2:
         raise CompareError("one pair tells nothing about chance: run more seeds")
     if find_spec("scipy") is None:
         raise CompareError('comparing needs scipy: pip install "lightning-revbn[compare]"')
-    before, *after = ({seed: run.score for seed, run in runs.items()} for runs in arms)
-    comparisons = compare(before, dict(zip(labels, after, strict=True)), arguments.direction)
+    for label, runs in proposed.items():
+        others = confounders(baseline, runs)
+        if others:
+            names = ", ".join(map(one_line, others[:5])) + (", ..." if len(others) > 5 else "")
+            tell(f"{one_line(label)} and the baseline differ in other hyperparameters too: {names}")
+    if arguments.metric is not None:
+        _compare_scores(baseline, proposed, arguments)
+    if arguments.curves is not None:
+        _compare_curves(baseline, proposed, arguments)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse options that cannot be followed, before anything is read."""
+    if not 0 < arguments.alpha < POWER:
+        raise CompareError(f"--alpha {arguments.alpha} must be above 0 and below {POWER}")
+    if arguments.metric is None and arguments.curves is None:
+        raise CompareError("name what to compare: --metric KEY, such as test_acc, or --curves KEY, such as val_loss")
+    if arguments.curves is not None and arguments.output is None:
+        raise CompareError("--curves draws into a file: name it by -o, such as -o curves.png")
+    if arguments.metric is None and arguments.json:
+        raise CompareError("--json prints the comparison of scores: name the score by --metric")
+    if arguments.output is not None:
+        check_output(arguments.output)
+
+
+def _compare_scores(
+    baseline: dict[int, FinishedRun], proposed: dict[str, dict[int, FinishedRun]], arguments: argparse.Namespace
+) -> None:
+    scores = {label: {seed: run.score for seed, run in runs.items()} for label, runs in proposed.items()}
+    before = {seed: run.score for seed, run in baseline.items()}
+    comparisons = compare(before, scores, arguments.direction)
     try:
         conclusions = conclude(comparisons, arguments.alpha)
     except ValueError as error:
         raise CompareError(f"--alpha {arguments.alpha}: {error}") from error
-    if arguments.output is not None:
+    if arguments.output is not None and arguments.curves is None:
         _draw(comparisons, arguments)
     if arguments.json:
         print_json(to_dict(comparisons, arguments.metric, arguments.alpha))
-        return 0
+        return
     header, rows = table(comparisons)
     title = f"{arguments.metric} of {len(baseline)} pairs, paired t-test: {_SIGNS[arguments.direction]}"
     show_table(header, rows, title)
     for line in conclusions:
         say(line)
-    return 0
 
 
-def _labels(arguments: argparse.Namespace) -> list[str]:
-    arms: list[list[Path]] = arguments.against
-    if arguments.labels:
-        if len(arguments.labels) != len(arms):
-            raise CompareError(f"--labels has {len(arguments.labels)} names for {len(arms)} arms (--against)")
-        labels = list(arguments.labels)
-    else:
-        shared = [Path(os.path.commonpath([path.absolute() for path in paths])) for paths in arms]
-        labels = suffixes(shared)
+def _compare_curves(
+    baseline: dict[int, FinishedRun], proposed: dict[str, dict[int, FinishedRun]], arguments: argparse.Namespace
+) -> None:
+    with matplotlib_needed():
+        from lightning_revbn.plots import curves_figure
+    key: str = arguments.curves
+    lower_is_better = _lower_is_better(arguments)
+    comparisons = [curves.compare_curves(baseline, runs, label, key) for label, runs in proposed.items()]
+    save_figure(curves_figure.draw(comparisons, key, lower_is_better), arguments.output)
+    if not arguments.json:
+        for comparison in comparisons:
+            say(curves.conclude(comparison, key, lower_is_better))
+
+
+def _lower_is_better(arguments: argparse.Namespace) -> bool:
+    if arguments.curves_direction is not None:
+        return arguments.curves_direction == "less"
+    if arguments.curves == arguments.metric and arguments.direction != "two-sided":
+        return arguments.direction == "less"
+    return any(word in arguments.curves.lower() for word in ("loss", "err"))
+
+
+def _labels(arguments: argparse.Namespace, found: Sequence[str]) -> list[str]:
+    """Return what to call the proposed arms: as the user says, or as they were found."""
+    labels = list(arguments.labels or found)
+    if len(labels) != len(found):
+        raise CompareError(f"--labels has {len(labels)} names for {len(found)} arms ({_named(arguments, found)})")
     if len(set(labels)) < len(labels):
         raise CompareError(f"two arms are called {one_line(max(labels, key=labels.count))}: name them by --labels")
     return labels
+
+
+def _named(arguments: argparse.Namespace, found: Sequence[str]) -> str:
+    return "--against" if arguments.against else one_line("; ".join(found))
 
 
 def _seed_pattern(text: str | None) -> re.Pattern[str] | None:
@@ -147,16 +218,30 @@ def _seed_pattern(text: str | None) -> re.Pattern[str] | None:
     return pattern
 
 
-def _read_arms(arguments: argparse.Namespace) -> list[dict[int, FinishedRun]]:
-    pattern = _seed_pattern(arguments.seed_pattern)
-    arms: list[list[Path]] = [arguments.baseline, *arguments.against]
-    logs = [find_logs(paths) for paths in arms]
-    with progress_bar("Reading logs", sum(log.size for arm in logs for log in arm)) as advance:
-        return [read_finished(arm, arguments.metric, pattern, advance) for arm in logs]
+def _read_arms(arguments: argparse.Namespace) -> list[tuple[str, dict[int, FinishedRun]]]:
+    """Return the baseline and the proposed arms, each with its label."""
+    wanted = Wanted(arguments.metric, arguments.curves, _seed_pattern(arguments.seed_pattern))
+    if arguments.against is None:
+        logs = find_logs(arguments.baseline)
+        (runs,) = _read([logs], wanted)
+        arms = sort_runs(runs)
+        labels = _labels(arguments, [arm.label for arm in arms[1:]])
+        sorted_runs = [arm.runs for arm in arms]
+    else:
+        paths: list[list[Path]] = arguments.against
+        labels = _labels(arguments, suffixes([Path(os.path.commonpath([p.absolute() for p in arm])) for arm in paths]))
+        sorted_runs = _read([find_logs(arm) for arm in (arguments.baseline, *paths)], wanted)
+    return [(label, by_seed(runs)) for label, runs in zip(["baseline", *labels], sorted_runs, strict=True)]
+
+
+def _read(arms: Sequence[Sequence[Log]], wanted: Wanted) -> list[list[FinishedRun]]:
+    with progress_bar("Reading logs", sum(log.size for arm in arms for log in arm)) as advance:
+        return [read_finished(arm, wanted, advance) for arm in arms]
 
 
 def _draw(comparisons: Sequence[Comparison], arguments: argparse.Namespace) -> None:
     with matplotlib_needed():
         from lightning_revbn.plots import pairs_figure
     arms = {comparison.label: comparison.proposed for comparison in comparisons}
-    save_figure(pairs_figure.draw(comparisons[0].baseline, arms, arguments.metric), arguments.output)
+    notes = {comparison.label: note(comparison) for comparison in comparisons}
+    save_figure(pairs_figure.draw(comparisons[0].baseline, arms, arguments.metric, notes), arguments.output)

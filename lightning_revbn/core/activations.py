@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import functools
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_revbn.core.batch_norm_sync import shared_batch
+from lightning_revbn.core.batch_norm_sync import innermost_forward, shared_batch
 from lightning_revbn.core.layers import BatchNormRecord
-from lightning_revbn.core.torch_compat import BatchNormBase, is_functorch_wrapped
+from lightning_revbn.core.torch_compat import BatchNormBase, is_functorch_wrapped, is_in_backward
 
 __all__ = ["ActivationHooks", "NormalizedActivations", "NormalizedExtremes", "compute_x_hat"]
 
@@ -92,11 +95,14 @@ class NormalizedActivations(Metric):
 class ActivationHooks:
     """Forward hooks that give a metric the normalised values of batch norm layers, until they are removed.
 
-    x_hat is computed from the layer's input as torch's batch norm does: with the statistics of the batch in training
-    mode (of the batches of all ranks where the layer synchronises), else with the running statistics. So it does not
-    depend on scale and shift, which may be 0 or missing, nor on what a subclass does to it. Only where a subclass has a
-    `forward` of its own that gives an affine function of the input with other statistics (synchronised by hand, say),
-    x_hat is read off its output, in channels whose scale is not 0.
+    Of torch's own layers x_hat is computed from their input: with the statistics of the batch in training mode (of the
+    batches of all ranks where the layer synchronises), else with the running statistics. So it does not depend on scale
+    and shift, which may be 0 or missing. Where a layer has a `forward` of its own, its call of
+    `torch.nn.functional.batch_norm` is watched, whatever it does before and after; x_hat is that of the call. Only a
+    `forward` that makes no such call, and gives an affine function of the input, is judged by its output, in channels
+    whose scale is not 0.
+
+    A forward pass that gradient checkpointing runs again in the backward pass is not measured again.
 
     Nothing is kept but the metric's numbers. Not measured: layers in code compiled by `torch.compile`, in transforms of
     `torch.func`, and layers whose input is a DTensor.
@@ -120,15 +126,14 @@ class ActivationHooks:
 
     def __init__(self, records: Sequence[BatchNormRecord], metric: NormalizedActivations) -> None:
         metric.update(0, torch.empty(0))  # torchmetrics warns of what was never updated, though no layer may run
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | _WatchedForward] = []
         for index, record in enumerate(records):
             layer, measure = record.module, _Measure(metric, index)
-            # Of torch's own forward the input tells everything. A forward of a subclass may normalise by other
-            # statistics, which show in its output alone.
+            # Of torch's own forward the input tells everything, and a hook costs least.
             self._handles.append(
                 layer.register_forward_pre_hook(measure.before, with_kwargs=True)
-                if type(layer).forward in (BatchNormBase.forward, nn.SyncBatchNorm.forward)
-                else layer.register_forward_hook(measure.after, with_kwargs=True)
+                if _has_torchs_forward(layer)
+                else _WatchedForward(layer, measure)
             )
 
     def remove(self) -> None:
@@ -146,7 +151,7 @@ class ActivationHooks:
 
 
 class _Measure:
-    """The hooks of one layer."""
+    """Gives the values of one layer to the metric."""
 
     def __init__(self, metric: NormalizedActivations, index: int) -> None:
         self._metric = metric
@@ -158,17 +163,130 @@ class _Measure:
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         """Measure a layer by its input and output."""
-        if torch.compiler.is_compiling():
-            return
         inputs: object = args[0] if args else next(iter(kwargs.values()), None)
-        # What is no batch of channels, the layer itself refuses.
-        if not isinstance(inputs, Tensor) or inputs.dim() < 2 or _stands_for_others(inputs):
+        if not _is_measurable(inputs):
             return
         with torch.no_grad():
             x_hat = compute_x_hat(layer, inputs)
             if isinstance(output, Tensor) and output.shape == inputs.shape and output.numel():
                 x_hat = _corrected_by_output(layer, x_hat, output)
             self._metric.update(self._index, x_hat)
+
+    def call(
+        self,
+        layer: nn.Module,
+        inputs: Tensor,
+        running: tuple[Tensor | None, Tensor | None],
+        training: bool,
+        eps: float,
+    ) -> None:
+        """Measure a call of batch norm by its arguments."""
+        if _is_measurable(inputs):
+            with torch.no_grad():
+                self._metric.update(self._index, _x_hat(layer, inputs, running, training, eps))
+
+
+class _WatchedForward:
+    """Stands in the place of a layer's forward until it is removed, and measures the calls of batch norm in it."""
+
+    def __init__(self, layer: nn.Module, measure: _Measure) -> None:
+        self._layer = layer
+        self._measure = measure
+        # A synchronised layer answers its call of batch norm itself: there the call is seen from inside alone.
+        self._owner, self._name = innermost_forward(layer)
+        self._was_attribute = self._name in vars(self._owner)
+        self._forward: Callable[..., Any] = getattr(self._owner, self._name)
+        # Layers inside this one are measured by themselves.
+        inner = [module for module in layer.modules() if module is not layer and isinstance(module, BatchNormBase)]
+        self._foreign = {id(tensor) for module in inner for tensor in (module.running_mean, module.weight)} - {id(None)}
+        vars(self._owner)[self._name] = self
+
+    def remove(self) -> None:
+        """Give the layer its own forward again."""
+        if vars(self._owner).get(self._name) is not self:
+            return
+        if self._was_attribute:
+            vars(self._owner)[self._name] = self._forward
+        else:
+            del vars(self._owner)[self._name]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._forward(*args, **kwargs)
+        with _BatchNormCalls(self._layer, self._measure, self._foreign) as calls:
+            output = self._forward(*args, **kwargs)
+        if not calls.were_seen:
+            self._measure.after(self._layer, args, kwargs, output)
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return copy.deepcopy(self._forward, memo)  # a copy of the layer is not watched
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., Any]]]:
+        return functools.partial, (self._forward,)
+
+
+class _BatchNormCalls(TorchFunctionMode):
+    """Measures calls of `torch.nn.functional.batch_norm`, and lets them pass."""
+
+    def __init__(self, layer: nn.Module, measure: _Measure, foreign: Container[int]) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        self.were_seen = False
+        self._layer, self._measure, self._foreign = layer, measure, foreign
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # Some layers call torch's operator rather than the function, with the same arguments in another order.
+        if func is torch.batch_norm:
+            self._of_operator(*args, **kwargs)
+        elif func is nn.functional.batch_norm:
+            self._of_function(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _of_operator(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> None:
+        self._of_function(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def _of_function(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> None:
+        if id(running_mean) not in self._foreign and id(weight) not in self._foreign:
+            self.were_seen = True
+            self._measure.call(self._layer, input, (running_mean, running_var), training, eps)
+
+
+def _has_torchs_forward(layer: nn.Module) -> bool:
+    """Tell whether nothing but torch's code runs in a layer's forward, and what synchronises the layer around it."""
+    owner, name = innermost_forward(layer)
+    own = type(layer).forward in (BatchNormBase.forward, nn.SyncBatchNorm.forward)
+    return own and (owner is not layer or name not in vars(layer))
+
+
+def _is_measurable(inputs: object) -> TypeGuard[Tensor]:
+    """Tell whether values can be read: not in compiled code, nor a second time while gradients are computed."""
+    if torch.compiler.is_compiling() or is_in_backward():
+        return False
+    # What is no batch of channels, the layer itself refuses.
+    return isinstance(inputs, Tensor) and inputs.dim() >= 2 and not _stands_for_others(inputs)
 
 
 def compute_x_hat(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -181,16 +299,22 @@ def compute_x_hat(layer: nn.Module, inputs: Tensor) -> Tensor:
     Returns:
         `(inputs - mean) / sqrt(var + eps)`, of the same shape, in float32 or better.
     """
+    running = cast("list[Tensor | None]", [getattr(layer, name, None) for name in ("running_mean", "running_var")])
+    training = isinstance(layer, BatchNormBase) and layer.training
+    return _x_hat(layer, inputs, (running[0], running[1]), training, getattr(layer, "eps", 1e-5))
+
+
+def _x_hat(
+    layer: nn.Module, inputs: Tensor, running: tuple[Tensor | None, Tensor | None], training: bool, eps: float
+) -> Tensor:
     values = inputs.detach()
     # torch's kernels compute in float32 too where values have half precision.
     values = values if values.dtype == torch.float64 else values.float()
-    running = cast("list[Tensor | None]", [getattr(layer, name, None) for name in ("running_mean", "running_var")])
-    if running[0] is None or running[1] is None or (isinstance(layer, BatchNormBase) and layer.training):
+    if training or running[0] is None or running[1] is None:
         mean, variance = _batch_moments(layer, values)
     else:
         mean, variance = (statistic.detach().to(values) for statistic in (running[0], running[1]))
     shape = [1, -1] + [1] * (values.dim() - 2)
-    eps: float = getattr(layer, "eps", 1e-5)
     return (values - mean.reshape(shape)).mul_((variance + eps).rsqrt().reshape(shape))
 
 

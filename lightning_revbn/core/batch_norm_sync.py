@@ -27,7 +27,13 @@ from lightning_revbn.core.global_moments import global_moments
 from lightning_revbn.core.moments import Kind
 from lightning_revbn.core.torch_compat import BatchNormBase, has_hooks
 
-__all__ = ["damaged_by_conversion", "restore_batch_norms", "shared_batch", "synchronize_batch_norms"]
+__all__ = [
+    "damaged_by_conversion",
+    "innermost_forward",
+    "restore_batch_norms",
+    "shared_batch",
+    "synchronize_batch_norms",
+]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -102,6 +108,19 @@ def shared_batch(layer: nn.Module) -> tuple[int, Any]:
         return 1, None
     group: Any = layer.process_group if synchronized is None else synchronized.group
     return ranks_in(group), group
+
+
+def innermost_forward(layer: nn.Module) -> tuple[object, str]:
+    """Tell where the forward of a layer's own class is called from.
+
+    Args:
+        layer: A batch norm layer.
+
+    Returns:
+        The object and the name of its attribute: the layer's `forward`, or what a synchronised layer calls inside.
+    """
+    synchronized = _Synchronized.of(layer)
+    return (layer, "forward") if synchronized is None else (synchronized, "__wrapped__")
 
 
 def damaged_by_conversion(model: nn.Module) -> dict[str, str]:

@@ -22,6 +22,7 @@ __all__ = [
     "forward_pre_hooks",
     "has_hooks",
     "is_functorch_wrapped",
+    "is_in_backward",
     "runs_step_hooks",
     "step_pre_hooks",
     "version_of",
@@ -62,6 +63,19 @@ def is_functorch_wrapped(tensor: Tensor) -> bool:
     functorch = getattr(cast("Any", torch)._C, "_functorch", None)
     is_wrapped: Callable[[Tensor], bool] | None = getattr(functorch, "is_functorch_wrapped_tensor", None)
     return is_wrapped is not None and bool(is_wrapped(tensor))
+
+
+def is_in_backward() -> bool:
+    """Tell whether gradients are being computed in this thread, as when gradient checkpointing runs a forward again.
+
+    Without torch's name for this question the second run counts too: in the metrics over all layers, layers that are
+    checkpointed weigh twice.
+
+    Returns:
+        Whether they are.
+    """
+    task: Callable[[], int] | None = getattr(cast("Any", torch)._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
 
 
 def runs_step_hooks(optimizer: Optimizer) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -20,8 +20,20 @@ from lightning_revbn.core.metric_keys import (
 )
 from lightning_revbn.runs.batch_norm_runs import Run
 from lightning_revbn.runs.names import one_line
+from lightning_revbn.runs.scalars import Series
 
-__all__ = ["HUGE", "ROWS", "Floats", "Row", "drawable", "gaps", "logged_rows"]
+__all__ = [
+    "HUGE",
+    "ROWS",
+    "Floats",
+    "Row",
+    "drawable",
+    "first_gap",
+    "gaps",
+    "logged_rows",
+    "relative_to_start",
+    "values_by_layer",
+]
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -46,6 +58,8 @@ class Row:
         spread: How many times less a tenth of the layers may move than the others before a linear axis would show them
             as lying at 0.
         reference: A value to mark.
+        is_crowd: Whether many layers are drawn as their median and bands, since single values are mostly noise.
+        relative: The row of a heat map, where colours tell scales at 1 from scales at 0.1 better than either's changes.
     """
 
     quantity: str
@@ -56,19 +70,28 @@ class Row:
     from_zero: bool = True
     spread: float = 20.0
     reference: float | None = None
+    is_crowd: bool = False
+    relative: Row | None = None
 
 
 ROWS = (
-    Row(SCALE_MEAN, "Mean scale", ratios=True, spread=4),
+    Row(
+        SCALE_MEAN,
+        "Mean scale",
+        ratios=True,
+        spread=4,
+        relative=Row(SCALE_MEAN, "Mean scale: log2 of\nscale / first value", signed=True, spread=300),
+    ),
     Row(SHIFT_MEAN, "Mean shift", signed=True, spread=300),
     Row(SCALE_DRIFT, "Drift of scale"),
     Row(SHIFT_DRIFT, "Drift of shift"),
-    Row(NORMALIZED_ABSMAX, f"Greatest {_X_HAT}", from_zero=False),
+    Row(NORMALIZED_ABSMAX, f"Greatest {_X_HAT}", from_zero=False, is_crowd=True),
     Row(
         NORMALIZED_OVER_3,
         f"Share of {_X_HAT} > 3\n(%; normal: {_NORMAL_OVER_3:.2f})",
         factor=100,
         reference=_NORMAL_OVER_3,
+        is_crowd=True,
     ),
 )
 """All rows, from the top."""
@@ -105,6 +128,61 @@ def gaps(run: Run) -> str:
         return ""
     layers = ", ".join(one_line(layer or run.unnamed) for layer in list(bad)[:3]) + (", ..." if len(bad) > 3 else "")
     return f"{one_line(run.label)}: values that are NaN or infinite are drawn as gaps: {sum(bad.values())} of {layers}"
+
+
+def first_gap(run: Run, row: Row) -> int | None:
+    """Find the first step at which a value of a layer is NaN or infinite.
+
+    Args:
+        run: The run.
+        row: The quantity.
+
+    Returns:
+        The step; None where all can be drawn.
+    """
+    known = [run.series[layer, row.quantity] for layer in run.layers if (layer, row.quantity) in run.series]
+    firsts = [series.steps[~drawable(series.values)][:1] for series in known]
+    return min((int(step) for first in firsts for step in first), default=None)
+
+
+def relative_to_start(run: Run) -> Run:
+    """Put log2 of the ratio to its first value in the place of every scale.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The run; NaN where a ratio is not above 0.
+    """
+    series = dict(run.series)
+    for (layer, quantity), scale in run.series.items():
+        if quantity == SCALE_MEAN and len(scale.values):
+            with np.errstate(all="ignore"):
+                ratios = np.log2(scale.values / scale.values[0])
+            series[layer, quantity] = Series(scale.steps, np.where(np.isfinite(ratios), ratios, np.nan))
+    return replace(run, series=series)
+
+
+def values_by_layer(run: Run, row: Row) -> tuple[Floats, Floats]:
+    """Join the series of all layers.
+
+    Args:
+        run: The run.
+        row: The quantity.
+
+    Returns:
+        The steps at which it was logged, shape `(N,)`, and the values in the drawn unit, shape `(layers, N)`, NaN where
+        there is none that can be drawn.
+    """
+    of_layers = [run.series.get((layer, row.quantity)) for layer in run.layers]
+    known = [series.steps for series in of_layers if series is not None]
+    steps = np.unique(np.concatenate([*known, np.empty(0, dtype=np.int64)]))
+    table = np.full((len(run.layers), len(steps)), np.nan)
+    for i, series in enumerate(of_layers):
+        if series is not None:
+            good = drawable(series.values)
+            table[i, np.searchsorted(steps, series.steps[good])] = row.factor * series.values[good]
+    return steps.astype(np.float64), table
 
 
 def drawable(values: Floats) -> NDArray[np.bool_]:

@@ -20,15 +20,26 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from lightning_revbn.plots.crowd_panel import CROWD_TITLE, choose_crowd_axis, draw_crowd
 from lightning_revbn.plots.fitted_text import elided, text_width, wrapped
 from lightning_revbn.plots.layer_axes import Axis, choose_axes
-from lightning_revbn.plots.layer_rows import Floats, Row, drawable, gaps, logged_rows
+from lightning_revbn.plots.layer_rows import (
+    Floats,
+    Row,
+    drawable,
+    first_gap,
+    gaps,
+    logged_rows,
+    relative_to_start,
+    values_by_layer,
+)
 from lightning_revbn.plots.layer_stages import common_prefix, name_rows
 from lightning_revbn.plots.output import HEAT_MAP, SMALL, settings
+from lightning_revbn.plots.step_axis import step_label
 from lightning_revbn.runs.batch_norm_runs import Run
 from lightning_revbn.runs.names import one_line
 
-__all__ = ["Style", "draw"]
+__all__ = ["NOTHING_FINITE", "NOT_LOGGED", "Style", "draw"]
 
 Style: TypeAlias = Literal["auto", "lines", "heatmap"]
 
@@ -43,6 +54,8 @@ _LINE_STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1
 _PALE = 0.82  # the end of viridis is pale on white
 _STEPS = 64  # of a colour map: more than an eye can tell, and a quarter of the file
 _GAP = "0.8"
+_FIRST_GAP = "#E8000B"
+NOT_LOGGED, NOTHING_FINITE = "not logged", "all NaN or infinite"
 
 
 def draw(runs: Sequence[Run], style: Style = "auto") -> Figure:
@@ -74,11 +87,15 @@ def _draw_lines(runs: Sequence[Run], rows: Sequence[Row]) -> Figure:
     height = max(_LINES_HEIGHT, (legend - 0.6) / len(rows))
     figure, panels = _panels(runs, rows, height, beside, below, width)
     for row, axis, line in zip(rows, choose_axes(runs, rows, margin=True), panels, strict=True):
+        if deep and row.is_crowd:
+            _draw_crowds(line, runs, row)
+            continue
         for run, panel in zip(runs, line, strict=True):
             _draw_curves(panel, run, row)
             _set_axis(panel, axis)
             panel.tick_params(labelleft=panel is line[0])
         line[0].set_ylabel(row.title)
+    panels[0][0].set_xlim(*_all_steps(runs, rows))
     figure.align_ylabels()
     if deep:
         _add_depth_bar(figure, runs, [panel for line in panels for panel in line])
@@ -89,15 +106,21 @@ def _draw_lines(runs: Sequence[Run], rows: Sequence[Row]) -> Figure:
             below_labels = panel.transAxes + ScaledTranslation(0, -0.45, figure.dpi_scale_trans)
             _add_legend(run, panel, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below_labels)
     if any(gaps(run) for run in runs):
-        figure.supxlabel("Gaps: values that are NaN or infinite")
+        figure.supxlabel("Gaps: values that are NaN or infinite; red: the first")
     return figure
 
 
-def _draw_heat(runs: Sequence[Run], rows: Sequence[Row]) -> Figure:
+def _draw_heat(given: Sequence[Run], rows: Sequence[Row]) -> Figure:
+    # Scales of layers and runs that start from other values are alike only as ratios.
+    runs, rows = [relative_to_start(run) for run in given], [row.relative or row for row in rows]
     alike = _alike(runs)
+    deep = max(len(run.layers) for run in runs) > _MOST_LINES
     beside = 0.9 + sum(_names_width(run) for run in (runs[:1] if alike else runs))
     figure, panels = _panels(runs, rows, _HEAT_HEIGHT, beside)
     for row, axis, line in zip(rows, choose_axes(runs, rows, margin=False), panels, strict=True):
+        if deep and row.is_crowd:
+            _draw_crowds(line, runs, row)
+            continue
         norm = axis.norm()
         colours = mpl.colormaps["RdBu_r" if row.signed else "viridis"].resampled(_STEPS + row.signed)
         colours = colours.with_extremes(bad=_GAP)
@@ -119,10 +142,33 @@ def _draw_heat(runs: Sequence[Run], rows: Sequence[Row]) -> Figure:
             bar.ax.axhline(row.reference, color="black", linewidth=1, path_effects=[halo])
     order = "from input (top) to output" if all(run.by_depth for run in runs) else "by name"
     title = f"{_layers_title(runs[0]) if alike else 'Layers'}, {order}"
-    figure.supylabel(wrapped(title, figure.get_figheight() - 0.2))
-    if any(gaps(run) for run in runs):
-        figure.supxlabel("Grey: values that are NaN or infinite, or were not logged")
+    if not (deep and all(row.is_crowd for row in rows)):
+        figure.supylabel(wrapped(title, figure.get_figheight() - 0.2))
+    if any(gaps(run) for run in given):
+        figure.supxlabel("Grey: values that are NaN or infinite, or were not logged; red: the first NaN or infinity")
+    elif any(gaps(run) for run in runs):
+        figure.supxlabel("Grey: scales that started at 0, or changed their sign")
     return figure
+
+
+def _draw_crowds(line: Sequence[Axes], runs: Sequence[Run], row: Row) -> None:
+    axis = choose_crowd_axis([*runs], row)
+    for run, panel in zip(runs, line, strict=True):
+        draw_crowd(panel, run, row)
+        _set_axis(panel, axis)
+        panel.tick_params(labelleft=panel is line[0])
+        panel.set_axisbelow(True)
+        panel.grid(axis="y", color="0.92", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    line[0].set_ylabel(f"{row.title}\n{CROWD_TITLE}")
+
+
+def _all_steps(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[float, float]:
+    """Return the ends of the axis: a run that diverges is shown to its last step, though there is nothing to draw."""
+    steps = np.concatenate([values_by_layer(run, row)[0] for run in runs for row in rows])
+    first, last = float(steps.min()), float(steps.max())
+    pad = 0.05 * (last - first) or 0.5
+    return first - pad, last + pad
 
 
 def _panels(
@@ -137,12 +183,18 @@ def _panels(
     for panel in panels[-1]:
         panel.set_xlabel("Training step")
         panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
-        panel.xaxis.set_major_formatter(FuncFormatter(_step))
+        panel.xaxis.set_major_formatter(FuncFormatter(step_label))
     for row, line in zip(rows, panels, strict=True):
         for run, panel in zip(runs, line, strict=True):
-            if not any((layer, row.quantity) in run.series for layer in run.layers):
+            known = [run.series[layer, row.quantity] for layer in run.layers if (layer, row.quantity) in run.series]
+            if not any(drawable(series.values).any() for series in known):
+                text = NOTHING_FINITE if known else NOT_LOGGED
                 blank = {"facecolor": "white", "edgecolor": "none"}
-                panel.text(0.5, 0.5, "not logged", transform=panel.transAxes, ha="center", va="center", bbox=blank)
+                panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", bbox=blank, zorder=9)
+            gap = first_gap(run, row)
+            if gap is not None:
+                halo = withStroke(linewidth=2.2, foreground="white")
+                panel.axvline(gap, color=_FIRST_GAP, linewidth=1, linestyle=(0, (2, 1)), path_effects=[halo], zorder=8)
     return figure, panels
 
 
@@ -183,7 +235,7 @@ def _set_axis(panel: Axes, axis: Axis) -> None:
 
 
 def _draw_map(panel: Axes, run: Run, row: Row, norm: Normalize, colours: Colormap) -> None:
-    steps, table = _table(run, row)
+    steps, table = values_by_layer(run, row)
     rows = np.arange(len(run.layers) + 1) - 0.5
     if len(steps):
         # A drawing program would have to handle every cell of a mesh that is not rasterised.
@@ -203,19 +255,6 @@ def _label_layers(panel: Axes, run: Run, names: bool) -> None:
     panel.set_yticks([stage.middle for stage in labels], [elided(s.name) if names else "" for s in labels], minor=True)
     panel.tick_params(axis="y", length=6)
     panel.tick_params(axis="y", which="minor", length=0 if edges else 2.5, pad=8 if edges else 3)
-
-
-def _table(run: Run, row: Row) -> tuple[Floats, Floats]:
-    """Return the steps at which a quantity was logged, and a table of layers by steps, NaN where there is no value."""
-    of_layers = [run.series.get((layer, row.quantity)) for layer in run.layers]
-    known = [series.steps for series in of_layers if series is not None]
-    steps = np.unique(np.concatenate([*known, np.empty(0, dtype=np.int64)]))
-    table = np.full((len(run.layers), len(steps)), np.nan)
-    for i, series in enumerate(of_layers):
-        if series is not None:
-            good = drawable(series.values)
-            table[i, np.searchsorted(steps, series.steps[good])] = row.factor * series.values[good]
-    return steps.astype(np.float64), table
 
 
 def _edges(steps: Floats) -> Floats:
@@ -303,7 +342,3 @@ def _names_width(run: Run) -> float:
 
 def _number(value: float, position: int | None = None) -> str:
     return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _step(value: float, position: int | None = None) -> str:
-    return f"{value / 1000:g}k" if abs(value) >= 1000 and value % 100 == 0 else f"{value:.0f}"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -61,7 +62,20 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(content, format=kind, dpi=150, metadata=undated.get(kind))
     meshes = [mesh for panel in figure.axes for mesh in panel.collections if mesh.get_label() == HEAT_MAP]
     maps = {mesh.get_cmap().name: mesh.get_cmap() for mesh in meshes}
-    path.write_bytes(_with_palette(content, [*maps.values()]) if kind == "png" else content.getvalue())
+    _replace(path, _with_palette(content, [*maps.values()]) if kind == "png" else content.getvalue())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a whole file in the place of another: a full disk, or the end of the process, leaves the old one."""
+    target = path.resolve()  # a link stays a link
+    new = target.with_name(f".{target.stem[:100]}.{os.getpid()}{target.suffix}")
+    try:
+        new.write_bytes(content)
+        if target.exists():
+            new.chmod(target.stat().st_mode & 0o777)
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_revbn.plots.fitted_text import wrapped
-from lightning_revbn.plots.output import NORMAL, settings
+from lightning_revbn.plots.output import NORMAL, SMALL, settings
 from lightning_revbn.runs.names import one_line
 
 __all__ = ["draw", "draw_pairs"]
@@ -18,26 +18,32 @@ __all__ = ["draw", "draw_pairs"]
 _HIGHER, _LOWER, _TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: told apart by colour-blind readers too
 
 
-def draw(baseline: Sequence[float], arms: Mapping[str, Sequence[float]], metric: str) -> Figure:
+def draw(
+    baseline: Sequence[float], arms: Mapping[str, Sequence[float]], metric: str, notes: Mapping[str, str] | None = None
+) -> Figure:
     """Draw a panel for every proposed arm, all on the same axis.
 
     Args:
         baseline: Scores of the baseline, shape `(n,)`.
         arms: Scores of the same seeds by label, each of shape `(n,)`.
         metric: What the scores are called.
+        notes: What the test of an arm says, by label: two short lines above its panel.
 
     Returns:
         The figure.
     """
     with settings():  # labels of runs and metrics are no formulas
-        return _draw(baseline, arms, metric)
+        return _draw(baseline, arms, metric, notes or {})
 
 
-def _draw(baseline: Sequence[float], arms: Mapping[str, Sequence[float]], metric: str) -> Figure:
+def _draw(
+    baseline: Sequence[float], arms: Mapping[str, Sequence[float]], metric: str, notes: Mapping[str, str]
+) -> Figure:
     figure: Any = Figure(figsize=(1.2 + 2.6 * len(arms), 3.6), layout="constrained")
     panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)
     for panel, (label, scores) in zip(panels[0], arms.items(), strict=True):
         draw_pairs(panel, baseline, scores, label)
+        panel.set_title(notes.get(label, ""), fontsize=SMALL)
     panels[0][0].set_ylabel(one_line(metric, 60))
     figure.suptitle("A line per seed (blue: higher, orange: lower), black: mean", fontsize=NORMAL)
     return figure

@@ -19,7 +19,7 @@ from lightning_revbn.compare import (
 )
 from lightning_revbn.runs.names import one_line
 
-__all__ = ["POWER", "Comparison", "compare", "conclude", "table", "to_dict"]
+__all__ = ["POWER", "Comparison", "compare", "conclude", "note", "table", "to_dict"]
 
 POWER = 0.8
 """Share of experiments in which a test finds the least detectable effect."""
@@ -134,6 +134,24 @@ def conclude(comparisons: Sequence[Comparison], alpha: float) -> list[str]:
             "best here: choose on validation data."
         )
     return lines
+
+
+def note(comparison: Comparison) -> str:
+    """Say what a figure of an arm's pairs needs beside them.
+
+    Args:
+        comparison: The arm.
+
+    Returns:
+        Two lines: the difference with its interval, and number of pairs and p-value.
+    """
+    test = comparison.test
+    if math.isnan(test.p_value):
+        return f"{test.mean_difference:+.4g} in every pair\nn = {test.n}, no test"
+    low, high = test.confidence_interval
+    p = comparison.corrected
+    name = "p" if p == test.p_value else "p (Holm)"
+    return f"{test.mean_difference:+.4g} (95 %: {low:+.4g} to {high:+.4g})\nn = {test.n}, {name} = {p:.3g}"
 
 
 def to_dict(comparisons: Sequence[Comparison], metric: str, alpha: float) -> dict[str, Any]:

@@ -5,20 +5,38 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from lightning_revbn.core.setting_keys import SEED_KEY
+from lightning_revbn.runs.hyperparameters import read_hyperparameters
 from lightning_revbn.runs.logs import Log, read_scalars
 from lightning_revbn.runs.names import one_line
-from lightning_revbn.runs.scalars import Advance, LogError
+from lightning_revbn.runs.scalars import Advance, LogError, Scalars, Series
 
-__all__ = ["FinishedRun", "check_pairs", "read_finished"]
+__all__ = ["FinishedRun", "Wanted", "by_seed", "check_pairs", "read_finished"]
 
 _SEED_IN_PATH = re.compile(r"(?:^|[^a-z])seed[^0-9a-z]{0,2}([0-9]+)(?![0-9])", re.IGNORECASE)
-_SEED_IN_YAML = re.compile(r"^\s*(?:seed|seed_everything):\s*([0-9]+)\s*$", re.MULTILINE)
-_SETTINGS = ("hparams.yaml", "config.yaml")
+_SEED_NAMES = ("seed", "seed_everything")
 _GREATEST = 1e150
 """Scores up to here have squares, whose sums a test takes."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of every run.
+
+    Args:
+        metric: The key whose last value is the score; None for no score.
+        curve: A key that is read over all steps; None for none.
+        seed_pattern: Finds the seed in a run's path, by its first group; None looks for it in the hyperparameters, and
+            then in the path.
+    """
+
+    metric: str | None
+    curve: str | None = None
+    seed_pattern: re.Pattern[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,40 +46,61 @@ class FinishedRun:
     Args:
         path: Where its log is.
         seed: Its seed, or the number of its pair.
-        score: The last value of the metric.
+        score: The last value of the metric; NaN where none was wanted.
         last_step: The last step at which anything was logged.
+        curve: The scalar that was wanted over all steps.
+        hyperparameters: Single values by key.
     """
 
     path: Path
     seed: int
     score: float
     last_step: int
+    curve: Series | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-def read_finished(
-    logs: Sequence[Log], metric: str, seed_pattern: re.Pattern[str] | None, advance: Advance
-) -> dict[int, FinishedRun]:
-    """Read the runs of one arm.
+def read_finished(logs: Sequence[Log], wanted: Wanted, advance: Advance) -> list[FinishedRun]:
+    """Read runs to their ends.
 
     Args:
-        logs: Where the runs are.
-        metric: The key of the score.
-        seed_pattern: Finds the seed in a run's path, as its first group; None looks into hparams.yaml and config.yaml
-            beside the log, then into the path.
+        logs: Where they are.
+        wanted: What to read of each.
         advance: Called with the number of bytes whenever some were read.
 
     Returns:
-        The runs by seed, ascending.
+        The runs, in the order of the logs.
 
     Raises:
-        LogError: If a run cannot be read, has no finite score or no seed, or a seed has two runs.
+        LogError: If a run has no score or no seed.
+    """
+    return [_read(log, wanted, advance) for log in logs]
+
+
+def by_seed(runs: Sequence[FinishedRun]) -> dict[int, FinishedRun]:
+    """Sort the runs of an arm.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        The runs by seed, in the order of the seeds.
+
+    Raises:
+        LogError: If a seed has two runs.
     """
     found: dict[int, FinishedRun] = {}
-    for log in logs:
-        run = _read(log, metric, seed_pattern, advance)
+    for run in runs:
         if run.seed in found:
+            other = found[run.seed]
+            names = [
+                name
+                for name in {**other.hyperparameters, **run.hyperparameters}
+                if other.hyperparameters.get(name) != run.hyperparameters.get(name)
+            ]
+            differ = f", which differ in {', '.join(map(one_line, names[:5]))}" if names else ""
             raise LogError(
-                f"seed {run.seed} has two runs, {one_line(found[run.seed].path)} and {one_line(run.path)}: "
+                f"seed {run.seed} has two runs, {one_line(other.path)} and {one_line(run.path)}{differ}: "
                 "name the one that counts"
             )
         found[run.seed] = run
@@ -102,47 +141,69 @@ def _have(seeds: Sequence[int]) -> str:
     return "have" if len(seeds) > 1 else "has"
 
 
-def _read(log: Log, metric: str, seed_pattern: re.Pattern[str] | None, advance: Advance) -> FinishedRun:
-    series = read_scalars(log, advance).series
-    if metric not in series:
-        near = sorted(key for key in series if key.rpartition("/")[2].startswith(metric[:3]))[:5]
-        hint = f"; it has {', '.join(map(one_line, near))}" if near else ""
-        raise LogError(f"{one_line(log.path)} has no {metric}: unfinished, or logged by another name{hint}")
-    score = float(series[metric].values[-1])
-    if abs(score) > _GREATEST and math.isfinite(score):
-        raise LogError(f"{one_line(log.path)} ends with {metric}={score:g}: too large to compare, a run that diverged")
-    if not math.isfinite(score):
-        raise LogError(f"{one_line(log.path)} ends with {metric}={score}: a run that failed has no score to compare")
-    last_step = max(int(one.steps[-1]) for one in series.values() if len(one.steps))
-    return FinishedRun(log.path, _seed(log.path, seed_pattern), score, last_step)
-
-
-def _seed(path: Path, seed_pattern: re.Pattern[str] | None) -> int:
-    if seed_pattern is not None:
-        match = seed_pattern.search(str(path))
-        if match is None:
-            raise LogError(f"--seed-pattern {seed_pattern.pattern!r} finds nothing in {one_line(path)}")
-        try:
-            return int(match[1])
-        except (TypeError, ValueError) as error:  # an optional group that matches nothing, or too many digits
+def _read(log: Log, wanted: Wanted, advance: Advance) -> FinishedRun:
+    scalars = read_scalars(log, advance)
+    score, curve = math.nan, None
+    if wanted.curve is not None:
+        curve = _series(log, scalars, wanted.curve)
+    if wanted.metric is not None:
+        score = float(_series(log, scalars, wanted.metric).values[-1])
+        if abs(score) > _GREATEST and math.isfinite(score):
             raise LogError(
-                f"--seed-pattern {seed_pattern.pattern!r} finds no number in {one_line(path)}: "
-                f"{one_line(match[1] or 'nothing', 60)}"
-            ) from error
-    directory = path if path.is_dir() else path.parent
-    for name in _SETTINGS:
-        file = directory / name
-        seeds = set(_SEED_IN_YAML.findall(file.read_text(errors="replace"))) if file.is_file() else set[str]()
+                f"{one_line(log.path)} ends with {wanted.metric}={score:g}: too large to compare, a run that diverged"
+            )
+        if not math.isfinite(score):
+            raise LogError(
+                f"{one_line(log.path)} ends with {wanted.metric}={score}: a run that failed has no score to compare"
+            )
+    last_step = max(int(one.steps[-1]) for one in scalars.series.values() if len(one.steps))
+    try:
+        hyperparameters, unread = read_hyperparameters(log), ""
+    except LogError as error:
+        hyperparameters, unread = dict[str, Any](), f" ({error})"
+    seed = _seed(log.path, wanted.seed_pattern, hyperparameters, unread)
+    return FinishedRun(log.path, seed, score, last_step, curve, hyperparameters)
+
+
+def _series(log: Log, scalars: Scalars, key: str) -> Series:
+    if key not in scalars.series:
+        near = sorted(name for name in scalars.series if name.rpartition("/")[2].startswith(key[:3]))[:5]
+        hint = f"; it has {', '.join(map(one_line, near))}" if near else ""
+        raise LogError(f"{one_line(log.path)} has no {one_line(key)}: unfinished, or logged by another name{hint}")
+    return scalars.series[key]
+
+
+def _seed(path: Path, seed_pattern: re.Pattern[str] | None, hyperparameters: Mapping[str, Any], unread: str) -> int:
+    if seed_pattern is not None:
+        return _seed_by_pattern(path, seed_pattern)
+    for group in (
+        [hyperparameters.get(name) for name in _SEED_NAMES],
+        [hyperparameters.get(SEED_KEY)],
+        [value for name, value in hyperparameters.items() if name.rpartition("/")[2] in _SEED_NAMES],
+    ):
+        seeds = {str(value) for value in group if isinstance(value, (int, str)) and str(value).isdecimal()}
         if len(seeds) == 1:
-            return _number(seeds.pop(), file)
+            return _number(seeds.pop(), path)
     for part in reversed(path.absolute().parts):
         match = _SEED_IN_PATH.search(part)
         if match is not None:
             return _number(match[1], path)
     raise LogError(
         f"the seed of {one_line(path)} is not known: there is no 'seed: N' in its hparams.yaml and no 'seed_N' in its "
-        r"path; name it by --seed-pattern, such as 'run_(\d+)'"
+        rf"path; name it by --seed-pattern, such as 'run_(\d+)'{unread}"
     )
+
+
+def _seed_by_pattern(path: Path, seed_pattern: re.Pattern[str]) -> int:
+    quoted = repr(one_line(seed_pattern.pattern, 100))
+    match = seed_pattern.search(str(path))
+    if match is None:
+        raise LogError(f"--seed-pattern {quoted} finds nothing in {one_line(path)}")
+    try:
+        return int(match[1])
+    except (TypeError, ValueError) as error:  # an optional group that matches nothing, or too many digits
+        found = one_line(match[1] or "nothing", 60)
+        raise LogError(f"--seed-pattern {quoted} finds no number in {one_line(path)}: {found}") from error
 
 
 def _number(digits: str, where: Path) -> int:

@@ -1,4 +1,4 @@
-"""Logs of runs: finds what Lightning's CSVLogger and TensorBoardLogger wrote, and reads every scalar of it."""
+"""Logs of runs: finds what Lightning's loggers for CSV, TensorBoard, W&B and MLflow wrote, and reads every scalar."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from pathlib import Path
 
 from lightning_revbn.runs.csv_file import CSV_NAME, read_csv
 from lightning_revbn.runs.event_files import first_steps, read_events
+from lightning_revbn.runs.mlflow_stores import (
+    MlflowRun,
+    find_in_database,
+    is_database,
+    is_run_directory,
+    read_mlflow,
+)
 from lightning_revbn.runs.names import natural, one_line
 from lightning_revbn.runs.scalars import Advance, LogError, Scalars
+from lightning_revbn.runs.wandb_files import WANDB_SUFFIX, read_wandb
 
 __all__ = ["Log", "find_logs", "read_scalars"]
 
 _EVENTS_MARK = "tfevents"  # TensorBoard knows event files by it: it is in all their names
+_DATABASES = (".db", ".sqlite", ".sqlite3")
 
 
 @dataclass(frozen=True)
@@ -23,29 +32,34 @@ class Log:
     """The files of one run.
 
     Args:
-        path: The run's directory; or the file, if a CSV file was named that is not called metrics.csv.
+        path: The run's directory; or the file, if a CSV file was named that is not called metrics.csv; or the
+            SQLite file of MLflow and the run's name.
         csv: The file of its CSVLogger.
         events: The files of its TensorBoardLogger, the oldest first: a resumed run begins another.
         named: Whether the user named it, rather than a directory above.
+        wandb: The file of its offline WandbLogger.
+        mlflow: The run in the local store of its MLFlowLogger.
     """
 
     path: Path
     csv: Path | None = None
     events: tuple[Path, ...] = ()
     named: bool = True
+    wandb: Path | None = None
+    mlflow: MlflowRun | None = None
 
     @property
     def size(self) -> int:
-        """How many bytes there are to read, at most."""
-        return sum(file.stat().st_size for file in (self.csv, *self.events) if file is not None)
+        """How many bytes there are to read, at most; unknown of MLflow's stores."""
+        return sum(file.stat().st_size for file in (self.csv, self.wandb, *self.events) if file is not None)
 
 
 def find_logs(paths: Iterable[Path]) -> list[Log]:
     """Find the runs that paths name.
 
     Args:
-        paths: Each a metrics.csv, an event file, the directory of a run, or a directory above several. What is below
-            the directory of a run belongs to it.
+        paths: Each a metrics.csv, an event file, a `.wandb` file, a SQLite file of MLflow, the directory of a run, or a
+            directory above several. What is below the directory of a run belongs to it.
 
     Returns:
         The runs in the order of the paths, each once; those below one directory in natural order (2 before 10).
@@ -62,7 +76,7 @@ def find_logs(paths: Iterable[Path]) -> list[Log]:
         if not logs:
             raise LogError(
                 f"{one_line(path)} holds no log, nor does a directory below: neither {CSV_NAME} of CSVLogger nor an "
-                "event file of TensorBoardLogger"
+                "event file of TensorBoardLogger, nor an offline run of W&B or a local store of MLflow"
             )
         for log in logs:
             key = log.path.resolve()
@@ -87,6 +101,10 @@ def read_scalars(log: Log, advance: Advance = lambda size: None) -> Scalars:
         LogError: If nothing can be read.
     """
     try:
+        if log.mlflow is not None:
+            return read_mlflow(log.mlflow, log.path, advance)
+        if log.wandb is not None:
+            return read_wandb(log.wandb, advance)
         if log.csv is None:
             return read_events(log.path, log.events, advance)
         if not log.events:
@@ -98,24 +116,38 @@ def read_scalars(log: Log, advance: Advance = lambda size: None) -> Scalars:
 
 def _logs_of(path: Path) -> Iterator[Log]:
     if path.is_file():
-        yield _named_file(path)
+        yield from _named_file(path)
     elif path.is_dir():
         for directory, below, files in os.walk(path):
-            log = _in_directory(Path(directory), files, named=Path(directory) == path)
-            below[:] = [] if log else sorted(below, key=natural)
+            here = Path(directory)
+            log = _in_directory(here, [*files, *below], named=here == path)
+            below[:] = [] if log else sorted((name for name in below if name != ".trash"), key=natural)
             if log:
                 yield log
+            for name in sorted(files, key=natural):
+                if name.endswith(_DATABASES) and is_database(here / name):
+                    yield from _in_database(here / name, named=False)
     else:
         raise LogError(f"{one_line(path)} does not exist")
 
 
-def _named_file(path: Path) -> Log:
+def _named_file(path: Path) -> Iterator[Log]:
     if _EVENTS_MARK in path.name:
-        return Log(path.parent, events=(path,))
-    if path.name != CSV_NAME:
-        return Log(path, csv=path)
-    beside = _in_directory(path.parent, [file.name for file in path.parent.iterdir()], named=True)
-    return beside or Log(path.parent, csv=path)
+        yield Log(path.parent, events=(path,))
+    elif path.suffix == WANDB_SUFFIX:
+        yield Log(path.parent, wandb=path)
+    elif is_database(path):
+        yield from _in_database(path, named=True)
+    elif path.name != CSV_NAME:
+        yield Log(path, csv=path)
+    else:
+        beside = _in_directory(path.parent, [file.name for file in path.parent.iterdir()], named=True)
+        yield beside or Log(path.parent, csv=path)
+
+
+def _in_database(path: Path, named: bool) -> Iterator[Log]:
+    for name, run in find_in_database(path):
+        yield Log(path / name, named=named, mlflow=run)
 
 
 def _in_directory(directory: Path, names: Collection[str], named: bool) -> Log | None:
@@ -124,13 +156,21 @@ def _in_directory(directory: Path, names: Collection[str], named: bool) -> Log |
     table = directory / CSV_NAME if CSV_NAME in names and (directory / CSV_NAME).is_file() else None
     # A process that logged nothing, or was killed, leaves empty files behind.
     filled = [file for file in files if file.stat().st_size] or ([] if table else files[:1])
-    return Log(directory, table, tuple(filled), named) if table or filled else None
+    if table or filled:
+        return Log(directory, table, tuple(filled), named)
+    offline = sorted(name for name in names if name.endswith(WANDB_SUFFIX) and (directory / name).is_file())
+    if offline:
+        return Log(directory, named=named, wandb=directory / offline[0])
+    if is_run_directory(directory, names):
+        return Log(directory, named=named, mlflow=MlflowRun(directory.parent.parent, directory.name))
+    return None
 
 
 def _joined_log(one: Log, other: Log) -> Log:
     events = {file.resolve(): file for file in (*other.events, *one.events)}
     ordered = sorted(events.values(), key=lambda file: natural(file.name))
-    return Log(one.path, one.csv or other.csv, tuple(ordered), one.named or other.named)
+    named = one.named or other.named
+    return Log(one.path, one.csv or other.csv, tuple(ordered), named, one.wandb or other.wandb, one.mlflow)
 
 
 def _read_both(log: Log, table: Path, advance: Advance) -> Scalars:

@@ -17,6 +17,7 @@ import yaml
 from helpers.lit import LitNet, loader, quiet, sgd, trainer
 from helpers.models import residual_net
 from helpers.wandb_records import wandb_records
+from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -115,6 +116,53 @@ def test_a_network_without_hyperparameters_logs_the_settings_alone(kind: Any, tm
 def test_a_callback_that_is_switched_off_adds_nothing(kind: Any, tmp_path: Path) -> None:
     fit(tmp_path, kind(tmp_path / "log"), quiet(enabled=False))
     assert in_yaml(tmp_path / "log") == USERS
+
+
+BASELINE = {
+    **DEFAULTS,
+    "revbn/scale": 1.0,
+    "revbn/scale_lr_divisor": 1.0,
+    "revbn/weight_decay_exempt": None,
+}
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_the_monitor_of_a_baseline_logs_the_same_keys(kind: Any, tmp_path: Path) -> None:
+    fit(tmp_path, kind(tmp_path / "log"), BatchNormMonitor())
+    assert in_yaml(tmp_path / "log") == {**USERS, **BASELINE}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_beside_the_callback_a_monitor_leaves_the_settings_to_it(order: int, tmp_path: Path) -> None:
+    fit(tmp_path, CSVLogger(tmp_path / "log"), *[BatchNormMonitor(), RevisitedBatchNorm()][::order])
+    assert in_yaml(tmp_path / "log") == {**USERS, **DEFAULTS}
+
+
+def test_beside_a_callback_that_is_switched_off_a_monitor_is_of_a_baseline(tmp_path: Path) -> None:
+    fit(tmp_path, CSVLogger(tmp_path / "log"), RevisitedBatchNorm(enabled=False), BatchNormMonitor())
+    assert in_yaml(tmp_path / "log") == {**USERS, **BASELINE}
+
+
+@pytest.mark.parametrize("callback", [BatchNormMonitor, RevisitedBatchNorm])
+def test_the_seed_of_seed_everything_is_logged(callback: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "")  # restored at the end, whatever seed_everything writes
+    seed_everything(17, verbose=False)
+    module = Tuned()
+    fit(tmp_path, CSVLogger(tmp_path / "log"), callback(), module=module)
+    assert in_yaml(tmp_path / "log")["revbn/seed"] == 17
+    assert dict(module.hparams) == USERS
+
+
+def test_tensorboards_page_of_hyperparameters_tells_the_arms_apart(tmp_path: Path) -> None:
+    shown: list[dict[str, Any]] = []
+    for name, callback in (("baseline", BatchNormMonitor()), ("revisited", RevisitedBatchNorm())):
+        logger = TensorBoardLogger(tmp_path / name)
+        fit(tmp_path, logger, callback)
+        shown += sessions(logger)
+    baseline, revisited = shown  # one set for each run
+    assert baseline.keys() == revisited.keys()  # the page takes its columns from one run
+    assert (baseline["revbn/scale"], revisited["revbn/scale"]) == (1.0, 0.1)
+    assert {type(value) for value in (baseline["revbn/scale"], revisited["revbn/scale"])} == {float}
 
 
 def test_tensorboard_shows_one_set_of_hyperparameters_and_the_metrics_of_a_run_without(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_csv_logs_hold_every_key_at_every_logging_step(tmp_path: Path, callback:
     logged = rows(tmp_path)
     assert len(logged) == 4
     for row in logged:
-        assert row.keys() == LAYER_KEYS | MODEL_KEYS | {"step"}
+        assert row.keys() == LAYER_KEYS | MODEL_KEYS | {"step", "epoch"}
         assert float(row["revbn/model.bn1/scale_mean"]) == pytest.approx(module.means[int(row["step"])], rel=1e-6)
 
 
@@ -96,8 +96,10 @@ def test_its_own_interval_and_prefix_and_no_single_layers(tmp_path: Path) -> Non
     monitor = BatchNormMonitor(every_n_steps=5, per_layer=False, prefix="bn/affine")
     run = trainer(tmp_path, monitor, logger=CSVLogger(tmp_path))
     run.fit(LitNet(), loader(6))
-    keys = {key.replace("revbn", "bn/affine") for key in MODEL_KEYS}
-    assert [(int(row["step"]), row.keys()) for row in rows(tmp_path)] == [(s, keys | {"step"}) for s in (0, 5, 10)]
+    keys = {key.replace("revbn", "bn/affine") for key in MODEL_KEYS} | {"step", "epoch"}
+    assert [(int(row["step"]), row.keys()) for row in rows(tmp_path)] == [
+        (s, keys | {"step", "epoch"}) for s in (0, 5, 10)
+    ]
     assert keys <= run.callback_metrics.keys()
 
 

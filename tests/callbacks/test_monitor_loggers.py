@@ -51,7 +51,7 @@ def fit(path: Path, *loggers: Logger, histograms: bool = True) -> LitNet:
 def reference(path: Path) -> dict[int, dict[str, float]]:
     """What was logged at each step, by the CSVLogger's file."""
     logged = {
-        int(row["step"]): {key: float(value) for key, value in row.items() if key != "step"}
+        int(row["step"]): {key: float(value) for key, value in row.items() if key not in ("step", "epoch")}
         for row in rows(path / "csv")
     }
     assert list(logged) == [1, 3]
@@ -149,7 +149,33 @@ def test_every_logger_gets_one_dict_a_logging_step(tmp_path: Path, callback: Any
     run = trainer(tmp_path, callback, logger=loggers, accumulate_grad_batches=2, log_every_n_steps=1)
     run.fit(LitNet(), loader(6))
     keys = len(LAYER_KEYS | MODEL_KEYS) if activations else len(LAYER_KEYS | MODEL_KEYS) - 2 * len(BATCH_NORMS) - 2
-    assert loggers[0].calls == loggers[1].calls == [(step, keys) for step in range(6)]
+    assert loggers[0].calls == loggers[1].calls == [(step, keys + 1) for step in range(6)]  # and the epoch
+
+
+def test_events_have_the_epoch_as_lightnings_own_metrics_do(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path)
+    fit(tmp_path, board)
+    assert [(row["step"], row["epoch"]) for row in rows(tmp_path / "csv")] == [("1", "0"), ("3", "1")]
+    assert [(event.step, event.value) for event in events(board).Scalars("epoch")] == [(1, 0), (3, 1)]
+
+
+class Failing(CSVLogger):
+    """Takes nothing of the monitor's."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if "revbn/scale_mean" in metrics:
+            raise OSError("no space left")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_fails_is_named_once_and_the_others_and_training_go_on(tmp_path: Path) -> None:
+    loggers = [Failing(tmp_path / "failing"), CSVLogger(tmp_path / "csv")]
+    run = trainer(tmp_path, BatchNormMonitor(), logger=loggers, log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="Failing did not take the batch norm metrics.*OSError: no space left") as told:
+        run.fit(LitNet(), loader(2))
+    assert len([warning for warning in told if "did not take" in str(warning.message)]) == 1
+    assert run.global_step == 4
+    assert len(rows(tmp_path / "csv")) == 4
 
 
 def test_histograms_without_a_logger_that_takes_them_are_warned_about(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import BATCH_NORMS, images, residual_net
+from helpers.models import BATCH_NORMS, AmidArithmetic, images, residual_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, SplitBatchNorm2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -238,6 +240,77 @@ def test_recomputed_activations_do_not_shift_the_share() -> None:
     plain = seen(layer, lambda: layer(inputs))
     run = torch.utils.checkpoint.checkpoint
     assert seen(layer, lambda: run(layer, inputs, use_reentrant=False).sum().backward()) == plain
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_are_checkpointed_do_not_weigh_twice_in_the_whole(reentrant: bool) -> None:
+    inputs = torch.randn(500, 2, requires_grad=True)
+    shares: list[list[float]] = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        first, second = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+        model = nn.Sequential(first, nn.ReLU(), second)
+
+        def forward(first: nn.Module = first, second: nn.Module = second, checkpointed: bool = checkpointed) -> None:
+            run = torch.utils.checkpoint.checkpoint
+            hidden = run(first, inputs**3, use_reentrant=reentrant) if checkpointed else first(inputs**3)
+            second(hidden.relu()).square().sum().backward()
+
+        shares.append(seen(model, forward)[1])
+    assert shares[0] == shares[1]
+    assert shares[0][0] != shares[0][1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_arithmetic_before_and_behind_batch_norm_is_seen_through(training: bool) -> None:
+    layer = AmidArithmetic(4)
+    nn.init.uniform_(layer.weight, 0.05, 0.2)
+    nn.init.normal_(layer.running_mean)
+    layer.train(training)
+    inputs = torch.randn(64, 4, 3, 3)
+    known = {} if training else {"mean": layer.running_mean.clone(), "variance": layer.running_var.clone()}
+    reference = np.abs(by_numpy((3 * inputs.sin()).double().numpy(), **known))
+    absmax, over_3 = seen(layer, lambda: layer(inputs))
+    assert absmax[0] == pytest.approx(reference.max(), rel=1e-5)
+    assert over_3[0] == pytest.approx((reference > 3).mean(), abs=1e-6)
+
+
+def test_a_layer_inside_another_is_measured_by_itself() -> None:
+    layer = SplitBatchNorm2d(3, num_splits=2)  # its children normalise the other parts of the batch
+    inputs = torch.randn(16, 3, 4, 4)
+    inputs[8:] *= 5
+    inputs[8, 0, 0, 0] = 100.0
+    absmax, over_3 = seen(layer, lambda: layer(inputs))
+    parts = [np.abs(by_numpy(part.double().numpy())) for part in inputs.split(8)]
+    assert absmax[:2] == pytest.approx([part.max() for part in parts], rel=1e-5)
+    assert over_3[:2] == pytest.approx([(part > 3).mean() for part in parts], abs=1e-6)
+
+
+def test_a_forward_that_the_user_has_put_in_a_layer_is_watched_and_left() -> None:
+    layer = nn.BatchNorm2d(4)
+    original = layer.forward
+    layer.forward = lambda input: 0.1 * original(input)  # type: ignore[method-assign]
+    own, plain = layer.forward, nn.BatchNorm2d(4)
+    inputs = torch.randn(16, 4, 3, 3)
+    assert seen(layer, lambda: layer(inputs)) == seen(plain, lambda: plain(inputs))
+    assert layer.forward is own
+
+
+def test_a_copy_that_is_made_meanwhile_is_not_watched_and_an_error_leaves_the_layer_as_it_was() -> None:
+    layer = AmidArithmetic(4)
+    records = find_batch_norms(layer)
+    metric = NormalizedActivations(1)
+    with ActivationHooks(records, metric):
+        duplicate = copy.deepcopy(layer)
+        stored = pickle.loads(pickle.dumps(layer))
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(2, 5, 3, 3))
+        count = metric.count.item()
+        for other in (duplicate, stored):
+            torch.testing.assert_close(other(torch.ones(4, 4, 2, 2)), torch.ones(4, 4, 2, 2))
+        assert metric.count.item() == count
+    assert "forward" not in vars(layer)
+    assert duplicate.running_mean is not layer.running_mean
 
 
 class OwnStatistics(nn.BatchNorm1d):

@@ -41,11 +41,14 @@ def run_ranks(script: str, *arguments: object, env: Mapping[str, str] | None = N
     return run_script(path, *arguments, env={**paths, **(env or {})}, **options).stderr
 
 
-def run_shell(commands: str, folder: Path) -> None:
-    """Run commands of a page in a folder; `python` and the installed commands are those of the tests."""
+def run_shell(commands: str, folder: Path) -> str:
+    """Run commands of a page in a folder, and return what they print.
+
+    `python` and the installed commands are those of the tests.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT), "PATH": path}
-    run_process(["sh", "-ec", commands], cwd=folder, env=own)
+    return run_process(["sh", "-ec", commands], cwd=folder, env=own).stdout
 
 
 def _search_path(*folders: Path) -> str:

@@ -70,3 +70,30 @@ def test_the_settings_of_the_user_change_nothing(tmp_path: Path) -> None:
         save(draw(runs), tmp_path / "other.png")
         assert dict(mpl.rcParams) == before
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+
+def test_a_disk_that_fills_up_leaves_the_old_picture_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:4096])
+        raise OSError(28, "No space left on device")
+
+    figure = draw([make_run(["a"], quantities=["scale_mean"])])
+    file = tmp_path / "figure.png"
+    file.write_bytes(b"the old one")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match="No space left"):
+            save(figure, file)
+    assert file.read_bytes() == b"the old one"
+    assert [*tmp_path.iterdir()] == [file]
+    file.chmod(0o640)
+    link = tmp_path / "link.png"
+    link.symlink_to(file)
+    save(figure, link)
+    assert link.is_symlink()
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert sorted(tmp_path.iterdir()) == [file, link]

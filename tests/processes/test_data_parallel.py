@@ -46,6 +46,11 @@ def test_activations_of_two_ranks_equal_those_of_one_rank_with_the_joined_batch(
     assert float(one[0]["revbn/normalized_absmax"]) > 3
     assert 0 < float(one[0]["revbn/normalized_over_3"]) < 0.1
 
+    # Statistics of the call of batch norm itself, which two ranks share.
+    for joined, split in zip(*(logged_in(tmp_path / ranks / "AmidArithmetic") for ranks in "12"), strict=True):
+        for key in joined:
+            assert float(split[key]) == pytest.approx(float(joined[key]), rel=1e-5, abs=1e-9), (joined["step"], key)
+
     tables = {ranks: torch.load(tmp_path / str(ranks) / "tables.pt", weights_only=True) for ranks in (1, 2)}
     torch.testing.assert_close(tables[2]["SyncBatchNorm"], tables[1]["SyncBatchNorm"], rtol=1e-6, atol=0)
     # Layers that are not synchronised normalise the batch of their own rank.

@@ -10,20 +10,20 @@ from helpers.arms import BASELINE, BETTER, end_early, remove_seed, write_arm
 from helpers.logs import write_csv, write_events
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_revbn.runs.finished_runs import check_pairs, read_finished
+from lightning_revbn.runs.finished_runs import Wanted, by_seed, check_pairs, read_finished
 from lightning_revbn.runs.logs import find_logs
 from lightning_revbn.runs.scalars import LogError
 
 
 def scores(folder: Path, seed_pattern: str | None = None) -> dict[int, float]:
     pattern = None if seed_pattern is None else re.compile(seed_pattern)
-    runs = read_finished(find_logs([folder]), "test_acc", pattern, advance=lambda size: None)
+    runs = by_seed(read_finished(find_logs([folder]), Wanted("test_acc", seed_pattern=pattern), lambda size: None))
     return {seed: run.score for seed, run in runs.items()}
 
 
 def read_pairs(baseline: Path, proposed: Path) -> None:
     arms = [
-        read_finished(find_logs([folder]), "test_acc", None, advance=lambda size: None)
+        by_seed(read_finished(find_logs([folder]), Wanted("test_acc"), lambda size: None))
         for folder in (baseline, proposed)
     ]
     check_pairs(*arms, proposed.name, any_length=False)
@@ -85,6 +85,37 @@ def test_runs_that_are_no_pairs_are_refused_in_one_line(damage: Any, message: st
         read_pairs(*arms)
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def seed_of(folder: Path, hparams: str) -> int:
+    write_csv(folder, [(20, {"test_acc": 0.9})])
+    (folder / "hparams.yaml").write_text(hparams)
+    return next(iter(scores(folder)))
+
+
+@pytest.mark.parametrize(
+    ("hparams", "seed"),
+    [
+        ("seed: 4\nrevbn/seed: 5\n", 4),  # the user's own word
+        ("data:\n  seed: 0\nrevbn/seed: 5\n", 5),  # of the data alone
+        ("data:\n  seed: 6\n", 6),
+        ("seed_everything: 7\n", 7),
+        ("!!python/object:os.system {a: 1}\n", 3),  # nothing is made of it
+        ("a: [\n", 3),
+        ("seed: true\n", 3),
+    ],
+)
+def test_the_seed_is_the_users_own_or_that_of_seed_everything_or_that_of_the_path(
+    hparams: str, seed: int, tmp_path: Path
+) -> None:
+    assert seed_of(tmp_path / "seed_3", hparams) == seed
+
+
+def test_two_runs_of_a_seed_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    for name, rate in (("a", 0.1), ("b", 0.2)):
+        seed_of(tmp_path / name, f"seed: 1\nlr: {rate}\n")
+    with pytest.raises(LogError, match=r"seed 1 has two runs, .*, which differ in lr: name the one that counts"):
+        scores(tmp_path)
 
 
 def test_a_seed_of_thousands_of_digits_is_refused(tmp_path: Path) -> None:

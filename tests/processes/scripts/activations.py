@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from helpers.lit import LitNet, trainer
-from helpers.models import SynchronizedBatchNorm, images, residual_net_of
+from helpers.models import AmidArithmetic, SynchronizedBatchNorm, images, residual_net_of
 from helpers.ranks import end_rank
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_revbn import BatchNormMonitor, find_batch_norms
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations, compute_x_hat
+from lightning_revbn.core.batch_norm_sync import synchronize_batch_norms
 
 GLOBAL_BATCH = 16
 
@@ -32,11 +33,12 @@ def main(devices: int, folder: Path) -> None:
     # Lightning's own sampler would shuffle.
     sampler = DistributedSampler(data, devices, rank, shuffle=False)
     batches = DataLoader(data, batch_size=GLOBAL_BATCH // devices, sampler=sampler)
-    for kind in (SynchronizedBatchNorm, nn.BatchNorm2d):
+    for kind in (SynchronizedBatchNorm, AmidArithmetic, nn.BatchNorm2d):
         logger = CSVLogger(folder, name=kind.__name__)
         options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
         run = trainer(folder, BatchNormMonitor(activations=True), logger=logger, **options)
-        run.fit(LitNet(model=residual_net_of(kind).double()), batches)
+        model = residual_net_of(kind).double()
+        run.fit(LitNet(model=synchronize_batch_norms(model) if kind is AmidArithmetic else model), batches)
 
     # The first batch once more, by hand. SyncBatchNorm runs on GPUs alone, but what it normalises to can be computed.
     first = inputs[:GLOBAL_BATCH]

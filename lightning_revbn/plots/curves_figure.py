@@ -1,0 +1,89 @@
+"""Draws a scalar over training: mean and interval of every arm, and the paired differences below."""
+
+# pyright: reportUnknownMemberType=false
+# Matplotlib leaves the keyword arguments of most of its functions untyped.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from lightning_revbn.plots.fitted_text import elided
+from lightning_revbn.plots.layer_rows import drawable
+from lightning_revbn.plots.output import NORMAL, settings
+from lightning_revbn.plots.step_axis import step_label
+from lightning_revbn.runs.curves import Band, CurveComparison, ahead_for_good
+from lightning_revbn.runs.names import one_line
+
+__all__ = ["draw"]
+
+_BASELINE = "0.25"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, which colour-blind readers tell apart."""
+
+
+def draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: bool) -> Figure:
+    """Draw all arms into one figure.
+
+    Args:
+        comparisons: The arms, each against the same baseline.
+        key: What the scalar is called.
+        lower_is_better: Whether it is, as for a loss.
+
+    Returns:
+        The figure.
+    """
+    with settings():
+        return _draw(comparisons, key, lower_is_better)
+
+
+def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: bool) -> Figure:
+    figure: Any = Figure(figsize=(6.4, 5.2), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    first = max(comparisons, key=lambda comparison: len(comparison.steps))
+    _draw_band(above, first.steps, first.baseline, _BASELINE)
+    below.axhline(0, color=_BASELINE, linewidth=0.8)
+    many = len(comparisons) > len(_COLOURS)
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(comparisons))) if many else _COLOURS
+    for comparison, colour in zip(comparisons, colours, strict=False):
+        _draw_band(above, comparison.steps, comparison.proposed, colour)
+        _draw_band(below, comparison.steps, comparison.difference, colour)
+        ahead = ahead_for_good(comparison, lower_is_better)
+        if ahead is not None:
+            below.axvline(ahead, color=colour, linewidth=0.9, linestyle=(0, (4, 2)))
+    above.set_ylabel(one_line(key, 60))
+    below.set_ylabel(f"Difference from the\nbaseline ({'below' if lower_is_better else 'above'} 0: ahead)")
+    below.set_xlabel("Training step")
+    below.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    below.xaxis.set_major_formatter(FuncFormatter(step_label))
+    for panel in (above, below):
+        panel.grid(axis="y", color="0.92", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    lines = [Line2D([], [], color=colour) for colour in (_BASELINE, *colours[: len(comparisons)])]
+    legend = above.legend(lines, [str(index) for index in range(len(lines))], frameon=False)
+    for text, name in zip(legend.get_texts(), ["Baseline", *(c.label for c in comparisons)], strict=True):
+        text.set_text(elided(one_line(name)))  # given as a label, a name with a leading underscore would be left out
+    figure.suptitle(
+        f"Mean of {first.pairs} runs and its 95 % interval at each step; below: paired differences,\n"
+        "dashed: from where an arm is ahead for good",
+        fontsize=NORMAL,
+    )
+    return figure
+
+
+def _draw_band(panel: Any, steps: Any, band: Band, colour: Any) -> None:
+    """Draw a mean and its interval; where a run has no finite value there is a gap, and a cross on its edge."""
+    good = drawable(band.mean) & drawable(band.low) & drawable(band.high)
+    low, mean, high = (np.where(good, values, np.nan) for values in (band.low, band.mean, band.high))
+    marker = "o" if good.sum() < 2 else ""
+    panel.plot(steps, mean, color=colour, linewidth=1.5, marker=marker, markersize=4)
+    panel.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    edge = np.flatnonzero(good[:-1] & ~good[1:])
+    panel.plot(steps[edge], mean[edge], color=colour, linestyle="", marker="X", markersize=6)
+    panel.set_xlim(steps[0], max(steps[-1], steps[0] + 1))

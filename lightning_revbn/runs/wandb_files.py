@@ -1,0 +1,156 @@
+"""Reads the file that an offline run of Weights & Biases leaves, a damaged file as far as it goes."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_revbn.runs.names import one_line
+from lightning_revbn.runs.scalars import Advance, Columns, LogError, Scalars
+
+__all__ = ["WANDB_SUFFIX", "read_wandb", "read_wandb_settings"]
+
+WANDB_SUFFIX = ".wandb"
+
+_MARK = b":W&B"
+_HEAD = 7  # bytes of the file before its first block; and of what stands before each piece of a record
+_BLOCK = 32768
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_STEP = "trainer/global_step"
+"""Under this key Lightning's WandbLogger hands over the step."""
+_OWN_STEP = "_step"
+
+
+def read_wandb(path: Path, advance: Advance) -> Scalars:
+    """Read every scalar of a run.
+
+    Args:
+        path: The file, `run-ID.wandb`.
+        advance: Called with the number of bytes whenever some were read.
+
+    Returns:
+        The scalars in the order they were logged in; at the steps of the Trainer where Lightning's logger wrote them,
+        else at W&B's own.
+
+    Raises:
+        LogError: If the file holds no value, or wandb is missing.
+    """
+    columns = Columns()
+    damage: list[str] = []
+    for record in _until_damage(path, advance, damage):
+        if record.WhichOneof("record_type") != "history":
+            continue
+        row = dict(_items(record.history.item))
+        step = _number(row.get(_STEP, row.get(_OWN_STEP, record.history.step.num)))
+        if step is None or step != step // 1:
+            continue
+        for key, value in row.items():
+            number = _number(value)
+            if number is not None and not key.startswith("_") and key != _STEP:
+                columns.add(key, int(step), number)
+    series = columns.series()
+    if not series:
+        raise LogError(damage[0] if damage else f"{one_line(path)} holds no values")
+    return Scalars(series, frozenset(series), tuple(f"{text}; what is before was read" for text in damage))
+
+
+def read_wandb_settings(path: Path) -> dict[str, Any]:
+    """Read the configuration of a run.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The last values by key; nested ones as they are.
+
+    Raises:
+        LogError: If wandb is missing.
+    """
+    settings: dict[str, Any] = {}
+    for record in _until_damage(path, lambda size: None, []):
+        kind = record.WhichOneof("record_type")
+        if kind in ("run", "config"):
+            settings.update(_items((record.run.config if kind == "run" else record.config).update))
+    return settings
+
+
+def _items(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of a record's items; a value that cannot be read is None."""
+    for item in items:
+        try:
+            value = json.loads(item.value_json)
+        except (ValueError, RecursionError):
+            value = None
+        yield item.key or "/".join(item.nested_key), value
+
+
+def _number(value: object) -> float | None:
+    """Return a value as a number, None where it is none; JSON has no NaN and infinity, so W&B may write their names."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    if isinstance(value, str) and value not in ("NaN", "Infinity", "-Infinity"):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _until_damage(path: Path, advance: Advance, damage: list[str]) -> Iterator[Any]:
+    """Yield the records that can be read, and note where the others begin."""
+    try:
+        parse: Callable[[bytes], Any] = import_module("wandb.proto.wandb_internal_pb2").Record.FromString
+    except ImportError as error:
+        raise LogError(f"{one_line(path)} needs wandb to be read: pip install wandb") from error
+    from google.protobuf.message import DecodeError
+
+    data = path.read_bytes()
+    if not data.startswith(_MARK):
+        damage.append(f"{one_line(path)} is no file of Weights & Biases, or is damaged from its beginning")
+        return
+    for end, content in _contents(data):
+        if content is not None:
+            try:
+                yield parse(content)
+                advance(len(content))
+                continue
+            except DecodeError:
+                pass
+        damage.append(f"{one_line(path)} is damaged or cut off at byte {end} of {len(data)}")
+        return
+
+
+def _contents(data: bytes) -> Iterator[tuple[int, bytes | None]]:
+    """Yield where each record starts, and its content; None, and no more, where the file is damaged.
+
+    The frame around the records is LevelDB's log format, of which wandb's Python code has no reader any more
+    (https://github.com/google/leveldb/blob/main/doc/log_format.md): blocks of 32 KiB, and pieces that no block cuts.
+    """
+    position = start = _HEAD
+    pending: list[bytes] = []
+    while position < len(data):
+        left = _BLOCK - position % _BLOCK
+        if left < _HEAD:  # zeros fill a block that has no room for another head
+            position += left
+            continue
+        if position + _HEAD > len(data):
+            break
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        piece = data[position + _HEAD : position + _HEAD + length]
+        follows = kind in (_MIDDLE, _LAST)
+        is_whole = len(piece) == length and zlib.crc32(bytes([kind]) + piece) == checksum
+        if not is_whole or kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or follows != bool(pending):
+            yield start, None
+            return
+        pending.append(piece)
+        position += _HEAD + length
+        if kind in (_WHOLE, _LAST):
+            yield start, b"".join(pending)
+            pending, start = [], position
+    if pending or position < len(data):
+        yield start, None

@@ -1,0 +1,48 @@
+"""One experiment in the logs of four loggers: a baseline and two arms over the same seeds, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+KINDS = ("csv", "tensorboard", "wandb", "mlflow")
+SEEDS = (1, 2, 3, 4, 5, 6)
+SCORES = {1.0: (0.75, 0.5, 0.625, 0.75, 0.5, 0.625), 0.1: (0.875, 0.75, 0.75, 0.75, 0.625, 0.875), 0.5: (0.5,) * 6}
+"""By scale; numbers that float32 holds exactly, since event files have no more."""
+CURVE = ((0, 2.0), (10, 1.0), (20, 0.5))
+
+
+def write_experiment(folder: Path) -> None:
+    """Write the logs of every kind into a folder of its name, in the order seeds first."""
+    for index, seed in enumerate(SEEDS):
+        for scale, scores in SCORES.items():
+            for logger in loggers(folder, f"{scale}-{index}"):
+                write_run(logger, {"revbn/scale": scale, "revbn/seed": seed, "lr": 0.1, "name": None}, scores[index])
+    wandb.teardown()  # its service may write for a while after the runs have finished
+
+
+def loggers(folder: Path, name: str) -> list[Logger]:
+    for kind in KINDS:
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    return [
+        CSVLogger(folder / "csv", name=name),
+        TensorBoardLogger(folder / "tensorboard", name=name),
+        WandbLogger(save_dir=folder / "wandb", offline=True),
+        MLFlowLogger("experiment", tracking_uri=f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"),
+    ]
+
+
+def write_run(logger: Logger, hyperparameters: Mapping[str, Any], score: float) -> None:
+    logger.log_hyperparams(dict(hyperparameters))
+    for step, loss in CURVE:
+        metrics = {"val_loss": loss * hyperparameters["revbn/scale"], "revbn/a/scale_mean": 1.0, "epoch": step // 10}
+        logger.log_metrics(metrics, step=step)
+    logger.log_metrics({"test_acc": score}, step=20)
+    logger.save()
+    logger.finalize("success")
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish()

@@ -15,11 +15,12 @@ from lightning_revbn.cli.checkpoints import as_dict, is_whole
 from lightning_revbn.core.arguments import is_flat
 from lightning_revbn.core.eps import EPS_KEY
 from lightning_revbn.core.input_norm import InputNorm, OnlineStandardizer
+from lightning_revbn.core.input_state import STATE_KEYS
 from lightning_revbn.core.layers import Selection
 from lightning_revbn.core.metric_keys import AFFINE_KINDS
 from lightning_revbn.core.module_names import unwrapped
 
-__all__ = ["INPUT_STATE", "OUTCOMES", "SavedRun", "read_run", "saved_eps"]
+__all__ = ["OUTCOMES", "SavedRun", "read_run", "saved_eps"]
 
 OUTCOMES = {
     "revisited": "the scale started where the settings say",
@@ -33,8 +34,6 @@ OUTCOMES = {
 
 _SELECTING = ("scale", "include", "exclude", "zero_scale", "trained")
 _LEARNING = ("scale_lr_divisor", "shift_lr_multiplier", "eps", "weight_decay_exempt")
-INPUT_STATE = frozenset(("kind", "count", "mean", "m2", "shift", "samples", "input_range", "scale"))
-"""Keys by which the state of an `OnlineStandardizer` is known, wherever a DataModule keeps it."""
 _ATTRIBUTES = {"scale": "weight", "shift": "bias"}
 
 
@@ -204,12 +203,12 @@ def _starts(saved: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, str], Tensor]
 
 
 def _input_states(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield the states of standardisers, wherever a DataModule keeps them, with the names of where they are."""
+    """Yield the states of standardisers, which their keys tell, with the names of where DataModules keep them."""
     for name, part in content.items():
         for state in filter(None, map(as_dict, (as_dict(part) or {}).values())):
             several = {key: own for key, inner in state.items() if (own := as_dict(inner)) and isinstance(key, str)}
             for key, own in {"": state, **several}.items():
-                if own.keys() >= INPUT_STATE and isinstance(name, str):
+                if own.keys() >= {*STATE_KEYS} and isinstance(name, str):
                     yield f"{name} ({key})" if key else name, own
 
 
@@ -218,7 +217,9 @@ def _input_statistics(state: Mapping[Any, Any]) -> dict[str, Any] | None:
     if not all(is_whole(value) for value in state.values() if isinstance(value, Tensor)):
         return None
     try:
-        settings = InputNorm(num_features=len(state["count"]), input_range=state["input_range"])
+        mean, std = (None, None) if state["constants"] is None else state["constants"].tolist()
+        options: dict[str, Any] = {name: state[name] for name in ("mode", "input_range")}
+        settings = InputNorm(len(state["count"]), mean=mean, std=std, **options)
         standardizer = OnlineStandardizer(settings)
         standardizer.load_state_dict(dict(state))
         if not standardizer.has_statistics:

@@ -25,12 +25,14 @@ from lightning_revbn.core.input_settings import MODES, InputNorm
 from lightning_revbn.core.input_statistics import LearnedStatistics
 from lightning_revbn.core.moments import Kind, Moments
 
-__all__ = ["SavedInput", "read_state", "write_state"]
+__all__ = ["STATE_KEYS", "SavedInput", "read_state", "write_state"]
 
 _TOTAL = ("count", "mean", "rest", "m2")
 _AVERAGE = ("average_weight", "average_mean", "average_rest", "average_m2")
 _TENSORS = (*_TOTAL, *_AVERAGE, "samples")
 """Names in the order of `LearnedStatistics.tensors`."""
+STATE_KEYS = ("mode", "kind", "scale", "input_range", "constants", *_TENSORS)
+"""All keys of a state."""
 _NEVER_NEGATIVE = {"count", "m2", "average_weight", "average_m2", "samples"}
 
 
@@ -106,7 +108,7 @@ def read_state(state: object, settings: InputNorm) -> SavedInput:
     if not isinstance(state, Mapping):
         raise ValueError(f"the saved input statistics are a {type(state).__name__}, not a mapping")
     values = cast("Mapping[str, Any]", state)
-    missing = [name for name in ("mode", "kind", "scale", "input_range", "constants", *_TENSORS) if name not in values]
+    missing = [name for name in STATE_KEYS if name not in values]
     if missing:
         raise ValueError(f"the saved input statistics lack {', '.join(missing)}")
     _expect(isinstance(values["mode"], str) and values["mode"] in MODES, "mode", repr(values["mode"]))

@@ -26,8 +26,9 @@ from lightning_revbn import BatchNormMonitor, InputNorm, OnlineInputNormMixin, R
 from lightning_revbn.cli.checkpoint_layers import from_state_dict
 from lightning_revbn.cli.checkpoints import TargetError, load_state_dict
 from lightning_revbn.cli.main import main
-from lightning_revbn.cli.saved_run import INPUT_STATE
 from lightning_revbn.core.eps import EPS_KEY
+from lightning_revbn.core.input_norm import OnlineStandardizer
+from lightning_revbn.core.input_state import STATE_KEYS
 
 
 def inspected(target: object, *options: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -593,7 +594,7 @@ for _ in range(9):
 def test_a_checkpoint_may_hold_anything_where_callbacks_keep_their_state(
     callbacks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = {"epoch": -1, "global_step": "x", "Data": {"input_norm": dict.fromkeys(INPUT_STATE, 3)}}
+    state = {"epoch": -1, "global_step": "x", "Data": {"input_norm": dict.fromkeys(STATE_KEYS, 3)}}
     torch.save({"state_dict": tensors("bn"), "callbacks": callbacks, **state}, tmp_path / "model.ckpt")
     shown = inspected(tmp_path / "model.ckpt", capsys=capsys)
     assert [layer["name"] for layer in shown["layers"]] == ["bn"]
@@ -601,6 +602,14 @@ def test_a_checkpoint_may_hold_anything_where_callbacks_keep_their_state(
     assert "the input statistics of Data in it cannot be read" in shown["run"]["problems"]
     assert main(["inspect", str(tmp_path / "model.ckpt")]) == 0
     assert all(len(line) < 1000 for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_constants_of_a_fixed_input_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    standardizer = OnlineStandardizer(InputNorm(num_features=2, mode="fixed", mean=[0.25, 0.5], std=[0.5, 2.0]))
+    content = {"state_dict": tensors("bn"), "callbacks": {}, "Data": {"input_norm": standardizer.state_dict()}}
+    torch.save(content, tmp_path / "model.ckpt")
+    statistics = inspected(tmp_path / "model.ckpt", capsys=capsys)["run"]["input_statistics"]["Data"]
+    assert (statistics["mean"], statistics["std"]) == ([0.25, 0.5], [0.5, 2.0])
 
 
 def test_json_of_a_run_that_diverged_is_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

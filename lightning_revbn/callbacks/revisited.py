@@ -20,6 +20,7 @@ from lightning_revbn.callbacks.rewriting import Rewriting
 from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.callbacks.rules import UpdateRules
 from lightning_revbn.callbacks.saved_by_arguments import SavedByArguments, save_by_arguments
+from lightning_revbn.callbacks.short_trainings import tell_if_too_short
 from lightning_revbn.callbacks.telling import tell
 from lightning_revbn.core.arguments import (
     TrainedPolicy,
@@ -228,6 +229,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
             # Weights, and the names of the scales kept at zero, may have come from a checkpoint only now.
             self._settle(trainer, pl_module)
             self._tell(trainer)
+        tell_if_too_short(type(self).__name__, self.report, self._rules.settings, trainer)
         hyperparameters.log(trainer, self._joined_settings(trainer))
         self._monitor.on_train_start(trainer, pl_module)
 

@@ -19,6 +19,7 @@ import results_page
 from curves import Curve, write_curves
 from scipy import stats
 
+from lightning_revbn.callbacks.short_trainings import LOST_UP_TO
 from lightning_revbn.runs.comparison import compare
 
 GRIDS = [name for name in planned.GRIDS if (results_page.RESULTS / f"{name}.csv").is_file()]
@@ -170,3 +171,20 @@ def test_a_figure_is_small_and_shows_the_arms(folder: Path) -> None:
 def test_a_page_without_a_place_for_a_table_is_refused() -> None:
     with pytest.raises(ValueError, match="has 0 places for the table 'digits'"):
         results_page.fill("nothing", {"digits": "| 1 |"})
+
+
+def test_the_callback_tells_of_the_trainings_that_all_lost() -> None:
+    ended: dict[float, list[tuple[int, bool]]] = {}
+    for name in GRIDS:
+        steps = max(int(row["step"]) for row in read(results_page.RESULTS / f"{name}_curves.csv"))
+        for cell in cells.read_cells(results_page.RESULTS, name):
+            if cell.baseline == "baseline" and cell.arm.removeprefix("scale_").replace(".", "").isdecimal():
+                assert cell.comparison is not None
+                lost = cell.comparison.test.confidence_interval[1] < 0
+                ended.setdefault(float(cell.arm.removeprefix("scale_")), []).append((steps, lost))
+    longest: dict[float, int] = {}
+    for scale, found in ended.items():
+        others = min((steps for steps, lost in found if not lost), default=float("inf"))
+        before = [steps for steps, _ in found if steps < others]
+        longest |= {scale: max(before)} if before else {}
+    assert longest == LOST_UP_TO

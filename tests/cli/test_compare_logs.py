@@ -20,6 +20,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 writes no directories without it
         write_experiment(folder)
     return folder
 
@@ -72,14 +73,15 @@ def test_runs_of_w_and_b_and_mlflow_are_named_one_by_one_too(
     assert by_file == by_directory == by_database
 
 
-@pytest.mark.parametrize("kind", ["wandb", "mlflow"])
+@pytest.mark.parametrize("kind", ["wandb", "mlflow", "mlruns"])
 def test_without_the_package_its_installation_is_told(
     kind: str, experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = {"wandb": "wandb.proto.wandb_internal_pb2", "mlflow": "mlflow.tracking"}[kind]
+    package = "wandb" if kind == "wandb" else "mlflow"
+    missing = {"wandb": "wandb.proto.wandb_internal_pb2", "mlflow": "mlflow.tracking"}[package]
     monkeypatch.setitem(__import__("sys").modules, missing, None)
     said = error(capsys, experiment / kind, "--metric", "test_acc")
-    assert re.search(rf"needs {kind} to be read: pip install {kind}", said, re.IGNORECASE)
+    assert re.search(rf"needs {package} to be read: pip install {package}", said, re.IGNORECASE)
 
 
 def with_settings(folder: Path, settings: str) -> Path:

@@ -1,4 +1,4 @@
-"""One experiment in the logs of four loggers: a baseline and two arms over the same seeds, without training."""
+"""One experiment in the logs of four loggers, of MLflow in both of its local stores: a baseline and two arms over the same seeds, without training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-KINDS = ("csv", "tensorboard", "wandb", "mlflow")
+KINDS = ("csv", "tensorboard", "wandb", "mlflow", "mlruns")
 SEEDS = (1, 2, 3, 4, 5, 6)
 SCORES = {1.0: (0.75, 0.5, 0.625, 0.75, 0.5, 0.625), 0.1: (0.875, 0.75, 0.75, 0.75, 0.625, 0.875), 0.5: (0.5,) * 6}
 """By scale; numbers that float32 holds exactly, since event files have no more."""
@@ -33,6 +33,7 @@ def loggers(folder: Path, name: str) -> list[Logger]:
         TensorBoardLogger(folder / "tensorboard", name=name),
         WandbLogger(save_dir=folder / "wandb", offline=True),
         MLFlowLogger("experiment", tracking_uri=f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"),
+        MLFlowLogger("experiment", tracking_uri=(folder / "mlruns").as_uri()),
     ]
 
 

@@ -104,7 +104,7 @@ def ending(logs: Path, number: int) -> str:
 def _main(count: int) -> int:
     from helpers.experiment import write_experiment
 
-    os.environ["WANDB_SILENT"] = "true"
+    os.environ["WANDB_SILENT"] = os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     with tempfile.TemporaryDirectory() as folder:
         write_experiment(Path(folder) / "sources")
         logs = damaged_logs(Path(folder) / "sources", Path(folder), count)

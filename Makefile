@@ -52,8 +52,9 @@ optimizers: ## try every optimizer of many packages against hand-made groups, an
 kill-and-resume: $(VENV)/.examples $(VENV)/.test ## kill training at random moments and resume it, 200 times (KILL_ARGS="--trials 20 --seed 1")
 	$(BIN)/python tests/processes/scripts/kill_and_resume.py $(KILL_ARGS)
 
-fuzz: $(VENV)/.examples $(VENV)/.test ## give the command targets, and LIGHTNING_REVBN values, that nobody means (FUZZ_ARGS="--targets 2000 --seed 500")
+fuzz: $(VENV)/.examples $(VENV)/.test ## give the command targets, logs, and LIGHTNING_REVBN values, that nobody means (FUZZ_ARGS="--targets 2000 --seed 500")
 	PYTHONPATH=.:tests $(BIN)/python tests/processes/scripts/fuzz_command.py $(FUZZ_ARGS)
+	PYTHONPATH=.:tests $(BIN)/python tests/helpers/fuzzed_logs.py 500
 
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W -E --keep-going -b html docs docs/_build

@@ -32,7 +32,8 @@ class NoUpdate(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> None:
         """Read the groups, as every optimizer does."""
-        len(self.param_groups)
+        for group in self.param_groups:
+            group["params"], group["lr"]
 
 
 class Counting(NoUpdate):
@@ -41,6 +42,7 @@ class Counting(NoUpdate):
     def step(self, closure: Any = None) -> None:
         """Count."""
         for group in self.param_groups:
+            group["params"], group["lr"]
             group["k"] = group.get("k", 0) + 1
 
 

@@ -54,6 +54,11 @@ class Part:
         """Whether the parameters learn as their group says."""
         return self.role == "other" and not self.exempt
 
+    @property
+    def operation(self) -> tuple[Callable[[Any, float], Any], float]:
+        """How the learning rate follows from the group's: an operator and the number on its right."""
+        return self.rates.operation(self.role)
+
     def own_values(self, where: str) -> dict[str, Callable[[Any], Any]]:
         """Return what works out, from the group's values, those that the part has for itself.
 
@@ -116,6 +121,7 @@ class GroupPlan:
             for index, part in enumerate(() if is_plain else parts)
         ]
         self._shown = [copy.shown for copy in self._copies]
+        self._operations = [(copy.shown, copy.noted, *copy.part.operation) for copy in self._copies]
         self._own_keys = {key for copy in self._copies for key in copy.own_rates}
         self.has_own_lr = "lr" in self._own_keys
         self.doubts = [ReadWatch(copy.shown, copy.params, has_own_lr="lr" in copy.own_rates) for copy in self._copies]
@@ -179,8 +185,10 @@ class GroupPlan:
             return self._shown
         # Most steps find another learning rate and nothing else. Then no other key is looked at one by one.
         lr = group.get("lr")
-        if lr is not taken.get("lr") and type(lr) in _NUMBERS:
-            self._take_over("lr", lr)
+        if lr is not taken.get("lr") and type(lr) is float:
+            for shown, noted, operate, number in self._operations:
+                shown["lr"] = noted["lr"] = operate(lr, number)
+            taken["lr"] = lr
         if not all(map(is_, group.values(), taken.values())):
             for key, value in group.items():
                 if value is not taken[key]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -104,7 +106,19 @@ class Rates:
                 "so give the optimizer an explicit lr"
             )
         # NumPy's numbers keep their precision, as they do in a group that somebody divided by hand.
-        return group_lr / self.divisor if role == "scale" else group_lr * self.multiplier
+        operate, number = self.operation(role)
+        return operate(group_lr, number)
+
+    def operation(self, role: Role) -> tuple[Callable[[Any, float], Any], float]:
+        """Tell how a learning rate follows from that of the group.
+
+        Args:
+            role: Of which parameters.
+
+        Returns:
+            An operator and the number on its right.
+        """
+        return (_DIVIDE if role == "scale" else _MULTIPLY), self.number(role)
 
     def group_lr(self, role: Role, lr: Any) -> Any:
         """Work out the learning rate of the group, for which parameters learn with a given one.
@@ -143,6 +157,10 @@ class Rates:
             The group's.
         """
         return weight_decay * self.multiplier if role == "shift" and weight_decay is not None else weight_decay
+
+
+_DIVIDE: Callable[[Any, float], Any] = operator.truediv  # pyright: ignore[reportUnknownMemberType] # typed as open
+_MULTIPLY: Callable[[Any, float], Any] = operator.mul  # pyright: ignore[reportUnknownMemberType] # the same
 
 
 def _is_lr(lr: object) -> bool:

@@ -58,6 +58,7 @@ class RuleEngine:
         self._shown: list[Group] = []
         self._expected: list[Group] = []
         self._plans: list[GroupPlan] = []
+        self._doubts: list[ReadWatch] = []  # of the parts that no update is known to have read
         self._candidates: list[Tensor] = []
         self._chosen: Tensor | None = None
         self._watch = UpdateWatch()
@@ -105,9 +106,14 @@ class RuleEngine:
         return Coverage.joined([rule.coverage for rule in rules], type(self.optimizer).__name__)
 
     def _cover(self, rules: list[Joined], coverage: Coverage, plans: list[GroupPlan]) -> None:
-        self.rules, self._coverage, self._plans = rules, coverage, plans
+        self.rules, self._coverage = rules, coverage
+        self._take(plans)
         self._is_stale = True  # a closure may make or end a rule
         self._find_candidates()
+
+    def _take(self, plans: list[GroupPlan]) -> None:
+        self._plans = plans
+        self._doubts = [doubt for plan in plans for doubt in plan.doubts]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self._in_step:  # an exception has ended the last step
@@ -119,7 +125,7 @@ class RuleEngine:
             self._choose_watched()
         # Until a step has read its groups, changes between steps count: the update may be done by gradient hooks.
         self._watch.start(self._chosen, since_before=not self.updates)
-        for doubt in self._doubts():
+        for doubt in self._doubts:
             doubt.start(optimizer.state)
         view = self._view.enter()
         if len(args) > 1 and callable(args[1]):
@@ -134,11 +140,8 @@ class RuleEngine:
             if self._view.was_stored:
                 self._view.leave()
             self._write_back()
-            doubts = self._doubts()
-            if doubts:
-                refuse_unread(type(optimizer).__name__, doubts, has_own_lr=any(plan.has_own_lr for plan in self._plans))
-            for plan in self._plans if doubts else ():
-                plan.doubts = [doubt for doubt in plan.doubts if not doubt.is_settled]
+            if self._doubts:
+                self._settle_doubts()
             self.updates += 1
             self._watch.by_value = False
             return
@@ -168,13 +171,14 @@ class RuleEngine:
         """Let the closure run on the optimizer's own groups, since it may change learning rates or add groups."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._pause()
+            if self._doubts:
+                self._pause()
             self._hand_back()
             result = closure(*args, **kwargs)
             if self._was_read and self._in_step:
                 self._refresh()  # the optimizer may hold the groups that it read before
             self._watch.start_again()
-            for doubt in self._doubts():
+            for doubt in self._doubts:
                 doubt.start(self.optimizer.state)
             return result
 
@@ -204,7 +208,7 @@ class RuleEngine:
         if self._is_new:
             self._is_new = False
             self._warn_if_unused(groups)
-        for doubt in self._doubts():
+        for doubt in self._doubts:
             doubt.listen(self.optimizer.state)
 
     def _warn_if_unused(self, groups: Sequence[Group]) -> None:
@@ -223,7 +227,7 @@ class RuleEngine:
         """Find the parts of every group, anew where its parameters have changed."""
         plans = self._plans
         if len(plans) != len(groups) or not all(map(GroupPlan.fits, plans, groups)):
-            self._plans = self._planned(groups, plans, self._coverage)
+            self._take(self._planned(groups, plans, self._coverage))
             self._find_candidates()
 
     def _planned(self, groups: list[Group], plans: Sequence[GroupPlan], coverage: Coverage) -> list[GroupPlan]:
@@ -253,7 +257,8 @@ class RuleEngine:
 
     def _write_back(self) -> None:
         """Carry over to the groups what the optimizer wrote into their copies."""
-        self._pause()
+        if self._doubts:
+            self._pause()
         shown, expected = self._shown, self._expected
         if len(shown) != len(expected) or not all(map(is_, shown, expected)):
             self._adopt(shown, expected)
@@ -270,13 +275,16 @@ class RuleEngine:
         self.optimizer.param_groups.extend(shown[len(expected) :])
         self._expected = shown.copy()
 
-    def _doubts(self) -> list[ReadWatch]:
-        """List the watches of the parts that no update is known to have read: none after the first update."""
-        return [doubt for plan in self._plans for doubt in plan.doubts]
+    def _settle_doubts(self) -> None:
+        name, plans = type(self.optimizer).__name__, self._plans
+        refuse_unread(name, self._doubts, has_own_lr=any(plan.has_own_lr for plan in plans))
+        for plan in plans:
+            plan.doubts = [doubt for doubt in plan.doubts if not doubt.is_settled]
+        self._take(plans)
 
     def _pause(self) -> None:
         """Let other code than the optimizer's read and change what it likes."""
-        for doubt in self._doubts():
+        for doubt in self._doubts:
             doubt.pause()
 
     def _undivided_rates(self) -> Iterator[Any]:

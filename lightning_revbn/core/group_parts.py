@@ -56,7 +56,7 @@ class Part:
 
     @property
     def operation(self) -> tuple[Callable[[Any, float], Any], float]:
-        """How the learning rate follows from the group's: an operator and the number on its right."""
+        """How the learning rate follows from the group's: a function of it and a number, and the number."""
         return self.rates.operation(self.role)
 
     def own_values(self, where: str) -> dict[str, Callable[[Any], Any]]:
@@ -186,8 +186,8 @@ class GroupPlan:
         # Most steps find another learning rate and nothing else. Then no other key is looked at one by one.
         lr = group.get("lr")
         if lr is not taken.get("lr") and type(lr) is float:
-            for shown, noted, operate, number in self._operations:
-                shown["lr"] = noted["lr"] = operate(lr, number)
+            for shown, noted, changed, number in self._operations:
+                shown["lr"] = noted["lr"] = changed(lr, number)
             taken["lr"] = lr
         if not all(map(is_, group.values(), taken.values())):
             for key, value in group.items():

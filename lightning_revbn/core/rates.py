@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -106,8 +105,8 @@ class Rates:
                 "so give the optimizer an explicit lr"
             )
         # NumPy's numbers keep their precision, as they do in a group that somebody divided by hand.
-        operate, number = self.operation(role)
-        return operate(group_lr, number)
+        changed, number = self.operation(role)
+        return changed(group_lr, number)
 
     def operation(self, role: Role) -> tuple[Callable[[Any, float], Any], float]:
         """Tell how a learning rate follows from that of the group.
@@ -116,9 +115,9 @@ class Rates:
             role: Of which parameters.
 
         Returns:
-            An operator and the number on its right.
+            A function of the group's learning rate and of the number that is set.
         """
-        return (_DIVIDE if role == "scale" else _MULTIPLY), self.number(role)
+        return (_divided if role == "scale" else _multiplied), self.number(role)
 
     def group_lr(self, role: Role, lr: Any) -> Any:
         """Work out the learning rate of the group, for which parameters learn with a given one.
@@ -159,8 +158,12 @@ class Rates:
         return weight_decay * self.multiplier if role == "shift" and weight_decay is not None else weight_decay
 
 
-_DIVIDE: Callable[[Any, float], Any] = operator.truediv  # pyright: ignore[reportUnknownMemberType] # typed as open
-_MULTIPLY: Callable[[Any, float], Any] = operator.mul  # pyright: ignore[reportUnknownMemberType] # the same
+def _divided(rate: Any, number: float) -> Any:
+    return rate / number
+
+
+def _multiplied(rate: Any, number: float) -> Any:
+    return rate * number
 
 
 def _is_lr(lr: object) -> bool:

@@ -157,6 +157,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         self.progress_bar = progress_bar
         self._start: dict[str, Any] | None = None
         self._module: weakref.ref[LightningModule] | None = None
+        self._trainer: weakref.ref[Trainer] | None = None
         self._fit: _Fit | None = None
         self._warned_unseen = False
         self._needs_logger = True
@@ -185,7 +186,8 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.teardown(trainer, pl_module, stage)  # an earlier fit may have ended without it
+        self._close()  # an earlier fit may have ended without it
+        self._trainer = weakref.ref(trainer)
         self._wraps += self._compare_ranks(trainer)
         if self._module is None or self._module() is not pl_module:
             self._start = None  # another model: what its drift is measured from is not known yet
@@ -247,12 +249,9 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        while self._wraps:
-            self._wraps.pop().undo()
-        self._is_of_baseline = False
-        if self._fit is not None:
-            self._fit.unhook()
-            self._fit = None
+        # Another Trainer may validate or test with the same callback in the middle of a fit.
+        if stage == "fit" and self._trainer is not None and self._trainer() is trainer:
+            self._close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -272,7 +271,17 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process: the module that was seen, its parameters and hooks."""
-        return {**self.__dict__, "_module": None, "_fit": None, "_wraps": []}
+        return {**self.__dict__, "_module": None, "_trainer": None, "_fit": None, "_wraps": []}
+
+    def _close(self) -> None:
+        """End what is left of a fit."""
+        self._trainer = None
+        while self._wraps:
+            self._wraps.pop().undo()
+        self._is_of_baseline = False
+        if self._fit is not None:
+            self._fit.unhook()
+            self._fit = None
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         if self.every_n_steps is None:

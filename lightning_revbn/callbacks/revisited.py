@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
 from lightning_revbn.callbacks import hyperparameters
@@ -96,6 +95,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         monitor: bool | BatchNormMonitor = True,
         enabled: bool = True,
     ) -> None:
+        super().__init__()
         self._selection = Selection(scale, include, exclude, zero_scale, trained)
         self.scale_lr_divisor = check_divisor(scale_lr_divisor)
         self.shift_lr_multiplier = check_multiplier(shift_lr_multiplier)
@@ -116,9 +116,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._eps = EpsState(name, check_eps(eps))
         learning = RuleSettings(self.scale_lr_divisor, self.shift_lr_multiplier, self.weight_decay_exempt)
         self._rules = UpdateRules(name, self._selection, learning)
-        self._trainer: weakref.ref[Trainer] | None = None
         self._wraps: list[NextCall] = []
-        self._acts_alone: bool | None = None
         self._is_resumed = False
         self._evaluations: weakref.WeakKeyDictionary[Trainer, EvaluationEps] = weakref.WeakKeyDictionary()
         adopt(RevisitedBatchNorm)  # pytorch_lightning may have been imported since the class was made
@@ -184,9 +182,11 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._join(trainer)
         if stage != "fit":
-            if self.enabled:
+            if self._acts_in(trainer):
                 records = self._selection.look(pl_module)
                 self._evaluations[trainer] = EvaluationEps(type(self).__name__, self._eps, pl_module, records)
+            return
+        if self._gives_way(trainer):
             return
         self._begin(trainer)
         self._wraps += self._compare_ranks(trainer)
@@ -212,7 +212,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled:
+        if not self._is_fitting(trainer):
             return
         self._unwrap()
         self._wraps += hyperparameters.announce(trainer, self._joined_settings(trainer))
@@ -222,7 +222,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled:
+        if not self._is_fitting(trainer):
             return
         if trainer.strategy.restore_checkpoint_after_setup:
             # Weights, and the names of the scales kept at zero, may have come from a checkpoint only now.
@@ -233,23 +233,28 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.enabled:  # optimizers that a loop of the user's own steps by itself are seen here at the latest
-            self._follow(trainer, pl_module)
+        if not self._is_fitting(trainer):
+            return
+        # Optimizers that a loop of the user's own steps by itself are seen here at the latest.
+        self._follow(trainer, pl_module)
         self._monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._is_fitting(trainer):
+            self._monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._monitor.on_train_epoch_end(trainer, pl_module)
+        if self._is_fitting(trainer):
+            self._monitor.on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._monitor.on_train_end(trainer, pl_module)
+        if self._is_fitting(trainer):
+            self._monitor.on_train_end(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -308,15 +313,15 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind Trainers and wrapped methods, which belong to this process."""
-        kept = {name: value for name, value in self.__dict__.items() if name != "_evaluations"}
-        return {**kept, "_wraps": [], "_trainer": None}
+        return {**super().__getstate__(), "_wraps": [], "_evaluations": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._evaluations = weakref.WeakKeyDictionary()
 
-    def _belongs_to(self, trainer: Trainer) -> bool:
-        return self._trainer is not None and self._trainer() is trainer
+    def _is_fitting(self, trainer: Trainer) -> bool:
+        """Tell whether a hook is of the fit that this callback acts in; one list may be given to several Trainers."""
+        return self.enabled and self._belongs_to(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
         """Take the callback for a fit.
@@ -324,11 +329,11 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         Raises:
             MisconfigurationException: If another Trainer is in the middle of a fit with it.
         """
-        other = self._trainer() if self._trainer is not None else None
-        if other is not None and other is not trainer and other.state.status == TrainerStatus.RUNNING:
+        if self._is_busy(trainer):
             raise MisconfigurationException(
                 f"{type(self).__name__} is in the middle of a fit of another Trainer: give each Trainer its own"
             )
+        other = None if self._trainer is None else self._trainer()
         if other is not None:
             # Another callback's error in on_exception keeps Lightning from calling ours: that fit is left now.
             self._abandon(other, other.lightning_module)

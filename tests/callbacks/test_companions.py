@@ -89,6 +89,22 @@ def test_a_callback_alone_has_the_name_of_the_class_for_a_key(settings: dict[str
     assert keys_in(tmp_path / "end.ckpt") == {"RevisitedBatchNorm"}
 
 
+def test_callbacks_that_were_used_alone_may_be_used_together(tmp_path: Path) -> None:
+    first, second = callbacks = pair(monitor=False)
+    for callback in callbacks:
+        run = trainer(tmp_path, callback, max_epochs=1)
+        run.fit(LitNet(), loader(1))
+        run.save_checkpoint(tmp_path / "alone.ckpt")
+        assert keys_in(tmp_path / "alone.ckpt") == {"RevisitedBatchNorm"}
+    together = trainer(tmp_path, first, second, max_epochs=1)
+    together.fit(module := Starts(), loader(1))
+    assert module.starts == [0.5, 0.25, 0.25]
+    together.save_checkpoint(tmp_path / "together.ckpt")
+    run.save_checkpoint(tmp_path / "alone.ckpt")
+    assert len(keys_in(tmp_path / "together.ckpt")) == 2
+    assert keys_in(tmp_path / "alone.ckpt") == {"RevisitedBatchNorm"}
+
+
 def test_a_subclass_has_a_key_of_its_own(tmp_path: Path) -> None:
     class Mine(RevisitedBatchNorm):
         pass

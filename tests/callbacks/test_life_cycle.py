@@ -168,6 +168,28 @@ def test_another_trainer_may_evaluate_with_the_same_callback_in_the_middle_of_a_
     assert {float(row["revbn/scale_lr"]) for row in rows(tmp_path)} == {LR / C}
 
 
+def test_another_trainer_with_other_callbacks_leaves_the_state_of_a_running_fit_its_key(tmp_path: Path) -> None:
+    class Evaluated(LitNet):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    stem, rest = quiet(include=["*.stem.*"]), quiet(exclude=["*.stem.*"])
+
+    class Evaluating(Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            keys = stem.state_key, rest.state_key
+            trainer_of(tmp_path / "other", stem).validate(Evaluated(), loader(), verbose=False)
+            assert (stem.state_key, rest.state_key) == keys
+            trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    trainer_of = trainer
+    trainer(tmp_path, stem, rest, Evaluating(), max_epochs=1).fit(LitNet(), loader())
+    states = torch.load(tmp_path / "middle.ckpt", weights_only=True)["callbacks"]
+    assert {key: [*state["include"]] for key, state in states.items()} == {
+        "RevisitedBatchNorm{'include': ['*.stem.*']}": ["*.stem.*"],
+        "RevisitedBatchNorm{'exclude': ['*.stem.*']}": ["*"],
+    }
+
+
 def test_a_fit_of_another_trainer_in_the_middle_of_a_fit_is_refused(tmp_path: Path) -> None:
     callback = quiet()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +14,7 @@ from lightning_revbn.callbacks import hyperparameters
 from lightning_revbn.callbacks.companions import Companion
 from lightning_revbn.callbacks.eps_state import EpsState, EvaluationEps
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
-from lightning_revbn.callbacks.next_call import NextCall, followed_by
+from lightning_revbn.callbacks.next_call import EveryCall, NextCall, followed_by
 from lightning_revbn.callbacks.rewriting import Rewriting
 from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.callbacks.rules import UpdateRules
@@ -117,6 +117,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         learning = RuleSettings(self.scale_lr_divisor, self.shift_lr_multiplier, self.weight_decay_exempt)
         self._rules = UpdateRules(name, self._selection, learning)
         self._wraps: list[NextCall] = []
+        self._guards: list[EveryCall] = []
         self._is_resumed = False
         self._evaluations: weakref.WeakKeyDictionary[Trainer, EvaluationEps] = weakref.WeakKeyDictionary()
         adopt(RevisitedBatchNorm)  # pytorch_lightning may have been imported since the class was made
@@ -195,6 +196,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._monitor = Callback() if own is None else own
         if not self.enabled:
             return
+        self._guard(trainer, pl_module)
         self._rewriting.begin(pl_module)
         self._eps.begin(pl_module)
         self._monitor.setup(trainer, pl_module, stage)
@@ -305,7 +307,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
                     f"{type(self).__name__}: the checkpoint was made with {name}={state_dict[name]!r}, this run has "
                     f"{name}={own!r}. Restored scales keep their values; from here on this run's settings apply."
                 )
-        self._is_resumed = True
+        # Lightning's finders load what they have saved themselves, after trials.
+        self._is_resumed = self._is_resumed or not self._rules.has_ever_updated
         self._eps.restore(state_dict)
         if "zero_kept" in state_dict:
             self._rewriting.zero_kept = set(state_dict["zero_kept"])
@@ -313,7 +316,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind Trainers and wrapped methods, which belong to this process."""
-        return {**super().__getstate__(), "_wraps": [], "_evaluations": None}
+        return {**super().__getstate__(), "_wraps": [], "_guards": [], "_evaluations": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -340,6 +343,21 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._trainer = weakref.ref(trainer)
         self._is_resumed = False
 
+    def _guard(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn what becomes of a fit while Lightning's finders have put away all callbacks."""
+
+        def load(method: Callable[..., None], checkpoint: dict[str, Any]) -> None:
+            method(checkpoint)
+            if not checkpoint.get("global_step"):
+                self._rules.set_back()
+
+        def fail(method: Callable[..., None], exception: BaseException) -> None:
+            self.on_exception(trainer, pl_module, exception)
+            method(exception)
+
+        self._guards += [EveryCall(pl_module, "on_load_checkpoint", load)]
+        self._guards += [EveryCall(trainer.strategy, "on_exception", fail)]
+
     def _abandon(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a fit that has failed; without an update the module becomes what it was."""
         try:
@@ -352,6 +370,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = None
         self._unwrap()
+        while self._guards:
+            self._guards.pop().undo()
         self._rules.remove()
         self._rewriting.end()
         self._eps.end()
@@ -400,7 +420,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     def _tell(self, trainer: Trainer) -> None:
         self._eps.warn_if_unknown(self._rewriting.records)
-        tell(type(self).__name__, self.report, trainer, self._rules, is_resumed=self._is_resumed)
+        sets_eps = bool(self._eps.state_dict())
+        tell(type(self).__name__, self.report, trainer, self._rules, sets_eps=sets_eps, is_resumed=self._is_resumed)
 
     def _unwrap(self) -> None:
         while self._wraps:

@@ -145,9 +145,8 @@ class RuleEngine:
         # A step that does nothing at all is the optimizer's right; one that updates must have read its groups.
         if self._chosen is not None and (args[0] is not self._view.view or self._watch.has_changed()):
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step() did not update from its param_groups, so the scales did not learn "
-                "with lr / c: use scale_param_groups for this optimizer, and look for a step hook that replaces "
-                "the step's arguments"
+                f"{type(optimizer).__name__}.step() did not update from its param_groups, so {self._coverage.missed}: "
+                "use scale_param_groups for this optimizer, and look for a step hook that replaces the step's arguments"
             )
         self._watch.by_value = True
 

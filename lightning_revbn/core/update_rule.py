@@ -294,7 +294,9 @@ def _refuse_unsupported(optimizer: object) -> None:
 def _is_lbfgs(optimizer: Optimizer, name: str) -> str | None:
     if not isinstance(optimizer, torch.optim.LBFGS):
         return None
-    return f"{name} takes one step for all parameters in one group: scales cannot learn with lr / c in it"
+    return (
+        f"{name} takes one step for all parameters in one group: scales and shifts cannot learn in their own way in it"
+    )
 
 
 def _runs_no_hooks(optimizer: Optimizer, name: str) -> str | None:

@@ -65,7 +65,7 @@ def test_a_monitor_with_a_prefix_of_its_own_logs_too(tmp_path: Path) -> None:
     assert second.monitor is not None
 
 
-@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*none learns with lr / 1:UserWarning")
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*no parameter learns:UserWarning")
 def test_states_of_several_are_saved_and_loaded_each_by_its_layers(tmp_path: Path) -> None:
     run = trainer(tmp_path, *pair(monitor=False), max_epochs=1)
     run.fit(LitNet(model=residual_net(zero_init_residual=True)), loader(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers.aftermath import assert_rule_is_gone
 from helpers.by_hand import LR, C, TextbookSGD, by_hand, textbook_sgd
 from helpers.lit import LitNet, loader, quiet, sgd, trainer
 from helpers.logs import rows
 from helpers.models import assert_same_parameters, residual_net, scales
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -275,6 +277,50 @@ def test_the_copy_of_a_callback_that_averages_is_given_back_too(tmp_path: Path) 
     assert all(torch.equal(scale, torch.ones_like(scale)) for scale in scales(average._average_model))
 
 
+def finder() -> LearningRateFinder:
+    """Trains for some steps at the start of a fit, and loads what was before."""
+    return LearningRateFinder(min_lr=1e-4, max_lr=0.1, num_training_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("before", "settings", "after", "said"),
+    [
+        ([finder], {"exclude": ["bn2"]}, [], "the pattern 'bn2' matches none"),
+        ([finder], {}, [lambda: Failing("on_train_start")], "no"),
+        ([], {}, [finder, lambda: Failing("on_train_start")], "no"),
+    ],
+    ids=["pattern", "finder-ours", "ours-finder"],
+)
+def test_steps_of_the_learning_rate_finder_are_no_reason_to_keep_the_scales(
+    before: Any, settings: dict[str, Any], after: Any, said: str, tmp_path: Path
+) -> None:
+    module = LitNet()
+    callbacks = [*(make() for make in before), quiet(eps=1e-3, **settings), *(make() for make in after)]
+    with pytest.raises((ValueError, OSError), match=said):
+        trainer(tmp_path, *callbacks).fit(module, loader())
+    assert_same_parameters(module, LitNet())
+    assert {layer.eps for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)} == {1e-5}
+
+
+# What Lightning says of all the callbacks that it has put away.
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize("first", [True, False])
+def test_an_exception_in_a_step_of_the_learning_rate_finder_gives_back_every_scale(first: bool, tmp_path: Path) -> None:
+    class Failing(LitNet):
+        """Fails in the second step, when Lightning has put away all callbacks but the finder's."""
+
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            if self.trainer.global_step:
+                raise OSError("no")
+
+    module = Failing()
+    run = trainer(tmp_path, *[finder(), quiet()][:: 1 if first else -1])
+    with pytest.raises(OSError, match="no"):
+        run.fit(module, loader())
+    assert_same_parameters(module, LitNet())
+    assert_rule_is_gone(module, run)
+
+
 def test_a_fit_without_a_step_that_ends_well_keeps_the_new_scales(tmp_path: Path) -> None:
     module = LitNet()
     trainer(tmp_path, quiet(), max_steps=0).fit(module, loader())
@@ -360,14 +406,81 @@ def test_a_pretrained_network_is_told_that_only_half_of_the_method_applies(tmp_p
     assert "scale_lr_divisor=1" in str(told[0].message)
 
 
+def test_the_learning_rate_finder_keeps_nobody_from_hearing_of_half_of_the_method(tmp_path: Path) -> None:
+    module = LitNet()
+    trainer(tmp_path, max_epochs=1).fit(module, loader())
+    with pytest.warns(UserWarning, match="half of the method: no scale was rewritten"):
+        trainer(tmp_path, finder(), quiet()).fit(module, loader())
+
+
+def test_the_learning_rate_finder_in_a_resumed_fit_is_no_reason_for_a_warning(tmp_path: Path) -> None:
+    run = trainer(tmp_path, quiet(), max_epochs=1)
+    run.fit(LitNet(), loader())
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    run = trainer(tmp_path, finder(), quiet())
+    run.fit(LitNet(), loader(), ckpt_path=tmp_path / "half.ckpt")
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"trained": "overwrite"}, {"scale_lr_divisor": 1, "weight_decay_exempt": None, "shift_lr_multiplier": 10}],
+    [
+        {"trained": "overwrite"},
+        {"scale": 1.0},
+        {"scale": 1.0, "scale_lr_divisor": 1, "weight_decay_exempt": None, "shift_lr_multiplier": 10},
+    ],
 )
-def test_both_ways_out_of_half_of_the_method_are_silent(options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_ways_out_of_half_of_the_method_are_silent(options: dict[str, Any], tmp_path: Path) -> None:
     module = LitNet()
     trainer(tmp_path, max_epochs=1).fit(module, loader())
     trainer(tmp_path, quiet(**options)).fit(module, loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "yet", "before"),
+    [
+        (
+            {"shift_lr_multiplier": 10},
+            "3 scales learn with lr / 100 and 3 shifts learn with lr * 10 and 3 parameters take no weight decay",
+            "scale_lr_divisor=1 and shift_lr_multiplier=1 and weight_decay_exempt=None",
+        ),
+        (
+            {"scale_lr_divisor": 1, "weight_decay_exempt": None, "shift_lr_multiplier": 10},
+            "3 shifts learn with lr * 10",
+            "shift_lr_multiplier=1",
+        ),
+        (
+            {"scale_lr_divisor": 1, "weight_decay_exempt": "norm"},
+            "6 parameters take no weight decay",
+            "weight_decay_exempt=None",
+        ),
+    ],
+)
+def test_half_of_the_method_is_told_as_what_it_is(
+    options: dict[str, Any], yet: str, before: str, tmp_path: Path
+) -> None:
+    module = LitNet()
+    trainer(tmp_path, max_epochs=1).fit(module, loader())
+    said = f"running statistics are not fresh), yet {yet}. To start these scales anew, set trained='overwrite'"
+    with pytest.warns(UserWarning, match=re.escape(said)) as told:
+        trainer(tmp_path, quiet(**options)).fit(module, loader())
+    assert str(told[0].message).endswith(f"to train as before, set {before} or leave the callback out")
+
+
+@pytest.mark.parametrize("options", [{"eps": 1e-3}, {"weight_decay_exempt": "norm"}], ids=["eps", "exempt"])
+def test_eps_and_exemption_from_weight_decay_are_effects_of_their_own(options: dict[str, Any], tmp_path: Path) -> None:
+    alone: dict[str, Any] = {"scale": 1.0, "scale_lr_divisor": 1, "weight_decay_exempt": None}
+    callback, module, plain = quiet(**{**alone, **options}), LitNet(), LitNet()
+    for _ in range(2):  # layers that an earlier fit has trained have the eps still
+        trainer(tmp_path, callback).fit(module, loader())
+        trainer(tmp_path).fit(plain, loader())
+    assert not torch.equal(module.model.head.weight, plain.model.head.weight)
+
+
+def test_nothing_is_exempt_from_a_weight_decay_that_is_not_there(tmp_path: Path) -> None:
+    module = LitNet(lambda m: torch.optim.SGD(m.parameters(), lr=0.05))
+    said = "has no effect: no scale was rewritten, and no parameter learns or decays differently"
+    with pytest.warns(UserWarning, match=said):
+        trainer(tmp_path, quiet(scale=1.0, scale_lr_divisor=1), max_epochs=1).fit(module, loader())
 
 
 def test_a_new_head_on_a_pretrained_backbone_is_no_half(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from lightning_revbn.callbacks.scalar_layout import scalar_layout
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
 from lightning_revbn.core.affine_statistics import AffineStatistics
 from lightning_revbn.core.gathered import gathered
+from lightning_revbn.core.input_batch_norm import InputBatchNorm
 from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms, is_flattened
 from lightning_revbn.core.metric_keys import (
     DEFAULT_PREFIX,
@@ -37,6 +38,7 @@ from lightning_revbn.core.metric_keys import (
     metric_key,
 )
 from lightning_revbn.core.setting_keys import BASELINE_SETTINGS
+from lightning_revbn.core.torch_compat import BatchNormBase
 from lightning_revbn.core.update_rule import scale_learning_rates, shift_learning_rates
 from lightning_revbn.lightning_compat import (
     accumulates,
@@ -73,6 +75,7 @@ class _Fit:
     is in the network.
     """
 
+    layers: Sequence[int]
     records: Sequence[BatchNormRecord]
     statistics: AffineStatistics
     metric: NormalizedActivations | None
@@ -216,7 +219,8 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = stepped_batches(trainer)
         due = self._is_due(trainer, step)
-        if due and self._fit is None:
+        # Layers may be added or replaced while training.
+        if due and (self._fit is None or self._fit.layers != _layers_of(pl_module)):
             self._begin(trainer, pl_module)
         if self._fit is None:
             return
@@ -302,7 +306,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
                 statistics = AffineStatistics(records, prefix=self.prefix)
             self._start = statistics.state_dict()
         metric = NormalizedActivations(len(records)).to(pl_module.device) if self.activations and records else None
-        self._fit = _Fit(records, statistics, metric)
+        self._fit = _Fit(_layers_of(pl_module), records, statistics, metric)
         layers = [record.name for record in records]
         layout = scalar_layout(self.prefix, layers, activations=self.activations, per_layer=self.per_layer)
         for logger in trainer.loggers:
@@ -397,6 +401,11 @@ def _is_revisited(trainer: Trainer) -> bool:
     from lightning_revbn.callbacks.revisited import RevisitedBatchNorm  # which has a monitor of its own
 
     return any(isinstance(callback, RevisitedBatchNorm) and callback.enabled for callback in callbacks_of(trainer))
+
+
+def _layers_of(module: LightningModule) -> list[int]:
+    """Return what changes when batch norm layers are added, replaced or removed; it is asked at every event."""
+    return [id(layer) for layer in module.modules() if isinstance(layer, (BatchNormBase, InputBatchNorm))]
 
 
 def _with_histograms(trainer: Trainer) -> bool:

@@ -405,7 +405,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         if new:
             rewritten = sum(record.verdict == "rewrite" for record in new)
             rank_zero_info(
-                f"{type(self).__name__}: {len(new)} batch norm layers were added, {new[0].name!r} for one; "
+                f"{type(self).__name__}: {len(new)} batch norm layers were added or replaced, {new[0].name!r} for one; "
                 f"{rewritten} of them start from a new scale"
             )
 

@@ -302,9 +302,9 @@ def _own_step(optimizer: Optimizer) -> object:
     return vars(optimizer).get("step")
 
 
-def _signature(trainer: Trainer) -> list[tuple[int, int]]:
-    """Return what changes when optimizers are replaced or get parameters."""
+def _signature(trainer: Trainer) -> list[list[int]]:
+    """Return what changes when optimizers are replaced, or get other parameters."""
     return [
-        (id(optimizer), sum(len(group["params"]) for group in optimizer.param_groups))
+        [id(optimizer), *(id(parameter) for group in optimizer.param_groups for parameter in group["params"])]
         for optimizer in trainer.strategy.optimizers
     ]

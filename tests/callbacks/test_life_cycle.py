@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_revbn import RevisitedBatchNorm, find_batch_norms
+from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm, find_batch_norms
 
 HOOKS = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
 
@@ -536,6 +536,69 @@ def test_a_layer_that_is_added_while_training_is_rewritten_and_learns_with_the_r
     trainer(tmp_path, Growing(0.1, divide=True)).fit(other, loader())
     assert_same_parameters(module, other)
     assert [record.name for record in callback.report.rewritten] == [r.name for r in find_batch_norms(module)]
+
+
+class Swapping(Callback):
+    """Puts a new layer in the place of one, in the second epoch, and its parameters into the optimizer."""
+
+    def __init__(self, into_group: bool, scale: float | None = None, divide: bool = False) -> None:
+        self.into_group, self.scale, self.divide = into_group, scale, divide
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch != 1:
+            return
+        old, new = pl_module.model.bn2, nn.BatchNorm2d(6)
+        pl_module.model.bn2 = new
+        if self.scale is not None:
+            nn.init.constant_(new.weight, self.scale)
+        (optimizer,) = trainer.optimizers
+        if self.into_group:
+            places = {id(old.weight): new.weight, id(old.bias): new.bias}
+            for group in optimizer.param_groups:
+                group["params"] = [places.get(id(parameter), parameter) for parameter in group["params"]]
+        elif self.divide:
+            optimizer.add_param_group({"params": [new.weight], "lr": LR / C, "weight_decay": 0.0})
+            optimizer.add_param_group({"params": [new.bias]})
+        else:
+            optimizer.add_param_group({"params": new.parameters()})
+
+
+@pytest.mark.parametrize("into_group", [True, False], ids=["in its group", "in a new group"])
+@pytest.mark.parametrize("zero", [True, False], ids=["zero before", "fresh before"])
+def test_a_layer_that_takes_the_place_of_another_is_rewritten_and_learns_with_the_rule(
+    zero: bool, into_group: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    class Started(LitNet):
+        def configure_optimizers(self) -> Optimizer:
+            groups = by_hand(self)
+            if zero:  # with the full learning rate, until it is replaced
+                *groups[1]["params"], kept = groups[1]["params"]
+                groups.append({"params": [kept], "weight_decay": 0.0})
+            return torch.optim.SGD(groups, LR, momentum=0.9, weight_decay=0.01)
+
+    class Ruled(Callback):
+        """Lets the new scale take the rate of scales, whose group the scale kept at zero was not in."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if zero and into_group and trainer.current_epoch == 1:
+                trainer.optimizers[0].param_groups[2].update(lr=LR / C)
+
+    module, other = (kind(model=residual_net(zero_init_residual=zero)) for kind in (LitNet, Started))
+    for scale in scales(other)[: -1 if zero else None]:
+        nn.init.constant_(scale, 0.1)
+    callback = quiet()
+    trainer(tmp_path, Swapping(into_group), callback, BatchNormMonitor(), logger=CSVLogger(tmp_path)).fit(
+        module, loader()
+    )
+    trainer(tmp_path, Swapping(into_group, 0.1, divide=True), Ruled()).fit(other, loader())
+    assert_same_parameters(module, other)
+    assert [record.module for record in callback.report.rewritten][-1] is module.model.bn2
+    assert "1 batch norm layers were added or replaced, 'model.bn2' for one; 1 of them start from" in caplog.text
+    logged = [float(row["revbn/model.bn2/scale_mean"]) for row in rows(tmp_path)]
+    assert logged[6] == pytest.approx(0.1)
+    assert logged[-1] == pytest.approx(module.model.bn2.weight.mean().item(), rel=1e-2)
 
 
 # --- fast shifts alone ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -21,6 +22,7 @@ from lightning_revbn.core.initialization import rule_scales, rule_shifts
 from lightning_revbn.core.layers import Selection
 from lightning_revbn.core.param_groups import exempt_parameters, is_divided
 from lightning_revbn.core.rates import Rates
+from lightning_revbn.core.rule_engine import engine_of
 from lightning_revbn.core.torch_compat import runs_step_hooks
 from lightning_revbn.core.update_rule import ScaleUpdateRule
 from lightning_revbn.core.update_watch import UpdateWatch
@@ -213,7 +215,12 @@ class UpdateRules:
             return method(optimizer, *args, **kwargs)
         attached.before_step()
         args, kwargs = attached.around_closure(args, kwargs)
-        result = method(optimizer, *args, **kwargs)
+        try:
+            result = method(optimizer, *args, **kwargs)
+        except BaseException:
+            if engine := engine_of(optimizer):
+                engine.recover()
+            raise
         if attached.has_passed_by():
             raise MisconfigurationException(
                 f"{self._owner}: {type(optimizer).__name__} has updated without running torch's step hooks, so "
@@ -304,7 +311,8 @@ def _own_step(optimizer: Optimizer) -> object:
 
 def _signature(trainer: Trainer) -> list[list[int]]:
     """Return what changes when optimizers are replaced, or get other parameters."""
+    # Asked before every step: `map` runs no Python code per parameter.
     return [
-        [id(optimizer), *(id(parameter) for group in optimizer.param_groups for parameter in group["params"])]
+        [id(optimizer), *chain.from_iterable(map(id, group["params"]) for group in optimizer.param_groups)]
         for optimizer in trainer.strategy.optimizers
     ]

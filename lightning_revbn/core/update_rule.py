@@ -51,6 +51,8 @@ class ScaleUpdateRule:
       group does. One number for scales and other parameters alike, or a change in one part alone, is a RuntimeError.
     - A group that `add_param_group` adds is the optimizer's. Removed, replaced or reordered groups, and other
       parameters in a group, are a RuntimeError.
+    - What a step has written before an exception ends it reaches the group too, by the next step, `state_dict()` or
+      `remove()`; what no single number for the group could give all parts is dropped.
     - State that an optimizer keeps in a group (a count of steps, the d of D-Adaptation, the sum of weights of
       schedule-free optimizers) is shared by all parts. Permanent groups would each have their own. This is the one
       difference to them.

@@ -177,6 +177,30 @@ def test_an_update_that_passes_by_says_what_it_missed(settings: dict[str, Any], 
         trainer(tmp_path, quiet(**settings)).fit(LitNet(configure), loader())
 
 
+def test_a_learning_rate_that_a_step_writes_before_it_fails_is_in_the_group_and_in_a_checkpoint_at_once(
+    tmp_path: Path,
+) -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"] *= 0.5
+            raise OSError("in the update")
+
+    seen: list[float] = []
+
+    class Looking(L.Callback):
+        def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+            trainer.save_checkpoint(tmp_path / "failed.ckpt")
+
+    module = LitNet(lambda module: Failing(module.parameters(), lr=0.05))
+    with pytest.raises(OSError, match="in the update"):
+        trainer(tmp_path, Looking(), quiet()).fit(module, loader())
+    saved = torch.load(tmp_path / "failed.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [*seen, saved["param_groups"][0]["lr"]] == [0.025, 0.025]
+
+
 def test_a_tensor_that_is_scale_and_shift_of_tied_layers_learns_as_what_has_a_rate_of_its_own(tmp_path: Path) -> None:
     def tied() -> nn.Module:
         net = nn.Sequential(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
 from lightning_revbn.callbacks.agreement import SameOnAllRanks
@@ -30,15 +32,46 @@ class Companion(SameOnAllRanks):
     _called = "RevisitedBatchNorm"
     _selection: Selection
     _own_monitor: BatchNormMonitor | None
-    _acts_alone: bool | None = None
+
+    def __init__(self) -> None:
+        self._trainer: weakref.ref[Trainer] | None = None  # whose fit this callback takes part in
+        self._joined: weakref.ref[Trainer] | None = None
+        self._alone_in: weakref.WeakKeyDictionary[Trainer, bool] = weakref.WeakKeyDictionary()
 
     @property
     @override
     def state_key(self) -> str:
-        if self._acts_alone:
-            return self._key_alone
+        joined = None if self._joined is None else self._joined()
+        if joined is not None and joined.state.status == TrainerStatus.RUNNING:
+            return self._key_in(joined)
         # The Trainer's constructor refuses equal keys, when callbacks have not met yet: then all settings count.
-        told = {**self._settings, "enabled": self.enabled} if self._acts_alone is None else self._selecting
+        return self._key_of({**self._settings, "enabled": self.enabled})
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Once a Trainer is done, nothing but this hook tells the callback which Trainer is saving.
+        states: dict[str, Any] = checkpoint.get("callbacks", {})
+        state = states.pop(self.state_key, None)
+        if state is not None and not self._gives_way(trainer):
+            states[self._key_in(trainer)] = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind the Trainers, which belong to this process."""
+        return {**self.__dict__, "_trainer": None, "_joined": None, "_alone_in": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._alone_in = weakref.WeakKeyDictionary()
+
+    def _key_in(self, trainer: Trainer) -> str:
+        """Return the key of the state in the checkpoints of a Trainer."""
+        is_alone = self._alone_in.get(trainer)
+        if is_alone is None:
+            is_alone = self._is_alone(trainer)
+        return self._key_alone if is_alone else self._key_of(self._selecting)
+
+    def _key_of(self, told: Mapping[str, Any]) -> str:
+        """Return a key that tells the arguments that differ from their defaults."""
         own = {name: value for name, value in told.items() if value != self._default(name)}
         return self._generate_state_key(**own) if own else type(self).__qualname__
 
@@ -78,9 +111,27 @@ class Companion(SameOnAllRanks):
         staying = [one for one in callbacks_of(trainer) if isinstance(one, Companion) and not one._gives_way(trainer)]
         return [one for one in staying if one._is_asked] or staying
 
+    def _acts_in(self, trainer: Trainer) -> bool:
+        """Tell whether this callback acts in a Trainer."""
+        return self._is_asked and not self._gives_way(trainer)
+
+    def _is_alone(self, trainer: Trainer) -> bool:
+        return self._acting(trainer) in ([self], [])
+
+    def _belongs_to(self, trainer: Trainer) -> bool:
+        """Tell whether this callback takes part in a fit of a Trainer."""
+        return self._trainer is not None and self._trainer() is trainer
+
+    def _is_busy(self, trainer: Trainer) -> bool:
+        """Tell whether another Trainer is in the middle of a fit with this callback."""
+        other = None if self._trainer is None else self._trainer()
+        return other is not None and other is not trainer and other.state.status == TrainerStatus.RUNNING
+
     def _join(self, trainer: Trainer) -> None:
-        """Meet the other callbacks of a Trainer, which settles the key of the state."""
-        self._acts_alone = self._acting(trainer) in ([self], [])
+        """Meet the other callbacks of a Trainer, which settles the key of the state in its checkpoints."""
+        self._alone_in[trainer] = self._is_alone(trainer)
+        if not self._is_busy(trainer):
+            self._joined = weakref.ref(trainer)
 
     def _has_other_monitor(self, trainer: Trainer) -> bool:
         """Tell whether the Trainer has a monitor of its own, or one of a callback before this that has its prefix."""

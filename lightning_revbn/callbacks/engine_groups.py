@@ -5,7 +5,7 @@ An engine such as DeepSpeed trains flat copies of the parameters, in which scale
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, cast
 
@@ -13,7 +13,8 @@ from lightning.pytorch import Trainer
 
 from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.core.layers import Selection
-from lightning_revbn.core.param_groups import MARKS, WeightDecayExempt, scale_param_groups
+from lightning_revbn.core.param_groups import MARKS, scale_param_groups
+from lightning_revbn.core.rates import Rates
 from lightning_revbn.lightning_compat import MisconfigurationException
 
 __all__ = ["check_engine_groups", "permanent_groups", "what_groups_miss"]
@@ -31,21 +32,24 @@ def permanent_groups(optimizer: Any) -> list[dict[str, Any]]:
     return [group for group in optimizer.param_groups if any(mark in group for mark in MARKS)]
 
 
-def what_groups_miss(optimizer: Any, weight_decay_exempt: WeightDecayExempt | None) -> str:
+def what_groups_miss(optimizer: Any, settings: RuleSettings) -> str:
     """Say what groups made by `scale_param_groups` leave to be done.
 
     Args:
         optimizer: An optimizer of any kind.
-        weight_decay_exempt: What takes no weight decay.
+        settings: How scales and shifts learn.
 
     Returns:
         The end of a sentence; nothing where there are no such groups.
     """
     if not permanent_groups(optimizer):
         return ""
+    rates = Rates(settings.divisor, settings.shift_multiplier)
+    kinds = [f"not every {role} is in one" for role in ("scale", "shift") if rates.change(role)]
+    arguments = {"weight_decay_exempt": settings.weight_decay_exempt, **_unlike_defaults(settings)}
     return (
-        "; it has such groups, but not every scale is in one, or some decay: call scale_param_groups on the whole "
-        f"module, with weight_decay_exempt={weight_decay_exempt!r}"
+        f"; it has such groups, but {', or '.join([*kinds, 'some decay'])}: call scale_param_groups on the whole "
+        f"module, with {_as_code(arguments)}"
     )
 
 
@@ -74,27 +78,35 @@ def check_engine_groups(
     replaced = ", and remove the optimizer from DeepSpeed's configuration, which takes its place" if in_config else ""
     raise MisconfigurationException(
         f"{owner}: {type(optimizer).__name__} trains copies of the parameters, among which no batch "
-        "norm scale can be told. Make groups for them, by these two lines in configure_optimizers:\n\n"
+        "norm scale or shift can be told. Make groups for them, by these two lines in configure_optimizers:\n\n"
         "    from lightning_revbn import scale_param_groups\n"
         f"    return {name}(scale_param_groups(self, "
-        f"{', '.join(f'{key}={value!r}' for key, value in arguments.items())}))\n\n"
+        f"{_as_code(arguments)}))\n\n"
         f"with the other arguments of {inner.__name__} that you use{replaced}. "
-        "To train without lr / c: scale_lr_divisor=1, shift_lr_multiplier=1, weight_decay_exempt=None."
+        "To train without such groups: scale_lr_divisor=1, shift_lr_multiplier=1, weight_decay_exempt=None."
     )
 
 
 def _arguments(group: Mapping[str, Any], selection: Selection, settings: RuleSettings) -> dict[str, Any]:
     """Return the arguments that make `scale_param_groups` do what the callback's settings ask for."""
+    return {
+        "lr": float(group.get("initial_lr", group["lr"])),
+        "weight_decay": group.get("weight_decay", 0.0),
+        **_unlike_defaults(settings, include=selection.include, exclude=selection.exclude),
+    }
+
+
+def _unlike_defaults(settings: RuleSettings, **patterns: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of `scale_param_groups` that are not its defaults."""
     asked: dict[str, Any] = {
         "divisor": settings.divisor,
         "weight_decay_exempt": settings.weight_decay_exempt,
         "shift_multiplier": settings.shift_multiplier,
-        "include": selection.include,
-        "exclude": selection.exclude,
+        **patterns,
     }
     defaults = signature(scale_param_groups).parameters
-    return {
-        "lr": float(group.get("initial_lr", group["lr"])),
-        "weight_decay": group.get("weight_decay", 0.0),
-        **{name: value for name, value in asked.items() if value != defaults[name].default},
-    }
+    return {name: value for name, value in asked.items() if value != defaults[name].default}
+
+
+def _as_code(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())

@@ -25,6 +25,7 @@ from lightning_revbn.callbacks.scalar_layout import scalar_layout
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
 from lightning_revbn.core.affine_statistics import AffineStatistics
 from lightning_revbn.core.gathered import gathered
+from lightning_revbn.core.input_batch_norm import InputBatchNorm
 from lightning_revbn.core.layers import BatchNormRecord, find_batch_norms, is_flattened
 from lightning_revbn.core.metric_keys import (
     DEFAULT_PREFIX,
@@ -37,6 +38,7 @@ from lightning_revbn.core.metric_keys import (
     metric_key,
 )
 from lightning_revbn.core.setting_keys import BASELINE_SETTINGS
+from lightning_revbn.core.torch_compat import BatchNormBase
 from lightning_revbn.core.update_rule import scale_learning_rates, shift_learning_rates
 from lightning_revbn.lightning_compat import (
     accumulates,
@@ -73,6 +75,7 @@ class _Fit:
     is in the network.
     """
 
+    layers: Sequence[int]
     records: Sequence[BatchNormRecord]
     statistics: AffineStatistics
     metric: NormalizedActivations | None
@@ -157,6 +160,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         self.progress_bar = progress_bar
         self._start: dict[str, Any] | None = None
         self._module: weakref.ref[LightningModule] | None = None
+        self._trainer: weakref.ref[Trainer] | None = None
         self._fit: _Fit | None = None
         self._warned_unseen = False
         self._needs_logger = True
@@ -185,7 +189,8 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.teardown(trainer, pl_module, stage)  # an earlier fit may have ended without it
+        self._close()  # an earlier fit may have ended without it
+        self._trainer = weakref.ref(trainer)
         self._wraps += self._compare_ranks(trainer)
         if self._module is None or self._module() is not pl_module:
             self._start = None  # another model: what its drift is measured from is not known yet
@@ -214,7 +219,8 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = stepped_batches(trainer)
         due = self._is_due(trainer, step)
-        if due and self._fit is None:
+        # Layers may be added or replaced while training.
+        if due and (self._fit is None or self._fit.layers != _layers_of(pl_module)):
             self._begin(trainer, pl_module)
         if self._fit is None:
             return
@@ -247,12 +253,9 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        while self._wraps:
-            self._wraps.pop().undo()
-        self._is_of_baseline = False
-        if self._fit is not None:
-            self._fit.unhook()
-            self._fit = None
+        # Another Trainer may validate or test with the same callback in the middle of a fit.
+        if stage == "fit" and self._trainer is not None and self._trainer() is trainer:
+            self._close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -272,7 +275,17 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process: the module that was seen, its parameters and hooks."""
-        return {**self.__dict__, "_module": None, "_fit": None, "_wraps": []}
+        return {**self.__dict__, "_module": None, "_trainer": None, "_fit": None, "_wraps": []}
+
+    def _close(self) -> None:
+        """End what is left of a fit."""
+        self._trainer = None
+        while self._wraps:
+            self._wraps.pop().undo()
+        self._is_of_baseline = False
+        if self._fit is not None:
+            self._fit.unhook()
+            self._fit = None
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         if self.every_n_steps is None:
@@ -293,7 +306,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
                 statistics = AffineStatistics(records, prefix=self.prefix)
             self._start = statistics.state_dict()
         metric = NormalizedActivations(len(records)).to(pl_module.device) if self.activations and records else None
-        self._fit = _Fit(records, statistics, metric)
+        self._fit = _Fit(_layers_of(pl_module), records, statistics, metric)
         layers = [record.name for record in records]
         layout = scalar_layout(self.prefix, layers, activations=self.activations, per_layer=self.per_layer)
         for logger in trainer.loggers:
@@ -388,6 +401,11 @@ def _is_revisited(trainer: Trainer) -> bool:
     from lightning_revbn.callbacks.revisited import RevisitedBatchNorm  # which has a monitor of its own
 
     return any(isinstance(callback, RevisitedBatchNorm) and callback.enabled for callback in callbacks_of(trainer))
+
+
+def _layers_of(module: LightningModule) -> list[int]:
+    """Return what changes when batch norm layers are added, replaced or removed; it is asked at every event."""
+    return [id(layer) for layer in module.modules() if isinstance(layer, (BatchNormBase, InputBatchNorm))]
 
 
 def _with_histograms(trainer: Trainer) -> bool:

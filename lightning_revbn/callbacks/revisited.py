@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
 from lightning_revbn.callbacks import hyperparameters
 from lightning_revbn.callbacks.companions import Companion
 from lightning_revbn.callbacks.eps_state import EpsState, EvaluationEps
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
-from lightning_revbn.callbacks.next_call import NextCall, followed_by
+from lightning_revbn.callbacks.next_call import EveryCall, NextCall, followed_by
 from lightning_revbn.callbacks.rewriting import Rewriting
 from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.callbacks.rules import UpdateRules
@@ -97,6 +96,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         monitor: bool | BatchNormMonitor = True,
         enabled: bool = True,
     ) -> None:
+        super().__init__()
         self._selection = Selection(scale, include, exclude, zero_scale, trained)
         self.scale_lr_divisor = check_divisor(scale_lr_divisor)
         self.shift_lr_multiplier = check_multiplier(shift_lr_multiplier)
@@ -117,9 +117,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._eps = EpsState(name, check_eps(eps))
         learning = RuleSettings(self.scale_lr_divisor, self.shift_lr_multiplier, self.weight_decay_exempt)
         self._rules = UpdateRules(name, self._selection, learning)
-        self._trainer: weakref.ref[Trainer] | None = None
         self._wraps: list[NextCall] = []
-        self._acts_alone: bool | None = None
+        self._guards: list[EveryCall] = []
         self._is_resumed = False
         self._evaluations: weakref.WeakKeyDictionary[Trainer, EvaluationEps] = weakref.WeakKeyDictionary()
         adopt(RevisitedBatchNorm)  # pytorch_lightning may have been imported since the class was made
@@ -185,9 +184,11 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._join(trainer)
         if stage != "fit":
-            if self.enabled:
+            if self._acts_in(trainer):
                 records = self._selection.look(pl_module)
                 self._evaluations[trainer] = EvaluationEps(type(self).__name__, self._eps, pl_module, records)
+            return
+        if self._gives_way(trainer):
             return
         self._begin(trainer)
         self._wraps += self._compare_ranks(trainer)
@@ -196,6 +197,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._monitor = Callback() if own is None else own
         if not self.enabled:
             return
+        self._guard(trainer, pl_module)
         self._rewriting.begin(pl_module)
         self._eps.begin(pl_module)
         self._monitor.setup(trainer, pl_module, stage)
@@ -213,7 +215,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled:
+        if not self._is_fitting(trainer):
             return
         self._unwrap()
         self._wraps += hyperparameters.announce(trainer, self._joined_settings(trainer))
@@ -223,7 +225,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled:
+        if not self._is_fitting(trainer):
             return
         if trainer.strategy.restore_checkpoint_after_setup:
             # Weights, and the names of the scales kept at zero, may have come from a checkpoint only now.
@@ -235,23 +237,28 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.enabled:  # optimizers that a loop of the user's own steps by itself are seen here at the latest
-            self._follow(trainer, pl_module)
+        if not self._is_fitting(trainer):
+            return
+        # Optimizers that a loop of the user's own steps by itself are seen here at the latest.
+        self._follow(trainer, pl_module)
         self._monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._is_fitting(trainer):
+            self._monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._monitor.on_train_epoch_end(trainer, pl_module)
+        if self._is_fitting(trainer):
+            self._monitor.on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._monitor.on_train_end(trainer, pl_module)
+        if self._is_fitting(trainer):
+            self._monitor.on_train_end(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -302,7 +309,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
                     f"{type(self).__name__}: the checkpoint was made with {name}={state_dict[name]!r}, this run has "
                     f"{name}={own!r}. Restored scales keep their values; from here on this run's settings apply."
                 )
-        self._is_resumed = True
+        # Lightning's finders load what they have saved themselves, after trials.
+        self._is_resumed = self._is_resumed or not self._rules.has_ever_updated
         self._eps.restore(state_dict)
         if "zero_kept" in state_dict:
             self._rewriting.zero_kept = set(state_dict["zero_kept"])
@@ -310,15 +318,15 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind Trainers and wrapped methods, which belong to this process."""
-        kept = {name: value for name, value in self.__dict__.items() if name != "_evaluations"}
-        return {**kept, "_wraps": [], "_trainer": None}
+        return {**super().__getstate__(), "_wraps": [], "_guards": [], "_evaluations": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._evaluations = weakref.WeakKeyDictionary()
 
-    def _belongs_to(self, trainer: Trainer) -> bool:
-        return self._trainer is not None and self._trainer() is trainer
+    def _is_fitting(self, trainer: Trainer) -> bool:
+        """Tell whether a hook is of the fit that this callback acts in; one list may be given to several Trainers."""
+        return self.enabled and self._belongs_to(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
         """Take the callback for a fit.
@@ -326,16 +334,31 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         Raises:
             MisconfigurationException: If another Trainer is in the middle of a fit with it.
         """
-        other = self._trainer() if self._trainer is not None else None
-        if other is not None and other is not trainer and other.state.status == TrainerStatus.RUNNING:
+        if self._is_busy(trainer):
             raise MisconfigurationException(
                 f"{type(self).__name__} is in the middle of a fit of another Trainer: give each Trainer its own"
             )
+        other = None if self._trainer is None else self._trainer()
         if other is not None:
             # Another callback's error in on_exception keeps Lightning from calling ours: that fit is left now.
             self._abandon(other, other.lightning_module)
         self._trainer = weakref.ref(trainer)
         self._is_resumed = False
+
+    def _guard(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn what becomes of a fit while Lightning's finders have put away all callbacks."""
+
+        def load(method: Callable[..., None], checkpoint: dict[str, Any]) -> None:
+            method(checkpoint)
+            if not checkpoint.get("global_step"):
+                self._rules.set_back()
+
+        def fail(method: Callable[..., None], exception: BaseException) -> None:
+            self.on_exception(trainer, pl_module, exception)
+            method(exception)
+
+        self._guards += [EveryCall(pl_module, "on_load_checkpoint", load)]
+        self._guards += [EveryCall(trainer.strategy, "on_exception", fail)]
 
     def _abandon(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a fit that has failed; without an update the module becomes what it was."""
@@ -349,6 +372,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = None
         self._unwrap()
+        while self._guards:
+            self._guards.pop().undo()
         self._rules.remove()
         self._rewriting.end()
         self._eps.end()
@@ -382,7 +407,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         if new:
             rewritten = sum(record.verdict == "rewrite" for record in new)
             rank_zero_info(
-                f"{type(self).__name__}: {len(new)} batch norm layers were added, {new[0].name!r} for one; "
+                f"{type(self).__name__}: {len(new)} batch norm layers were added or replaced, {new[0].name!r} for one; "
                 f"{rewritten} of them start from a new scale"
             )
 
@@ -397,7 +422,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     def _tell(self, trainer: Trainer) -> None:
         self._eps.warn_if_unknown(self._rewriting.records)
-        tell(type(self).__name__, self.report, trainer, self._rules, is_resumed=self._is_resumed)
+        sets_eps = bool(self._eps.state_dict())
+        tell(type(self).__name__, self.report, trainer, self._rules, sets_eps=sets_eps, is_resumed=self._is_resumed)
 
     def _unwrap(self) -> None:
         while self._wraps:

@@ -92,12 +92,10 @@ class Rewriting:
             self._copies += [(copy, _Before(copy)) for copy in copies if not _has_target(copy)]
             write_scales(copies)
             self.records = records
-            # A layer that is as torch makes it has not started at zero this time.
-            made_anew = {record.name for record in records if record.state == "fresh" and _is_held(record)}
-            self.zero_kept = (self.zero_kept - made_anew) | set(zero_kept_names(records))
+            self._note_zeros(records)
 
     def write_new(self, module: LightningModule) -> list[BatchNormRecord]:
-        """Write the scales of layers that were added while training.
+        """Write the scales of layers that were added while training, or took the place of others.
 
         Args:
             module: The module in training.
@@ -108,12 +106,15 @@ class Rewriting:
         Raises:
             ValueError: If a new layer cannot be rewritten.
         """
-        known = {record.name for record in self.records}
-        new = [record for record in self._selection.look(module) if record.name not in known]
-        refuse(new)
-        self._write(new)
-        self.records += new
-        return new
+        known = {record.name: record for record in self.records}
+        new = {r.name: r for r in self._selection.look(module) if _is_other_layer(r, known.get(r.name))}
+        refuse([*new.values()])
+        for name in new:
+            self._before.pop(name, None)  # of the layer whose place it takes
+        self._write([*new.values()])
+        self.records = [*{**known, **new}.values()]
+        self._note_zeros([*new.values()])
+        return [*new.values()]
 
     def settle(self, trainer: Trainer, module: LightningModule) -> None:
         """Bring the records up to the layers as they are now that all were made, moved and perhaps restored.
@@ -221,6 +222,11 @@ class Rewriting:
                     self._before[record.name] = _Before(record)
         write_scales(records)
 
+    def _note_zeros(self, records: Sequence[BatchNormRecord]) -> None:
+        # A layer that is as torch makes it has not started at zero this time.
+        made_anew = {record.name for record in records if record.state == "fresh" and _is_held(record)}
+        self.zero_kept = (self.zero_kept - made_anew) | set(zero_kept_names(records))
+
     def _is_unchanged(self, record: BatchNormRecord) -> bool:
         return record.name in self._before and self._before[record.name].is_same_layer(record)
 
@@ -290,6 +296,13 @@ class _Before:
         """Tell whether the layer has neither been trained nor restored from a checkpoint since, by its statistics."""
         mean = _running_mean(record)
         return mean is None or (self._mean is not None and torch.equal(self._mean.to(mean), mean))
+
+
+def _is_other_layer(present: BatchNormRecord, earlier: BatchNormRecord | None) -> bool:
+    """Tell whether a layer is new under its name; a conversion makes another module with the same scale."""
+    if earlier is None or present.module is earlier.module:
+        return earlier is None
+    return present.scale is None or present.scale is not earlier.scale
 
 
 def _look(record: BatchNormRecord) -> _Look:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -21,6 +22,7 @@ from lightning_revbn.core.initialization import rule_scales, rule_shifts
 from lightning_revbn.core.layers import Selection
 from lightning_revbn.core.param_groups import exempt_parameters, is_divided
 from lightning_revbn.core.rates import Rates
+from lightning_revbn.core.rule_engine import engine_of
 from lightning_revbn.core.torch_compat import runs_step_hooks
 from lightning_revbn.core.update_rule import ScaleUpdateRule
 from lightning_revbn.core.update_watch import UpdateWatch
@@ -51,12 +53,13 @@ class UpdateRules:
         self._owner = owner
         self._selection = selection
         self.settings = settings
-        self._rates = Rates(settings.divisor, settings.shift_multiplier)
+        self.rates = Rates(settings.divisor, settings.shift_multiplier)
         self._attached: list[_Attached] = []
         self._guards: list[RemovableHandle] = []
         self._seen: object = None
         self._guard: EveryCall | None = None
-        self.has_stepped = False
+        self._has_stepped = False
+        self._was_set_back = False
 
     @property
     def covered(self) -> int:
@@ -69,9 +72,19 @@ class UpdateRules:
         return sum(attached.rule.covered_shifts for attached in self._attached)
 
     @property
+    def exempted(self) -> int:
+        """How many parameters take no weight decay now, in groups that have one."""
+        return sum(attached.exempted for attached in self._attached)
+
+    @property
     def has_updated(self) -> bool:
-        """Whether an optimizer has updated in this fit, be it past the strategy, by a loop of the user's own."""
-        return self.has_stepped or any(attached.rule.updates for attached in self._attached)
+        """Whether weights hold an update of this fit, be it past the strategy, by a loop of the user's own."""
+        return self._has_stepped or any(attached.has_updated for attached in self._attached)
+
+    @property
+    def has_ever_updated(self) -> bool:
+        """Whether an optimizer has updated in this fit, weights that were set back since included."""
+        return self._was_set_back or self.has_updated
 
     def begin(self, trainer: Trainer, follow: Callable[[], None]) -> None:
         """Start a fit: from now on every step of the strategy is announced and checked.
@@ -80,15 +93,22 @@ class UpdateRules:
             trainer: The Trainer.
             follow: Called before every step, to keep up with optimizers that were replaced.
         """
-        self.has_stepped = False
+        self._has_stepped = self._was_set_back = False
 
         def around(method: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             follow()
             result = self._checked(optimizer, method, *args, **kwargs)
-            self.has_stepped = True
+            self._has_stepped = True
             return result
 
         self._guard = EveryCall(trainer.strategy, "optimizer_step", around)
+
+    def set_back(self) -> None:
+        """Forget the updates: weights from before the first one were loaded, as Lightning's finders do after trials."""
+        self._was_set_back = self.has_ever_updated
+        self._has_stepped = False
+        for attached in self._attached:
+            attached.set_back()
 
     def are_current(self, trainer: Trainer) -> bool:
         """Tell whether optimizers and their parameters are the same as when the rules were attached.
@@ -116,7 +136,7 @@ class UpdateRules:
         optimizers = trainer.strategy.optimizers
         parameters = self._choose(module, rewriting) if optimizers else _Parameters([], [], [])
         try:
-            coverage = Coverage.of(parameters.scales, parameters.shifts, parameters.exempt, self._rates)
+            coverage = Coverage.of(parameters.scales, parameters.shifts, parameters.exempt, self.rates)
         except ValueError as error:  # layers that are tied
             raise MisconfigurationException(f"{self._owner}: {error}") from error
         for optimizer in optimizers:
@@ -138,6 +158,7 @@ class UpdateRules:
         return {**self.__dict__, "_attached": [], "_guards": [], "_seen": None, "_guard": None}
 
     def _remove_rules(self) -> None:
+        self._has_stepped = self.has_updated
         self._seen = None
         while self._attached:
             self._attached.pop().rule.remove()
@@ -148,9 +169,9 @@ class UpdateRules:
         records = rewriting.look(module)
         scales, shifts = rule_scales(records, sorted(rewriting.zero_kept)), rule_shifts(records)
         # One tensor may be both, in layers that are tied. The rule takes it for what it learns differently as.
-        if not self._rates.multiplies_shifts:
+        if not self.rates.multiplies_shifts:
             shifts = _without(shifts, scales)
-        elif not self._rates.divides_scales:
+        elif not self.rates.divides_scales:
             scales = _without(scales, shifts)
         return _Parameters(
             scales,
@@ -179,11 +200,11 @@ class UpdateRules:
                 warn_if_unused=False,
             )
         except (TypeError, ValueError) as error:
-            divided = parameters.scales if self._rates.divides_scales else []
-            multiplied = parameters.shifts if self._rates.multiplies_shifts else []
+            divided = parameters.scales if self.rates.divides_scales else []
+            multiplied = parameters.shifts if self.rates.multiplies_shifts else []
             if is_divided(optimizer, divided, parameters.exempt, multiplied):
                 return  # its own groups do what the rule would do
-            missing = what_groups_miss(optimizer, self.settings.weight_decay_exempt)
+            missing = what_groups_miss(optimizer, self.settings)
             raise MisconfigurationException(f"{self._owner}: {error}{missing}") from error
         self._attached.append(_Attached(rule))
 
@@ -194,11 +215,16 @@ class UpdateRules:
             return method(optimizer, *args, **kwargs)
         attached.before_step()
         args, kwargs = attached.around_closure(args, kwargs)
-        result = method(optimizer, *args, **kwargs)
+        try:
+            result = method(optimizer, *args, **kwargs)
+        except BaseException:
+            if engine := engine_of(optimizer):
+                engine.recover()
+            raise
         if attached.has_passed_by():
             raise MisconfigurationException(
-                f"{self._owner}: {type(optimizer).__name__} has updated without running torch's step hooks, so scales "
-                "learned with the full learning rate. Its step() was replaced, by a wrapper or a patch: let the new "
+                f"{self._owner}: {type(optimizer).__name__} has updated without running torch's step hooks, so "
+                f"{attached.rule.coverage.missed}. Its step() was replaced, by a wrapper or a patch: let the new "
                 "step() call the class's own, or build the optimizer from scale_param_groups"
             )
         return result
@@ -217,6 +243,23 @@ class _Attached:
         self._step = _own_step(rule.optimizer)
         self._watch = UpdateWatch()
         self._updates = 0
+        self._forgotten = 0
+
+    @property
+    def exempted(self) -> int:
+        """How many parameters of the optimizer take no weight decay now, in groups that have one."""
+        decaying = (group for group in self.rule.optimizer.param_groups if group.get("weight_decay"))
+        exempt = self.rule.coverage.exempt
+        return sum(id(held) in exempt and held.requires_grad for group in decaying for held in group["params"])
+
+    @property
+    def has_updated(self) -> bool:
+        """Whether the rule has seen an update since it was set back."""
+        return self.rule.updates != self._forgotten
+
+    def set_back(self) -> None:
+        """Forget the updates until now."""
+        self._forgotten = self.rule.updates
 
     def before_step(self) -> None:
         """Look at a parameter of the rule."""
@@ -266,9 +309,10 @@ def _own_step(optimizer: Optimizer) -> object:
     return vars(optimizer).get("step")
 
 
-def _signature(trainer: Trainer) -> list[tuple[int, int]]:
-    """Return what changes when optimizers are replaced or get parameters."""
+def _signature(trainer: Trainer) -> list[list[int]]:
+    """Return what changes when optimizers are replaced, or get other parameters."""
+    # Asked before every step: `map` runs no Python code per parameter.
     return [
-        (id(optimizer), sum(len(group["params"]) for group in optimizer.param_groups))
+        [id(optimizer), *chain.from_iterable(map(id, group["params"]) for group in optimizer.param_groups)]
         for optimizer in trainer.strategy.optimizers
     ]

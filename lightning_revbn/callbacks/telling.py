@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,19 +14,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_revbn.callbacks.engine_groups import permanent_groups
-from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.callbacks.rules import UpdateRules
 from lightning_revbn.core.identity import scale_1_terms
 from lightning_revbn.core.initialization import InitReport
 from lightning_revbn.core.layers import BatchNormRecord
-from lightning_revbn.core.param_groups import GROUP_MARK
+from lightning_revbn.core.param_groups import GROUP_MARK, SHIFT_MARK
+from lightning_revbn.core.rates import Rates, Role
 from lightning_revbn.core.table import use_rich
 from lightning_revbn.lightning_compat import rank_zero_only, rank_zero_warn
 
 __all__ = ["tell"]
 
 
-def tell(owner: str, report: InitReport, trainer: Trainer, rules: UpdateRules, *, is_resumed: bool) -> None:
+def tell(
+    owner: str, report: InitReport, trainer: Trainer, rules: UpdateRules, *, sets_eps: bool, is_resumed: bool
+) -> None:
     """Print the table of layers, and warn where nothing or only half of the method happens.
 
     Args:
@@ -34,6 +36,7 @@ def tell(owner: str, report: InitReport, trainer: Trainer, rules: UpdateRules, *
         report: The layers and what was done to each.
         trainer: The Trainer.
         rules: The update rules on them.
+        sets_eps: Whether layers have an eps that is not the model's own.
         is_resumed: Whether the fit goes on from a checkpoint of a run with the callback.
     """
     if not report.records:
@@ -43,32 +46,48 @@ def tell(owner: str, report: InitReport, trainer: Trainer, rules: UpdateRules, *
     permanent = [(own, group) for own in optimizers for group in permanent_groups(own)]
     lines = (_rates(rules, permanent), _eps(report), _at_scale_1(trainer.lightning_module, report, rules))
     _print_report(owner, report, "\n".join(line for line in lines if line))
-    divides, multiplies = rules.settings.divisor > 1, rules.settings.shift_multiplier != 1
-    learns = rules.covered or rules.covered_shifts or permanent
-    if not report.rewritten and not learns:
-        rank_zero_warn(f"{owner} has no effect: no scale was rewritten, and {_nothing_learns(rules.settings)}")
+    divides, multiplies = rules.rates.divides_scales, rules.rates.multiplies_shifts
+    differences = _differences(rules)
+    if not report.rewritten and not differences and not permanent and not sets_eps:
+        rank_zero_warn(f"{owner} has no effect: no scale was rewritten, and {_nothing_learns(rules.rates)}")
     elif divides and not rules.covered and not permanent:
         rank_zero_warn(f"{owner}: no optimizer holds a batch norm scale, so none learns with lr / c")
     elif multiplies and not rules.covered_shifts and not permanent:
         rank_zero_warn(f"{owner}: no optimizer holds a batch norm shift, so none learns with lr * k")
-    if rules.covered and not is_resumed:
-        _warn_of_half(owner, report, rules)
+    if differences and not is_resumed:
+        _warn_of_half(owner, report, differences)
     if rules.covered:  # an engine that trains 16-bit copies of its own numbers is not among them
         _warn_of_rounding(owner, report.records, rules.settings.divisor)
 
 
 def _rates(rules: UpdateRules, permanent: Sequence[tuple[Any, dict[str, Any]]]) -> str:
     """Say in a line for each how scales and shifts learn."""
-    settings = rules.settings
-    if permanent and not rules.covered:
-        # An engine's optimizer holds flat copies.
-        groups = [group for own, group in permanent if isinstance(own, Optimizer) and GROUP_MARK in group]
-        held = sum(parameter.requires_grad for group in groups for parameter in group["params"])
-        return f"{held or 'the'} scales learn with the learning rate of their groups, made by scale_param_groups"
-    scales = f"{rules.covered} scales learn with lr / {settings.divisor:g}" if settings.divisor > 1 else ""
-    fast = settings.shift_multiplier != 1
-    shifts = f"{rules.covered_shifts} shifts learn with lr * {settings.shift_multiplier:g}" if fast else ""
-    return "\n".join(line for line in (scales, shifts) if line)
+    lines: list[str] = []
+    roles: list[tuple[Role, int, str]] = [
+        ("scale", rules.covered, GROUP_MARK),
+        ("shift", rules.covered_shifts, SHIFT_MARK),
+    ]
+    for role, covered, mark in roles:
+        owners = [own for own, group in permanent if mark in group]
+        if covered or (rules.rates.change(role) and not owners):
+            lines.append(f"{covered} {role}s learn with {rules.rates.lr_text(role)}")
+        if owners:
+            # An engine's optimizer holds flat copies.
+            groups = [group for own, group in permanent if isinstance(own, Optimizer) and mark in group]
+            held = sum(parameter.requires_grad for group in groups for parameter in group["params"])
+            count = held if groups else "the"
+            lines.append(f"{count} {role}s learn with the learning rate of their groups, made by scale_param_groups")
+    return "\n".join(lines)
+
+
+def _differences(rules: UpdateRules) -> dict[str, str]:
+    """Say of how many parameters updates differ from updates without the callback, by the setting that ends it."""
+    counted = [
+        ("scale_lr_divisor=1", rules.covered, f"scales learn with {rules.rates.lr_text('scale')}"),
+        ("shift_lr_multiplier=1", rules.covered_shifts, f"shifts learn with {rules.rates.lr_text('shift')}"),
+        ("weight_decay_exempt=None", rules.exempted, "parameters take no weight decay"),
+    ]
+    return {without: f"{count} {told}" for without, count, told in counted if count}
 
 
 def _eps(report: InitReport) -> str:
@@ -94,14 +113,19 @@ def _at_scale_1(module: nn.Module, report: InitReport, rules: UpdateRules) -> st
     return str(scale_1_terms(target, rules.settings.divisor, rules.settings.shift_multiplier, eps))
 
 
-def _nothing_learns(settings: RuleSettings) -> str:
-    if settings.shift_multiplier != 1 and settings.divisor <= 1:
-        return f"no shift learns with lr * {settings.shift_multiplier:g}"
-    return f"none learns with lr / {settings.divisor:g}"
+def _nothing_learns(rates: Rates) -> str:
+    if rates.divides_scales:
+        return f"none learns with {rates.lr_text('scale')}"
+    if rates.multiplies_shifts:
+        return f"no shift learns with {rates.lr_text('shift')}"
+    return "no parameter learns or decays differently"
 
 
-def _warn_of_half(owner: str, report: InitReport, rules: UpdateRules) -> None:
-    """Warn where scales learn slowly from values that the method has not written: a pretrained network, mostly."""
+def _warn_of_half(owner: str, report: InitReport, differences: Mapping[str, str]) -> None:
+    """Warn where parameters learn in their own way, and scales start from values that the method has not written.
+
+    So it is with a pretrained network, mostly.
+    """
     judged = [record for record in report.records if record.state not in ("no scale", "excluded", "input", "frozen")]
     asked = [record for record in judged if record.target is not None and record.target < 1]
     known = ("trained in an earlier fit",)
@@ -110,9 +134,9 @@ def _warn_of_half(owner: str, report: InitReport, rules: UpdateRules) -> None:
     first = asked[0]
     rank_zero_warn(
         f"{owner} applies half of the method: no scale was rewritten, since none of the {len(asked)} layers is freshly "
-        f"initialised ({first.name!r}: {first.reason}), yet {rules.covered} scales learn with "
-        f"lr / {rules.settings.divisor:g}. To start these scales anew, set trained='overwrite' (and zero_scale for "
-        "scales at 0); to train them as before, set scale_lr_divisor=1 or leave the callback out"
+        f"initialised ({first.name!r}: {first.reason}), yet {' and '.join(differences.values())}. To start these "
+        "scales anew, set trained='overwrite' (and zero_scale for scales at 0); to keep them, set scale=1.0; "
+        f"to train as before, set {' and '.join(differences)} or leave the callback out"
     )
 
 

@@ -102,6 +102,13 @@ class Coverage:
         """The `id` of every parameter that learns differently from its group."""
         return {*self.exempt, *(found for found, (role, rates) in self.ways.items() if rates.change(role))}
 
+    @property
+    def missed(self) -> str:
+        """Say in half a sentence what an update that passes the rules by does not do."""
+        ways: Iterable[Way] = dict.fromkeys(way for way in self.ways.values() if way[1].change(way[0]))
+        missed = [f"{role}s did not learn with {rates.lr_text(role)}" for role, rates in ways]
+        return " and ".join(missed) or "parameters decayed that take no weight decay"
+
     def way(self, parameter: Tensor, group: Group) -> Way:
         """Tell how a parameter of a group learns.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -207,10 +208,6 @@ class GroupPlan:
             copy.shown[key] = copy.noted[key] = value if own is None else own(value)
         self._taken[key] = value
 
-    def forget(self) -> None:
-        """Drop what was written into the copies by a step that came to no end."""
-        self._taken = {}
-
     def write_back(self, other_rates: Callable[[], Iterable[Any]]) -> None:
         """Carry over to the group what the optimizer wrote into its copies.
 
@@ -240,12 +237,32 @@ class GroupPlan:
             if key in ("params", "param_names"):
                 raise RuntimeError(self._refusal(key, "in a copy of the group"))
             if key in self._own_keys:
-                self._carry_own(key, writers, other_rates)
+                self._carry_own(key, writers, other_rates, self._copies)
             else:
                 self._carry_shared(key, writers)
             for copy in self._copies:
                 copy.accept(key)
             self._taken[key] = _NOTHING
+
+    def salvage(self, other_rates: Callable[[], Iterable[Any]]) -> None:
+        """Carry over what an update wrote before an exception ended it; the copies that it did not reach do not count.
+
+        Args:
+            other_rates: Lists the learning rates of undivided parameters in all groups.
+        """
+        written = [copy.written() for copy in self._copies]
+        for key in dict.fromkeys(itertools.chain(*written)):
+            writers = [copy for copy, keys in zip(self._copies, written, strict=True) if key in keys]
+            if key in ("params", "param_names"):
+                continue
+            # The exception that is on its way is the one to see, not that the group cannot hold what was written.
+            with contextlib.suppress(RuntimeError):
+                if key in self._own_keys:
+                    speakers = [copy for copy in writers if key not in copy.own]
+                    self._carry_own(key, writers, other_rates, speakers or writers)
+                else:
+                    self._carry_shared(key, writers)
+        self._taken = {}
 
     def _carry_number(self, key: str) -> bool:
         """Carry over a value that is one number in all copies, as a count of steps is; tell whether it is so."""
@@ -277,13 +294,15 @@ class GroupPlan:
         elif not writer.shares_tensors:
             _fill(self._group[key], value)
 
-    def _carry_own(self, key: str, writers: Sequence[_Copy], other_rates: Callable[[], Iterable[Any]]) -> None:
-        """Carry over a learning rate or weight decay: one value for the group, which must give every part's again."""
+    def _carry_own(
+        self, key: str, writers: Sequence[_Copy], other_rates: Callable[[], Iterable[Any]], checked: Sequence[_Copy]
+    ) -> None:
+        """Carry over a learning rate or weight decay: one value for the group, which must give that of parts again."""
         if any(key not in copy.shown for copy in self._copies):
             raise RuntimeError(self._refusal(key, "by deleting it"))
         speaker = next((copy for copy in self._copies if key not in copy.own), None)
         value = self._for_group(key, writers[0], other_rates) if speaker is None else speaker.shown[key]
-        for copy in self._copies:
+        for copy in checked:
             expected = copy.own[key](value) if key in copy.own else value
             if not _is_same(copy.shown[key], expected):
                 raise RuntimeError(self._refusal(key, "to numbers that follow from no single number for the group"))

@@ -382,6 +382,11 @@ def _state_of(layer: nn.Module, target: float, other_owners: Mapping[int, str]) 
     if is_flattened(layer):
         reason = "its scale is no parameter but part of a flat one, as FSDP1 makes them with use_orig_params=False"
         return "unsupported", f"{reason}; wrap with use_orig_params=True, which is what FSDPStrategy does by itself"
+    if sources := _hooked_sources(layer):
+        reason = (
+            f"its scale is no parameter: a hook makes it from {' and '.join(sources)}, as torch.nn.utils.prune does"
+        )
+        return "unsupported", f"{reason}; remove the hook (prune.remove makes pruning permanent) or exclude the layer"
     if isinstance(layer, InputBatchNorm):
         return "input", "the input layer starts at a scale of its own"
     if not isinstance(layer, BatchNormBase):
@@ -427,8 +432,18 @@ def is_flattened(layer: nn.Module) -> bool:
     Returns:
         True if so.
     """
+    return _is_plain_tensor(layer) and not _hooked_sources(layer)
+
+
+def _is_plain_tensor(layer: nn.Module) -> bool:
     scale: object = vars(layer).get("weight")  # neither among the parameters nor among the buffers
     return isinstance(scale, Tensor)
+
+
+def _hooked_sources(layer: nn.Module) -> list[str]:
+    """List the parameters from which a hook makes a layer's scale before every forward pass."""
+    names = [name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight_")]
+    return names if _is_plain_tensor(layer) else []
 
 
 def _obstacle(layer: nn.Module) -> str | None:

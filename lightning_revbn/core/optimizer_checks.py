@@ -68,7 +68,7 @@ def updates_in_backward(optimizer: Optimizer, name: str) -> str | None:
     if callable(getattr(optimizer, "fused_backward", None)):
         return (
             f"{name} updates during the backward pass (fused_backward), with one learning rate for all parameters: "
-            "scales cannot learn with lr / c in it"
+            "scales and shifts cannot learn in their own way in it"
         )
     return None
 

@@ -79,9 +79,18 @@ class Rates:
         Returns:
             A few words, such as `a scale with lr / 100`.
         """
-        if role == "other":
-            return "a parameter with lr"
-        return f"a {role} with lr {'/' if role == 'scale' else '*'} {self.number(role):g}"
+        return f"a {'parameter' if role == 'other' else role} with {self.lr_text(role)}"
+
+    def lr_text(self, role: Role) -> str:
+        """Say with which learning rate some parameters learn.
+
+        Args:
+            role: Which parameters.
+
+        Returns:
+            A formula, such as `lr / 100`.
+        """
+        return "lr" if role == "other" else f"lr {'/' if role == 'scale' else '*'} {self.number(role):g}"
 
     def lr(self, role: Role, group_lr: Any, where: str) -> Any:
         """Work out a learning rate; a tensor gives a new tensor, since one tensor may serve all groups.

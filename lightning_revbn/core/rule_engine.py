@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
@@ -84,6 +85,7 @@ class RuleEngine:
                 self.optimizer.register_step_post_hook(self._after_step),
                 keep_marks(self.optimizer),
                 self.optimizer.register_load_state_dict_post_hook(self._after_load),
+                self.optimizer.register_state_dict_pre_hook(lambda _: self._salvage()),
             ]
 
     def leave(self, rule: Joined) -> None:
@@ -92,15 +94,23 @@ class RuleEngine:
         Args:
             rule: The rule.
         """
+        self._salvage()
         rules = [joined for joined in self.rules if joined is not rule]
         if rules:
             # The end of a rule must not fail, so the plans are made in the next step.
             self._cover(rules, self._joined(rules), [])
             return
+        self.recover()
         self.rules = []
-        self._in_step = False
         while self._handles:
             self._handles.pop().remove()
+
+    def recover(self) -> None:
+        """End a step that an exception has ended; does nothing after any other step."""
+        if self._in_step:
+            self._salvage()
+            self._in_step = False
+            self._view.leave()
 
     def _joined(self, rules: Sequence[Joined]) -> Coverage:
         return Coverage.joined([rule.coverage for rule in rules], type(self.optimizer).__name__)
@@ -116,10 +126,7 @@ class RuleEngine:
         self._doubts = [doubt for plan in plans for doubt in plan.doubts]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if self._in_step:  # an exception has ended the last step
-            self._pause()
-            for plan in self._plans:
-                plan.forget()
+        self.recover()
         self._in_step, self._was_read, self._is_stale = True, False, True
         if self._chosen is None or not self._chosen.requires_grad:
             self._choose_watched()
@@ -148,9 +155,8 @@ class RuleEngine:
         # A step that does nothing at all is the optimizer's right; one that updates must have read its groups.
         if self._chosen is not None and (args[0] is not self._view.view or self._watch.has_changed()):
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step() did not update from its param_groups, so the scales did not learn "
-                "with lr / c: use scale_param_groups for this optimizer, and look for a step hook that replaces "
-                "the step's arguments"
+                f"{type(optimizer).__name__}.step() did not update from its param_groups, so {self._coverage.missed}: "
+                "use scale_param_groups for this optimizer, and look for a step hook that replaces the step's arguments"
             )
         self._watch.by_value = True
 
@@ -207,21 +213,9 @@ class RuleEngine:
         self._is_stale = False
         if self._is_new:
             self._is_new = False
-            self._warn_if_unused(groups)
+            _warn_if_unused(self.rules, groups)
         for doubt in self._doubts:
             doubt.listen(self.optimizer.state)
-
-    def _warn_if_unused(self, groups: Sequence[Group]) -> None:
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        is_marked = any(mark in group for group in groups for mark in MARKS)
-        for rule in self.rules:
-            if rule.warn_if_unused and not is_marked and held.isdisjoint(rule.coverage.covered):
-                warnings.warn(
-                    f"{rule!r} has no effect: the optimizer holds none of these parameters. Was the model moved or "
-                    "wrapped after the scales were taken from it?",
-                    stacklevel=2,
-                )
-            rule.warn_if_unused = False
 
     def _plan(self, groups: list[Group]) -> None:
         """Find the parts of every group, anew where its parameters have changed."""
@@ -265,6 +259,17 @@ class RuleEngine:
         for plan in self._plans:
             plan.write_back(self._undivided_rates)
 
+    def _salvage(self) -> None:
+        """Carry over what was written into the groups' copies in a step that an exception may have ended."""
+        self._pause()
+        if not self._in_step or not self._was_read or self._is_stale:
+            return
+        self._is_stale = True
+        with contextlib.suppress(RuntimeError):  # the step's own exception is the one to see
+            self._adopt(self._shown, self._expected)
+        for plan in self._plans:
+            plan.salvage(self._undivided_rates)
+
     def _adopt(self, shown: list[Group], expected: list[Group]) -> None:
         """Make groups that the step has added the optimizer's own."""
         if len(shown) < len(expected) or not all(map(is_, shown, expected)):
@@ -289,6 +294,19 @@ class RuleEngine:
 
     def _undivided_rates(self) -> Iterator[Any]:
         return (rate for plan in self._plans if (rate := plan.undivided_lr) is not None)
+
+
+def _warn_if_unused(rules: Sequence[Joined], groups: Sequence[Group]) -> None:
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    is_marked = any(mark in group for group in groups for mark in MARKS)
+    for rule in rules:
+        if rule.warn_if_unused and not is_marked and held.isdisjoint(rule.coverage.covered):
+            warnings.warn(
+                f"{rule!r} has no effect: the optimizer holds none of these parameters. Was the model moved or "
+                "wrapped after the scales were taken from it?",
+                stacklevel=2,
+            )
+        rule.warn_if_unused = False
 
 
 def engine_of(optimizer: Optimizer) -> RuleEngine | None:

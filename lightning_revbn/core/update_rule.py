@@ -51,6 +51,8 @@ class ScaleUpdateRule:
       group does. One number for scales and other parameters alike, or a change in one part alone, is a RuntimeError.
     - A group that `add_param_group` adds is the optimizer's. Removed, replaced or reordered groups, and other
       parameters in a group, are a RuntimeError.
+    - What a step has written before an exception ends it reaches the group too, by the next step, `state_dict()` or
+      `remove()`; what no single number for the group could give all parts is dropped.
     - State that an optimizer keeps in a group (a count of steps, the d of D-Adaptation, the sum of weights of
       schedule-free optimizers) is shared by all parts. Permanent groups would each have their own. This is the one
       difference to them.
@@ -294,7 +296,9 @@ def _refuse_unsupported(optimizer: object) -> None:
 def _is_lbfgs(optimizer: Optimizer, name: str) -> str | None:
     if not isinstance(optimizer, torch.optim.LBFGS):
         return None
-    return f"{name} takes one step for all parameters in one group: scales cannot learn with lr / c in it"
+    return (
+        f"{name} takes one step for all parameters in one group: scales and shifts cannot learn in their own way in it"
+    )
 
 
 def _runs_no_hooks(optimizer: Optimizer, name: str) -> str | None:

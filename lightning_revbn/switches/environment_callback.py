@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -33,12 +35,12 @@ class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
         super().__init__(**settings)
         self._asked: bool = self.enabled
         self._number = next(self._numbers)
+        self._fitted_in: weakref.WeakSet[Trainer] = weakref.WeakSet()
 
-    @property
     @override
-    def state_key(self) -> str:
+    def _key_of(self, told: Mapping[str, Any]) -> str:
         # The Trainer's constructor refuses two equal keys, and who else is there is not known before setup.
-        return self._key_alone if self._acts_alone else f"{type(self).__qualname__} {self._number}"
+        return f"{type(self).__qualname__} {self._number}"
 
     @property
     @override
@@ -55,8 +57,10 @@ class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
         return self.follows_variable and not asked()
 
     def _is_newest(self, trainer: Trainer) -> bool:
-        added = (other for other in callbacks_of(trainer) if isinstance(other, RevisitedBatchNormFromEnvironment))
-        return all(other._number <= self._number for other in added)
+        added = [other for other in callbacks_of(trainer) if isinstance(other, RevisitedBatchNormFromEnvironment)]
+        # Another Trainer of the same list may have added one since the first fit of this Trainer.
+        there = [other for other in added if trainer in other._fitted_in] or added
+        return self._number == max((other._number for other in there), default=self._number)
 
     @override
     def _gives_way(self, trainer: Trainer) -> bool:
@@ -64,7 +68,8 @@ class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.enabled = self._asked and not self._gives_way(trainer)
+        if not self._is_busy(trainer):
+            self.enabled = self._acts_in(trainer)
         if self._asked and stage == "fit" and self._is_newest(trainer):
             if self._is_switched_off:
                 rank_zero_warn(
@@ -75,6 +80,17 @@ class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
                     f"{VARIABLE} has no effect: the script has a RevisitedBatchNorm of its own, whose settings apply"
                 )
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self._belongs_to(trainer):
+            self._fitted_in.add(trainer)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_fitted_in": None}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._fitted_in = weakref.WeakSet()
 
 
 def _has_own(trainer: Trainer) -> bool:

@@ -65,7 +65,7 @@ def test_a_monitor_with_a_prefix_of_its_own_logs_too(tmp_path: Path) -> None:
     assert second.monitor is not None
 
 
-@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*none learns with lr / 1:UserWarning")
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*no parameter learns:UserWarning")
 def test_states_of_several_are_saved_and_loaded_each_by_its_layers(tmp_path: Path) -> None:
     run = trainer(tmp_path, *pair(monitor=False), max_epochs=1)
     run.fit(LitNet(model=residual_net(zero_init_residual=True)), loader(2))
@@ -87,6 +87,22 @@ def test_a_callback_alone_has_the_name_of_the_class_for_a_key(settings: dict[str
     run.fit(LitNet(), loader(1))
     run.save_checkpoint(tmp_path / "end.ckpt")
     assert keys_in(tmp_path / "end.ckpt") == {"RevisitedBatchNorm"}
+
+
+def test_callbacks_that_were_used_alone_may_be_used_together(tmp_path: Path) -> None:
+    first, second = callbacks = pair(monitor=False)
+    for callback in callbacks:
+        run = trainer(tmp_path, callback, max_epochs=1)
+        run.fit(LitNet(), loader(1))
+        run.save_checkpoint(tmp_path / "alone.ckpt")
+        assert keys_in(tmp_path / "alone.ckpt") == {"RevisitedBatchNorm"}
+    together = trainer(tmp_path, first, second, max_epochs=1)
+    together.fit(module := Starts(), loader(1))
+    assert module.starts == [0.5, 0.25, 0.25]
+    together.save_checkpoint(tmp_path / "together.ckpt")
+    run.save_checkpoint(tmp_path / "alone.ckpt")
+    assert len(keys_in(tmp_path / "together.ckpt")) == 2
+    assert keys_in(tmp_path / "alone.ckpt") == {"RevisitedBatchNorm"}
 
 
 def test_a_subclass_has_a_key_of_its_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,17 +14,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers.aftermath import assert_rule_is_gone
 from helpers.by_hand import LR, C, TextbookSGD, by_hand, textbook_sgd
 from helpers.lit import LitNet, loader, quiet, sgd, trainer
 from helpers.logs import rows
 from helpers.models import assert_same_parameters, residual_net, scales
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_revbn import RevisitedBatchNorm, find_batch_norms
+from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm, find_batch_norms
 
 HOOKS = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
 
@@ -168,6 +170,28 @@ def test_another_trainer_may_evaluate_with_the_same_callback_in_the_middle_of_a_
     assert {float(row["revbn/scale_lr"]) for row in rows(tmp_path)} == {LR / C}
 
 
+def test_another_trainer_with_other_callbacks_leaves_the_state_of_a_running_fit_its_key(tmp_path: Path) -> None:
+    class Evaluated(LitNet):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    stem, rest = quiet(include=["*.stem.*"]), quiet(exclude=["*.stem.*"])
+
+    class Evaluating(Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            keys = stem.state_key, rest.state_key
+            trainer_of(tmp_path / "other", stem).validate(Evaluated(), loader(), verbose=False)
+            assert (stem.state_key, rest.state_key) == keys
+            trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    trainer_of = trainer
+    trainer(tmp_path, stem, rest, Evaluating(), max_epochs=1).fit(LitNet(), loader())
+    states = torch.load(tmp_path / "middle.ckpt", weights_only=True)["callbacks"]
+    assert {key: [*state["include"]] for key, state in states.items()} == {
+        "RevisitedBatchNorm{'include': ['*.stem.*']}": ["*.stem.*"],
+        "RevisitedBatchNorm{'exclude': ['*.stem.*']}": ["*"],
+    }
+
+
 def test_a_fit_of_another_trainer_in_the_middle_of_a_fit_is_refused(tmp_path: Path) -> None:
     callback = quiet()
 
@@ -251,6 +275,50 @@ def test_the_copy_of_a_callback_that_averages_is_given_back_too(tmp_path: Path) 
         trainer(tmp_path, average, quiet(), Failing("on_train_start")).fit(LitNet(), loader())
     assert average._average_model is not None
     assert all(torch.equal(scale, torch.ones_like(scale)) for scale in scales(average._average_model))
+
+
+def finder() -> LearningRateFinder:
+    """Trains for some steps at the start of a fit, and loads what was before."""
+    return LearningRateFinder(min_lr=1e-4, max_lr=0.1, num_training_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("before", "settings", "after", "said"),
+    [
+        ([finder], {"exclude": ["bn2"]}, [], "the pattern 'bn2' matches none"),
+        ([finder], {}, [lambda: Failing("on_train_start")], "no"),
+        ([], {}, [finder, lambda: Failing("on_train_start")], "no"),
+    ],
+    ids=["pattern", "finder-ours", "ours-finder"],
+)
+def test_steps_of_the_learning_rate_finder_are_no_reason_to_keep_the_scales(
+    before: Any, settings: dict[str, Any], after: Any, said: str, tmp_path: Path
+) -> None:
+    module = LitNet()
+    callbacks = [*(make() for make in before), quiet(eps=1e-3, **settings), *(make() for make in after)]
+    with pytest.raises((ValueError, OSError), match=said):
+        trainer(tmp_path, *callbacks).fit(module, loader())
+    assert_same_parameters(module, LitNet())
+    assert {layer.eps for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)} == {1e-5}
+
+
+# What Lightning says of all the callbacks that it has put away.
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize("first", [True, False])
+def test_an_exception_in_a_step_of_the_learning_rate_finder_gives_back_every_scale(first: bool, tmp_path: Path) -> None:
+    class Failing(LitNet):
+        """Fails in the second step, when Lightning has put away all callbacks but the finder's."""
+
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            if self.trainer.global_step:
+                raise OSError("no")
+
+    module = Failing()
+    run = trainer(tmp_path, *[finder(), quiet()][:: 1 if first else -1])
+    with pytest.raises(OSError, match="no"):
+        run.fit(module, loader())
+    assert_same_parameters(module, LitNet())
+    assert_rule_is_gone(module, run)
 
 
 def test_a_fit_without_a_step_that_ends_well_keeps_the_new_scales(tmp_path: Path) -> None:
@@ -338,14 +406,81 @@ def test_a_pretrained_network_is_told_that_only_half_of_the_method_applies(tmp_p
     assert "scale_lr_divisor=1" in str(told[0].message)
 
 
+def test_the_learning_rate_finder_keeps_nobody_from_hearing_of_half_of_the_method(tmp_path: Path) -> None:
+    module = LitNet()
+    trainer(tmp_path, max_epochs=1).fit(module, loader())
+    with pytest.warns(UserWarning, match="half of the method: no scale was rewritten"):
+        trainer(tmp_path, finder(), quiet()).fit(module, loader())
+
+
+def test_the_learning_rate_finder_in_a_resumed_fit_is_no_reason_for_a_warning(tmp_path: Path) -> None:
+    run = trainer(tmp_path, quiet(), max_epochs=1)
+    run.fit(LitNet(), loader())
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    run = trainer(tmp_path, finder(), quiet())
+    run.fit(LitNet(), loader(), ckpt_path=tmp_path / "half.ckpt")
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"trained": "overwrite"}, {"scale_lr_divisor": 1, "weight_decay_exempt": None, "shift_lr_multiplier": 10}],
+    [
+        {"trained": "overwrite"},
+        {"scale": 1.0},
+        {"scale": 1.0, "scale_lr_divisor": 1, "weight_decay_exempt": None, "shift_lr_multiplier": 10},
+    ],
 )
-def test_both_ways_out_of_half_of_the_method_are_silent(options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_ways_out_of_half_of_the_method_are_silent(options: dict[str, Any], tmp_path: Path) -> None:
     module = LitNet()
     trainer(tmp_path, max_epochs=1).fit(module, loader())
     trainer(tmp_path, quiet(**options)).fit(module, loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "yet", "before"),
+    [
+        (
+            {"shift_lr_multiplier": 10},
+            "3 scales learn with lr / 100 and 3 shifts learn with lr * 10 and 3 parameters take no weight decay",
+            "scale_lr_divisor=1 and shift_lr_multiplier=1 and weight_decay_exempt=None",
+        ),
+        (
+            {"scale_lr_divisor": 1, "weight_decay_exempt": None, "shift_lr_multiplier": 10},
+            "3 shifts learn with lr * 10",
+            "shift_lr_multiplier=1",
+        ),
+        (
+            {"scale_lr_divisor": 1, "weight_decay_exempt": "norm"},
+            "6 parameters take no weight decay",
+            "weight_decay_exempt=None",
+        ),
+    ],
+)
+def test_half_of_the_method_is_told_as_what_it_is(
+    options: dict[str, Any], yet: str, before: str, tmp_path: Path
+) -> None:
+    module = LitNet()
+    trainer(tmp_path, max_epochs=1).fit(module, loader())
+    said = f"running statistics are not fresh), yet {yet}. To start these scales anew, set trained='overwrite'"
+    with pytest.warns(UserWarning, match=re.escape(said)) as told:
+        trainer(tmp_path, quiet(**options)).fit(module, loader())
+    assert str(told[0].message).endswith(f"to train as before, set {before} or leave the callback out")
+
+
+@pytest.mark.parametrize("options", [{"eps": 1e-3}, {"weight_decay_exempt": "norm"}], ids=["eps", "exempt"])
+def test_eps_and_exemption_from_weight_decay_are_effects_of_their_own(options: dict[str, Any], tmp_path: Path) -> None:
+    alone: dict[str, Any] = {"scale": 1.0, "scale_lr_divisor": 1, "weight_decay_exempt": None}
+    callback, module, plain = quiet(**{**alone, **options}), LitNet(), LitNet()
+    for _ in range(2):  # layers that an earlier fit has trained have the eps still
+        trainer(tmp_path, callback).fit(module, loader())
+        trainer(tmp_path).fit(plain, loader())
+    assert not torch.equal(module.model.head.weight, plain.model.head.weight)
+
+
+def test_nothing_is_exempt_from_a_weight_decay_that_is_not_there(tmp_path: Path) -> None:
+    module = LitNet(lambda m: torch.optim.SGD(m.parameters(), lr=0.05))
+    said = "has no effect: no scale was rewritten, and no parameter learns or decays differently"
+    with pytest.warns(UserWarning, match=said):
+        trainer(tmp_path, quiet(scale=1.0, scale_lr_divisor=1), max_epochs=1).fit(module, loader())
 
 
 def test_a_new_head_on_a_pretrained_backbone_is_no_half(tmp_path: Path) -> None:
@@ -401,6 +536,69 @@ def test_a_layer_that_is_added_while_training_is_rewritten_and_learns_with_the_r
     trainer(tmp_path, Growing(0.1, divide=True)).fit(other, loader())
     assert_same_parameters(module, other)
     assert [record.name for record in callback.report.rewritten] == [r.name for r in find_batch_norms(module)]
+
+
+class Swapping(Callback):
+    """Puts a new layer in the place of one, in the second epoch, and its parameters into the optimizer."""
+
+    def __init__(self, into_group: bool, scale: float | None = None, divide: bool = False) -> None:
+        self.into_group, self.scale, self.divide = into_group, scale, divide
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch != 1:
+            return
+        old, new = pl_module.model.bn2, nn.BatchNorm2d(6)
+        pl_module.model.bn2 = new
+        if self.scale is not None:
+            nn.init.constant_(new.weight, self.scale)
+        (optimizer,) = trainer.optimizers
+        if self.into_group:
+            places = {id(old.weight): new.weight, id(old.bias): new.bias}
+            for group in optimizer.param_groups:
+                group["params"] = [places.get(id(parameter), parameter) for parameter in group["params"]]
+        elif self.divide:
+            optimizer.add_param_group({"params": [new.weight], "lr": LR / C, "weight_decay": 0.0})
+            optimizer.add_param_group({"params": [new.bias]})
+        else:
+            optimizer.add_param_group({"params": new.parameters()})
+
+
+@pytest.mark.parametrize("into_group", [True, False], ids=["in its group", "in a new group"])
+@pytest.mark.parametrize("zero", [True, False], ids=["zero before", "fresh before"])
+def test_a_layer_that_takes_the_place_of_another_is_rewritten_and_learns_with_the_rule(
+    zero: bool, into_group: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    class Started(LitNet):
+        def configure_optimizers(self) -> Optimizer:
+            groups = by_hand(self)
+            if zero:  # with the full learning rate, until it is replaced
+                *groups[1]["params"], kept = groups[1]["params"]
+                groups.append({"params": [kept], "weight_decay": 0.0})
+            return torch.optim.SGD(groups, LR, momentum=0.9, weight_decay=0.01)
+
+    class Ruled(Callback):
+        """Lets the new scale take the rate of scales, whose group the scale kept at zero was not in."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if zero and into_group and trainer.current_epoch == 1:
+                trainer.optimizers[0].param_groups[2].update(lr=LR / C)
+
+    module, other = (kind(model=residual_net(zero_init_residual=zero)) for kind in (LitNet, Started))
+    for scale in scales(other)[: -1 if zero else None]:
+        nn.init.constant_(scale, 0.1)
+    callback = quiet()
+    trainer(tmp_path, Swapping(into_group), callback, BatchNormMonitor(), logger=CSVLogger(tmp_path)).fit(
+        module, loader()
+    )
+    trainer(tmp_path, Swapping(into_group, 0.1, divide=True), Ruled()).fit(other, loader())
+    assert_same_parameters(module, other)
+    assert [record.module for record in callback.report.rewritten][-1] is module.model.bn2
+    assert "1 batch norm layers were added or replaced, 'model.bn2' for one; 1 of them start from" in caplog.text
+    logged = [float(row["revbn/model.bn2/scale_mean"]) for row in rows(tmp_path)]
+    assert logged[6] == pytest.approx(0.1)
+    assert logged[-1] == pytest.approx(module.model.bn2.weight.mean().item(), rel=1e-2)
 
 
 # --- fast shifts alone ------------------------------------------------------------------------------------------------

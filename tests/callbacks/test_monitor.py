@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from helpers.lit import LitNet, loader, trainer
@@ -198,3 +199,20 @@ def test_a_checkpoint_of_other_layers_starts_drift_again_with_a_warning(tmp_path
 def test_an_interval_that_is_not_positive_is_refused(every_n_steps: int) -> None:
     with pytest.raises(ValueError, match="must be a positive whole number"):
         BatchNormMonitor(every_n_steps=every_n_steps)
+
+
+def test_another_trainer_may_validate_with_the_same_monitor_in_the_middle_of_a_fit(tmp_path: Path) -> None:
+    class Evaluated(LitNet):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    monitor = BatchNormMonitor(activations=True)
+
+    class Evaluating(L.Callback):
+        """Comes before the monitor, which waits for the activations of the step until the batch has ended."""
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            trainer_of(tmp_path, monitor).validate(Evaluated(), loader(1), verbose=False)
+
+    trainer_of = trainer
+    trainer(tmp_path, Evaluating(), monitor, logger=CSVLogger(tmp_path), max_epochs=1).fit(LitNet(), loader(3))
+    assert [row["step"] for row in rows(tmp_path) if "revbn/normalized_absmax" in row] == ["0", "1", "2"]

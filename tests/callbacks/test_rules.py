@@ -77,7 +77,7 @@ def test_groups_made_with_other_numbers_are_refused_at_the_start_of_the_fit(
 
 @pytest.mark.parametrize("settings", [{}, NEUTRAL])
 @pytest.mark.filterwarnings("ignore:RevisitedBatchNorm applies half of the method:UserWarning")
-@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*none learns with lr / 1:UserWarning")
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*no parameter learns:UserWarning")
 def test_groups_made_with_other_numbers_are_refused_when_a_checkpoint_brings_them(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -101,7 +101,7 @@ def test_groups_made_with_other_numbers_are_refused_when_a_checkpoint_brings_the
     assert not any(value for key, value in vars(optimizer).items() if key.endswith("_hooks"))
 
 
-@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*none learns with lr / 1:UserWarning")
+@pytest.mark.filterwarnings("ignore:RevisitedBatchNorm has no effect.*no parameter learns:UserWarning")
 def test_a_callback_that_changes_no_rate_puts_nothing_into_a_step(tmp_path: Path) -> None:
     seen: list[bool] = []
 
@@ -118,6 +118,87 @@ def test_a_callback_that_changes_no_rate_puts_nothing_into_a_step(tmp_path: Path
     run.fit(module, loader())
     assert seen == [False] * 12
     assert_nothing_left(before, like=plain)
+
+
+FAST: dict[str, Any] = {"scale": 1.0, "scale_lr_divisor": 1, "shift_lr_multiplier": 10, "weight_decay_exempt": None}
+
+
+def fast_groups(module: nn.Module, **options: Any) -> Optimizer:
+    made = {"divisor": 1.0, "shift_multiplier": 10.0, "weight_decay_exempt": None, **options}
+    return Wrapping(torch.optim.SGD(scale_param_groups(module, 0.05, 0.01, **made)))
+
+
+def test_the_report_tells_of_shifts_where_shifts_alone_have_groups(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "lightning.pytorch")
+    trainer(tmp_path, quiet(**FAST), max_epochs=1).fit(LitNet(fast_groups), loader(1))
+    assert "3 shifts learn with the learning rate of their groups, made by scale_param_groups" in caplog.text
+    assert "scales learn" not in caplog.text
+    caplog.clear()
+    both = LitNet(lambda module: fast_groups(module, divisor=100.0))
+    trainer(tmp_path, quiet(**{**FAST, "scale_lr_divisor": 100}), max_epochs=1).fit(both, loader(1))
+    for kind in ("scales", "shifts"):
+        assert f"3 {kind} learn with the learning rate of their groups, made by scale_param_groups" in caplog.text
+
+
+def test_groups_that_leave_out_shifts_are_refused_by_the_name_of_shifts(tmp_path: Path) -> None:
+    module = LitNet(lambda module: fast_groups(module, exclude=["model.bn1"]))
+    said = "not every shift is in one, or some decay: call scale_param_groups on the whole module, with "
+    said += "weight_decay_exempt=None, divisor=1.0, shift_multiplier=10.0"
+    with pytest.raises(MisconfigurationException, match=re.escape(said)):
+        trainer(tmp_path, quiet(**FAST)).fit(module, loader())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "so scales did not learn with lr / 100. Its"),
+        (FAST, r"so shifts did not learn with lr \* 10. Its"),
+        (
+            {**FAST, "scale_lr_divisor": 50},
+            r"so scales did not learn with lr / 50 and shifts did not learn with lr \* 10. Its",
+        ),
+        (
+            {**FAST, "shift_lr_multiplier": 1, "weight_decay_exempt": "norm"},
+            "so parameters decayed that take no weight decay. Its",
+        ),
+    ],
+    ids=["scales", "shifts", "both", "decay"],
+)
+def test_an_update_that_passes_by_says_what_it_missed(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    def configure(module: nn.Module) -> Optimizer:
+        optimizer = sgd(module)
+        plain = torch.optim.SGD(module.parameters(), lr=0.05)
+        optimizer.step = plain.step  # type: ignore[method-assign]
+        return optimizer
+
+    with pytest.raises(MisconfigurationException, match=said):
+        trainer(tmp_path, quiet(**settings)).fit(LitNet(configure), loader())
+
+
+def test_a_learning_rate_that_a_step_writes_before_it_fails_is_in_the_group_and_in_a_checkpoint_at_once(
+    tmp_path: Path,
+) -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"] *= 0.5
+            raise OSError("in the update")
+
+    seen: list[float] = []
+
+    class Looking(L.Callback):
+        def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+            trainer.save_checkpoint(tmp_path / "failed.ckpt")
+
+    module = LitNet(lambda module: Failing(module.parameters(), lr=0.05))
+    with pytest.raises(OSError, match="in the update"):
+        trainer(tmp_path, Looking(), quiet()).fit(module, loader())
+    saved = torch.load(tmp_path / "failed.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [*seen, saved["param_groups"][0]["lr"]] == [0.025, 0.025]
 
 
 def test_a_tensor_that_is_scale_and_shift_of_tied_layers_learns_as_what_has_a_rate_of_its_own(tmp_path: Path) -> None:

@@ -163,20 +163,69 @@ def test_a_tensor_that_is_changed_in_place_for_one_part_alone_is_changed() -> No
     assert tensor.item() == 3
 
 
-def test_what_a_step_wrote_before_it_failed_is_dropped() -> None:
+def lower_first(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def lower_all(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+
+
+def count_first(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["count"] = 3
+
+
+def delete_first(optimizer: torch.optim.Optimizer) -> None:
+    del optimizer.param_groups[0]["spare"]
+
+
+def add_group(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.7})
+
+
+@pytest.mark.parametrize("write", [lower_first, lower_all, count_first, delete_first, add_group])
+@pytest.mark.parametrize("asked", ["state_dict", "remove", "step"])
+def test_what_a_step_wrote_before_it_failed_is_as_without_a_rule(write: Any, asked: str) -> None:
     def fail(optimizer: torch.optim.Optimizer) -> None:
-        for group in optimizer.param_groups:
-            group["half"] = True
-        raise RuntimeError("in the update")
+        write(optimizer)
+        raise OSError("in the update")
+
+    plain, model = residual_net(), residual_net()
+    expected, optimizer = Writing(plain.parameters(), fail), Writing(model.parameters(), fail)
+    for own in (expected, optimizer):
+        own.param_groups[0]["spare"] = None
+    with pytest.raises(OSError, match="in the update"):
+        expected.step()
+    rule = ScaleUpdateRule(optimizer, scales(model), C)
+    with pytest.raises(OSError, match="in the update"):
+        optimizer.step()
+    if asked == "state_dict":
+        assert optimizer.state_dict()["param_groups"] == expected.state_dict()["param_groups"]
+    if asked == "step":
+        optimizer.write = lambda own: None
+        optimizer.step()
+        assert [group["lr"] for group in optimizer.seen[-1]][:2] == [
+            rate := expected.param_groups[0]["lr"],
+            pytest.approx(rate / C),
+        ]
+    rule.remove()
+    assert optimizer.state_dict()["param_groups"] == expected.state_dict()["param_groups"]
+
+
+def test_what_a_step_wrote_for_scales_alone_before_it_failed_is_dropped() -> None:
+    def fail(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.param_groups[-1]["lr"] = 0.7
+        optimizer.param_groups[-1]["params"].pop()
+        raise OSError("in the update")
 
     model = residual_net()
     optimizer = Writing(model.parameters(), fail)
-    with ScaleUpdateRule(optimizer, scales(model), C):
-        with pytest.raises(RuntimeError, match="in the update"):
-            optimizer.step()
-        optimizer.write = lambda own: None
+    with ScaleUpdateRule(optimizer, scales(model), C), pytest.raises(OSError, match="in the update"):
         optimizer.step()
-    assert all("half" not in group for group in [*optimizer.param_groups, *optimizer.seen[-1]])
+    assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [
+        (LR, len(list(model.parameters())))
+    ]
 
 
 def test_a_key_that_the_user_changes_or_deletes_is_so_in_the_next_step() -> None:

@@ -8,9 +8,11 @@ import torch
 import torchvision
 from helpers.models import BATCH_NORMS, Softplus, residual_net
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_revbn import find_batch_norms
+from lightning_revbn.core.layers import is_flattened
 
 
 def verdicts(module: nn.Module, *args: Any, **options: Any) -> dict[str, tuple[str, str]]:
@@ -325,6 +327,19 @@ def test_a_scale_that_fsdp_made_part_of_a_flat_parameter_is_refused() -> None:
     (record,) = find_batch_norms(layer)
     assert (record.verdict, record.state) == ("refuse", "unsupported")
     assert record.reason.endswith("wrap with use_orig_params=True, which is what FSDPStrategy does by itself")
+
+
+def test_a_pruned_scale_is_refused_as_what_it_is() -> None:
+    layer = nn.BatchNorm2d(3)
+    prune.random_unstructured(layer, "weight", 1)
+    (record,) = find_batch_norms(layer)
+    assert (record.verdict, record.state) == ("refuse", "unsupported")
+    assert record.reason.startswith(
+        "its scale is no parameter: a hook makes it from weight_orig, as torch.nn.utils.prune"
+    )
+    assert not is_flattened(layer)
+    prune.remove(layer, "weight")
+    assert find_batch_norms(layer)[0].state == "trained"
 
 
 def test_a_layer_of_which_this_rank_holds_no_part_is_fresh_until_its_statistics_move() -> None:

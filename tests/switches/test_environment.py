@@ -160,6 +160,47 @@ def test_one_list_of_callbacks_may_be_given_to_several_trainers(
 
 
 @pytest.mark.usefixtures("entry_point")
+@pytest.mark.parametrize("stage", ["validate", "fit"])
+def test_another_trainer_with_the_callbacks_of_a_running_fit_leaves_that_fit_alone(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Evaluated(LitNet):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    nested = LitNet()
+
+    class Nesting(L.Callback):
+        nests = True
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if not self.nests:
+                return
+            self.nests = False
+            # Lightning extends the list of the running Trainer in place by what the variable asks for.
+            options: Any = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+            other = L.Trainer(callbacks=trainer.callbacks, max_epochs=1, enable_model_summary=False, **options)
+            if stage == "validate":
+                other.validate(Evaluated(), loader(), verbose=False)
+            else:
+                other.fit(nested, loader())
+
+    monkeypatch.setenv("LIGHTNING_REVBN", "scale=0.2")
+    by_script, by_variable, alone = LitNet(), LitNet(), LitNet()
+    fit(by_script, tmp_path, quiet(scale=0.2), max_epochs=2)
+    run = fit(by_variable, tmp_path, Nesting(), logger=CSVLogger(tmp_path, name="", version=""))
+    assert len([callback for callback in run.callbacks if isinstance(callback, RevisitedBatchNorm)]) == 2
+    assert_same_parameters(by_script, by_variable)
+    assert len([row for row in rows(tmp_path) if "revbn/scale_lr" in row]) == run.global_step
+    if stage == "fit":
+        fit(alone, tmp_path, quiet(scale=0.2), max_epochs=1)
+        assert_same_parameters(nested, alone)
+
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    states = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
+    assert [key for key in states if "Revisited" in key] == ["RevisitedBatchNorm"]
+
+
+@pytest.mark.usefixtures("entry_point")
 def test_a_list_of_callbacks_carries_none_over_to_a_trainer_without_the_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,10 @@ class Companion(SameOnAllRanks):
         staying = [one for one in callbacks_of(trainer) if isinstance(one, Companion) and not one._gives_way(trainer)]
         return [one for one in staying if one._is_asked] or staying
 
+    def _selections_of_others(self, trainer: Trainer) -> list[Selection]:
+        """List what the other callbacks that act in a Trainer select."""
+        return [one._selection for one in self._acting(trainer) if one is not self]
+
     def _join(self, trainer: Trainer) -> None:
         """Meet the other callbacks of a Trainer, which settles the key of the state."""
         self._acts_alone = self._acting(trainer) in ([self], [])

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_revbn.callbacks import hyperparameters
 from lightning_revbn.callbacks.companions import Companion
-from lightning_revbn.callbacks.eps_state import EpsState, EvaluationEps
+from lightning_revbn.callbacks.eps_state import EpsState, StageEps
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.next_call import NextCall, followed_by
 from lightning_revbn.callbacks.rewriting import Rewriting
@@ -113,14 +113,14 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._monitor: Callback = own if enabled and own is not None else Callback()
         self._rewriting = Rewriting(self._selection)
         name = type(self).__name__
-        self._eps = EpsState(name, check_eps(eps))
+        self._eps = EpsState(name, self._selection, check_eps(eps))
         learning = RuleSettings(self.scale_lr_divisor, self.shift_lr_multiplier, self.weight_decay_exempt)
         self._rules = UpdateRules(name, self._selection, learning)
         self._trainer: weakref.ref[Trainer] | None = None
         self._wraps: list[NextCall] = []
         self._acts_alone: bool | None = None
         self._is_resumed = False
-        self._evaluations: weakref.WeakKeyDictionary[Trainer, EvaluationEps] = weakref.WeakKeyDictionary()
+        self._evaluations: weakref.WeakKeyDictionary[Trainer, StageEps] = weakref.WeakKeyDictionary()
         adopt(RevisitedBatchNorm)  # pytorch_lightning may have been imported since the class was made
 
     @property
@@ -185,18 +185,20 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._join(trainer)
         if stage != "fit":
             if self.enabled:
-                records = self._selection.look(pl_module)
-                self._evaluations[trainer] = EvaluationEps(type(self).__name__, self._eps, pl_module, records)
+                others = self._selections_of_others(trainer)
+                self._evaluations[trainer] = self._eps.evaluate(trainer, pl_module, others)
             return
         self._begin(trainer)
         self._wraps += self._compare_ranks(trainer)
         # Where the Trainer has a monitor of its own, one is enough.
         own = self._own_monitor if self.enabled and not self._has_other_monitor(trainer) else None
         self._monitor = Callback() if own is None else own
+        others = self._selections_of_others(trainer)
         if not self.enabled:
+            self._eps.leave(trainer, pl_module, others)
             return
         self._rewriting.begin(pl_module)
-        self._eps.begin(pl_module)
+        self._eps.begin(trainer, pl_module, others, self.state_key)
         self._monitor.setup(trainer, pl_module, stage)
         warn_if_ignored(trainer.strategy)
         rewrite = functools.partial(self._rewrite, trainer, pl_module)
@@ -293,7 +295,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         if not self.enabled or self._evaluations:
             return
         for name, own in self._settings.items():
-            if name == "eps" and own is None:
+            if name == "eps":
                 continue  # what becomes of a restored eps is told once the layers are there
             if name in state_dict and state_dict[name] != own:
                 rank_zero_warn(
@@ -301,7 +303,6 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
                     f"{name}={own!r}. Restored scales keep their values; from here on this run's settings apply."
                 )
         self._is_resumed = True
-        self._eps.restore(state_dict)
         if "zero_kept" in state_dict:
             self._rewriting.zero_kept = set(state_dict["zero_kept"])
         self._monitor.load_state_dict(state_dict.get("monitor", {}))
@@ -340,7 +341,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         try:
             if not self._rules.has_updated:
                 self._rewriting.give_back(pl_module)
-                self._eps.give_back(pl_module)
+                self._eps.give_back()
         finally:  # a device that has failed may not let values be read
             self._end(trainer, pl_module)
 
@@ -361,12 +362,12 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         refuse_damage(trainer.strategy, pl_module)
         self._refuse_shared_layers(trainer, pl_module)
         self._rewriting.write(trainer, pl_module)
-        self._eps.choose(pl_module, self._rewriting.records)
+        self._eps.choose(self._rewriting.records)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rewriting.settle(trainer, pl_module)
-        self._eps.choose(pl_module, self._rewriting.records)
-        self._eps.settle(pl_module, self._rewriting.records)
+        self._eps.choose(self._rewriting.records)
+        self._eps.settle(self._rewriting.records)
         self._rules.attach(trainer, pl_module, self._rewriting)
 
     def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -375,7 +376,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         if self._rules.are_current(trainer):
             return
         new = self._rewriting.write_new(pl_module)
-        self._eps.choose(pl_module, new)
+        self._eps.choose(new)
         self._rules.attach(trainer, pl_module, self._rewriting)
         if new:
             rewritten = sum(record.verdict == "rewrite" for record in new)
@@ -386,7 +387,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     def _start_evaluation(self, trainer: Trainer) -> None:
         if trainer in self._evaluations:
-            self._evaluations[trainer].start()
+            self._evaluations[trainer].warn_if_not_set()
 
     def _end_evaluation(self, trainer: Trainer) -> None:
         evaluation = self._evaluations.pop(trainer, None)
@@ -394,7 +395,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
             evaluation.end()
 
     def _tell(self, trainer: Trainer) -> None:
-        self._eps.warn_if_unknown(self._rewriting.records)
+        self._eps.warn_if_not_set()
         tell(type(self).__name__, self.report, trainer, self._rules, is_resumed=self._is_resumed)
 
     def _unwrap(self) -> None:

@@ -127,6 +127,10 @@ class Companion(SameOnAllRanks):
         other = None if self._trainer is None else self._trainer()
         return other is not None and other is not trainer and other.state.status == TrainerStatus.RUNNING
 
+    def _selections_of_others(self, trainer: Trainer) -> list[Selection]:
+        """List what the other callbacks that act in a Trainer select."""
+        return [one._selection for one in self._acting(trainer) if one is not self]
+
     def _join(self, trainer: Trainer) -> None:
         """Meet the other callbacks of a Trainer, which settles the key of the state in its checkpoints."""
         self._alone_in[trainer] = self._is_alone(trainer)

@@ -1,314 +1,380 @@
-"""Which layers have the eps of the settings, through fits, evaluations, checkpoints and resumes.
+"""Which eps the layers of a module have, through fits, evaluations, checkpoints and resumes.
 
-No `state_dict` of a model holds eps. So the callback's state in a checkpoint tells which layers were trained with which
-eps, and every stage of a Trainer sets it again.
+Three sources tell. The settings ask for an eps in fresh layers. A checkpoint tells with which eps its layers were
+trained, since the `state_dict` of a model does not. A note on a layer (`written_eps`) tells that a callback has written
+its eps, and which eps the model's code gives it. `StageEps` is the one place that weighs them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from lightning.pytorch import LightningModule
-from torch import nn
+from lightning.pytorch import LightningModule, Trainer
 
-from lightning_revbn.callbacks.next_call import NextCall
-from lightning_revbn.core.eps import EPS_KEY, choose_eps, has_seen_data, layers_with_eps, write_eps
+from lightning_revbn.callbacks.next_call import EveryCall, NextCall
+from lightning_revbn.callbacks.rewriting import copies_of_callbacks
+from lightning_revbn.callbacks.written_eps import WrittenEps, note_of
+from lightning_revbn.core.eps import EPS_KEY, choose_eps, has_seen_data, proven_fresh
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
-from lightning_revbn.core.layers import BatchNormRecord, eps_of
+from lightning_revbn.core.layers import BatchNormRecord, Selection, eps_of
 from lightning_revbn.lightning_compat import rank_zero_warn
 
-__all__ = ["EpsState", "EvaluationEps"]
-
-
-@dataclass(frozen=True)
-class _Written:
-    """The eps that a layer had from its code, and the eps that a callback wrote."""
-
-    own: float | None
-    eps: float | None
-
-
-# Shared by all callbacks, since a module may be trained with one and evaluated with another.
-_WRITTEN: weakref.WeakKeyDictionary[nn.Module, _Written] = weakref.WeakKeyDictionary()
+__all__ = ["EpsState", "StageEps"]
 
 
 class EpsState:
-    """The eps of a module's layers, from the start of a fit to its checkpoints.
+    """The eps of one callback: what its settings ask for, and what its stages have made of it.
+
+    Args:
+        owner: What the user calls the callback, for warnings.
+        selection: The settings that decide on every layer.
+        eps: The eps of the settings; None leaves the layers' own.
+    """
+
+    def __init__(self, owner: str, selection: Selection, eps: float | None) -> None:
+        self._owner = owner
+        self._selection = selection
+        self.eps = eps
+        self._fit: StageEps | None = None
+        self._latest: StageEps | None = None
+
+    @property
+    def before(self) -> Mapping[str, float | None]:
+        """The eps of the model's code, by name, for the layers in which the last fit has set another, or the same."""
+        return {} if self._fit is None else self._fit.before
+
+    def begin(self, trainer: Trainer, module: LightningModule, others: Sequence[Selection], key: str) -> None:
+        """Start a fit.
+
+        Args:
+            trainer: The Trainer.
+            module: The module to be trained.
+            others: The selections of the Trainer's other callbacks.
+            key: The key of the callback's state in a checkpoint.
+        """
+        self.end()
+        self._fit = self._latest = StageEps(self._owner, self.eps, trainer, module, others, saved_as=key)
+
+    def evaluate(self, trainer: Trainer, module: LightningModule, others: Sequence[Selection]) -> StageEps:
+        """Start an evaluation, which another Trainer may do in the middle of a fit.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            others: The selections of the Trainer's other callbacks.
+
+        Returns:
+            The stage, to be settled and ended by the caller.
+        """
+        stage = StageEps(self._owner, self.eps, trainer, module, others)
+        stage.choose(self._selection.look(module))
+        if self._fit is None or self._fit.is_over:
+            self._latest = stage
+        return stage
+
+    def leave(self, trainer: Trainer, module: LightningModule, others: Sequence[Selection]) -> None:
+        """Let a fit in which the callback does nothing begin with the eps of the model's code, where layers are fresh.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            others: The selections of the Trainer's other callbacks.
+        """
+        if WrittenEps(module).notes():
+            stage = StageEps(self._owner, None, trainer, module, others)
+            stage.choose(self._selection.look(module))
+            stage.end()
+
+    def choose(self, records: Sequence[BatchNormRecord]) -> None:
+        """Set eps in the layers that are fresh.
+
+        Args:
+            records: Layers of the module, as they are before training.
+        """
+        if self._fit is not None:
+            self._fit.choose(records)
+
+    def settle(self, records: Sequence[BatchNormRecord]) -> None:
+        """Set the eps of restored layers, once a module with all its layers is there.
+
+        Args:
+            records: Its layers, as they are at the start of training.
+        """
+        if self._fit is not None:
+            self._fit.settle(records)
+
+    def warn_if_not_set(self) -> None:
+        """Warn where trained layers train on with another eps than that of the settings."""
+        if self._fit is not None:
+            self._fit.warn_if_not_set()
+
+    def give_back(self) -> None:
+        """Undo what was set since the fit began."""
+        if self._fit is not None:
+            self._fit.give_back()
+
+    def end(self) -> None:
+        """End the fit."""
+        if self._fit is not None:
+            self._fit.end()
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """Return eps by layer, for the layers that have it from the settings or from a checkpoint."""
+        layers = {} if self._latest is None else self._latest.eps_to_save()
+        return {EPS_KEY: layers} if layers else {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave behind the stages, whose modules belong to this process."""
+        return {**self.__dict__, "_fit": None, "_latest": None}
+
+
+class StageEps:
+    """The eps of a module's layers in one stage of a Trainer: a fit, or an evaluation.
+
+    A callback looks after the layers that it selects, and after those that no callback of the Trainer selects: a
+    checkpoint of other callbacks may tell of them.
 
     Args:
         owner: What the user calls the callback, for warnings.
         eps: The eps of the settings; None leaves the layers' own.
-    """
-
-    def __init__(self, owner: str, eps: float | None) -> None:
-        self._owner = owner
-        self.eps = eps
-        # By module, since an attribute of a layer stays where it was set from fit to fit.
-        self.known: weakref.WeakKeyDictionary[nn.Module, dict[str, float]] = weakref.WeakKeyDictionary()
-        self._current: dict[str, float] = {}
-        self._earlier: dict[str, float] = {}
-        self._restored: dict[str, float] = {}
-        self._has_other_setting = False
-        self._told: dict[str, float] | None = None
-        self._wrap: NextCall | None = None
-        self.before: dict[str, float | None] = {}
-
-    def begin(self, module: nn.Module) -> None:
-        """Start a fit.
-
-        Args:
-            module: The module to be trained.
-        """
-        self._current = self.known.setdefault(module, {})
-        self._earlier = dict(self._current)
-        self._restored = {}
-        self._told = None
-        self.before = {}
-        self.end()
-        # Called with the whole checkpoint by every strategy; the callback's own state says nothing of a run without it.
-        self._wrap = NextCall(module, "on_load_checkpoint", self._around)
-
-    def end(self) -> None:
-        """Restore the module's own hook."""
-        if self._wrap is not None:
-            self._wrap.undo()
-            self._wrap = None
-
-    def choose(self, module: nn.Module, records: Sequence[BatchNormRecord]) -> None:
-        """Set eps in the layers that are fresh.
-
-        Args:
-            module: The module.
-            records: Its layers, as they are before training.
-        """
-        if self.eps is not None:
-            self._write(module, choose_eps(module, records, self.eps))
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take from a checkpoint with which eps its layers were trained.
-
-        Args:
-            state: The state of the callback.
-        """
-        self._restored = dict(state.get(EPS_KEY, {}))
-        self._has_other_setting = state.get("eps") != self.eps
-
-    def settle(self, module: nn.Module, records: Sequence[BatchNormRecord]) -> None:
-        """Set the eps of restored layers, once a module with all its layers is there.
-
-        Training goes on with the eps of the settings, if there is one. Without one, a layer keeps the eps that it was
-        trained with, and a warning says so. Layers whose weights were trained without the eps have their own again.
-
-        Args:
-            module: The module.
-            records: Its layers, as they are at the start of training.
-        """
-        self._take_back(module, records)
-        present = layers_with_eps(module)
-        restored = {name: eps for name, eps in self._restored.items() if name in present}
-        self._restored = {}
-        if restored and self.eps is None:
-            rank_zero_warn(
-                f"{self._owner}: {len(restored)} layers of the checkpoint were trained with eps={_texts(restored)} and "
-                "keep it, though this run sets no eps"
-            )
-        follows_settings = self.eps is not None and self._has_other_setting
-        self._write(module, {n: self.eps if follows_settings and self.eps else eps for n, eps in restored.items()})
-        _claim(self._current, module, records, self.eps)
-
-    def warn_if_unknown(self, records: Sequence[BatchNormRecord]) -> None:
-        """Warn where trained layers train on of which nothing tells with which eps they were trained.
-
-        Args:
-            records: The layers, as they are at the start of training.
-        """
-        if self._told is None:
-            _warn_if_unknown(self._owner, self.eps, records, self._current, "Resume")
-
-    def give_back(self, module: nn.Module) -> None:
-        """Undo what was set since the fit began.
-
-        Args:
-            module: The module.
-        """
-        present = layers_with_eps(module)
-        _write(module, {name: eps for name, eps in self.before.items() if name in present})
-        self._current.clear()
-        self._current.update(self._earlier)
-        self.before = {}
-
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """Return eps by layer, for the layers that have it from the settings or from a checkpoint."""
-        return {EPS_KEY: dict(sorted(self._current.items()))} if self._current else {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave behind the modules, which belong to this process."""
-        kept = {name: value for name, value in self.__dict__.items() if name != "known"}
-        return {**kept, "_current": dict(self._current), "_wrap": None}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self.known = weakref.WeakKeyDictionary()
-
-    def _write(self, module: nn.Module, values: Mapping[str, float]) -> None:
-        self.before = {**_write(module, values), **self.before}
-        self._current.update(values)
-
-    def _around(self, method: Any, checkpoint: dict[str, Any]) -> None:
-        method(checkpoint)
-        self._told = _trained_with(checkpoint)
-
-    def _take_back(self, module: nn.Module, records: Sequence[BatchNormRecord]) -> None:
-        """Give layers their own eps whose weights turn out to be trained without the eps that was written."""
-        written = _own_eps(module)
-        # Of a checkpoint all weights are others; of hooks that load weights, only those of layers that were fresh.
-        names = written if self._told is not None else {name: written[name] for name in self.before if name in written}
-        told = {**(self._told or {}), **self._restored}
-        skipped = {r.name for r in records if r.verdict != "rewrite" and r.state != "excluded" and has_seen_data(r)}
-        foreign = {name: own for name, own in names.items() if name in skipped and name not in told}
-        if foreign:
-            _warn_of_foreign(self._owner, module, foreign)
-            self._told = told  # which eps these layers were trained with is known, and told
-            _write(module, foreign)
-        for name in foreign:
-            self._current.pop(name, None)
-            self.before.pop(name, None)
-
-
-class EvaluationEps:
-    """The eps of a module that one Trainer validates, tests or predicts with.
-
-    Weights of a checkpoint are evaluated with the eps that they were trained with, whatever the settings say.
-
-    Args:
-        owner: What the user calls the callback, for warnings.
-        state: What fits with the callback have left to know.
+        trainer: The Trainer.
         module: The module.
-        records: Its layers.
+        others: The selections of the Trainer's other callbacks.
+        saved_as: The key of the callback's state in checkpoints of a fit; None for an evaluation. An evaluation has the
+            eps that weights were trained with, whatever the settings say; a fit goes on with that of the settings.
     """
 
     def __init__(
-        self, owner: str, state: EpsState, module: LightningModule, records: Sequence[BatchNormRecord]
+        self,
+        owner: str,
+        eps: float | None,
+        trainer: Trainer,
+        module: LightningModule,
+        others: Sequence[Selection],
+        saved_as: str | None = None,
     ) -> None:
-        self._owner = owner
-        self._eps = state.eps
-        self._module = module
-        self._records = records
-        self._current = state.known.setdefault(module, {})
-        chosen = {} if self._eps is None else choose_eps(module, records, self._eps)
-        _write(module, chosen)
-        self._current.update(chosen)
-        _claim(self._current, module, records, self._eps)
-        # Called with the whole checkpoint by every strategy, before weights are loaded.
-        self._wrap: NextCall | None = NextCall(module, "on_load_checkpoint", self._around)
+        self._owner, self._eps, self._others, self._saved_as = owner, eps, others, saved_as
+        # Weak: a stage that is over tells checkpoints of its module, and keeps none alive.
+        self._trainer, self._module = weakref.ref(trainer), weakref.ref(module)
+        self._written = WrittenEps(module)
+        self._records: dict[str, BatchNormRecord] = {}
+        self._selected: frozenset[str] = frozenset()
+        self._told: dict[str, _Told] | None = None
+        self._has_weights_alone = False
+        self._said: set[str] = set()
+        # Every strategy calls these with the whole checkpoint, which has the states of callbacks that are not in this
+        # run, too. A checkpoint of weights alone has no state of a callback, unless it is added.
+        self._wraps: list[EveryCall] = [NextCall(module, "on_load_checkpoint", self._around_load)]
+        if saved_as is not None:
+            self._wraps.append(EveryCall(module, "on_save_checkpoint", self._around_save))
 
-    def start(self) -> None:
-        """Warn where trained layers are evaluated of which nothing tells with which eps they were trained."""
-        if self._wrap is not None and self._wrap.is_pending:
-            _warn_if_unknown(self._owner, self._eps, self._records, self._current, "Evaluate")
+    @property
+    def before(self) -> Mapping[str, float | None]:
+        """The eps of the model's code, by name, for the layers in which another, or the same, was set."""
+        return self._written.before
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the stage has ended."""
+        return not self._wraps
+
+    def choose(self, records: Sequence[BatchNormRecord]) -> None:
+        """Let fresh layers have the eps of the settings; without such a setting, that of the model's code.
+
+        Args:
+            records: Layers of the module, as they are before training.
+        """
+        module = self._module()
+        if module is None:
+            return
+        self._look(records)
+        others = self._names_of_others()
+        if self._eps is not None:
+            chosen = choose_eps(module, records, self._eps)
+            self._find_copies(chosen)
+            self._written.set({name: eps for name, eps in chosen.items() if name not in others})
+        elif notes := self._written.notes():
+            # An earlier fit has set these, and their values were reset since.
+            fresh = choose_eps(module, proven_fresh(records), 1.0).keys() & notes.keys() - others
+            self._find_copies(fresh)
+            self._written.leave_to_code(fresh)
+
+    def settle(self, records: Sequence[BatchNormRecord] = ()) -> None:
+        """Set the eps of restored layers, once a module with all its layers is there; warn where settings differ.
+
+        Args:
+            records: The layers of the module, as they are now, where they have been looked at again.
+        """
+        self._look(records)
+        told = self._told or {}
+        layers, others = self._written.layers, self._names_of_others(told)
+        mine = {name: layer for name, layer in told.items() if name not in others}
+        missing = [name for name in mine if name not in layers]
+        if missing:
+            rank_zero_warn(
+                f"{self._owner}: the checkpoint tells that {len(missing)} layers were trained with "
+                f"eps={_texts(told[name].eps for name in missing)}, which the model does not have by these names, "
+                f"{missing[0]!r} for one: set their eps by lightning_revbn.core.eps.set_eps"
+            )
+        self._restore({name: layer for name, layer in mine.items() if name in layers})
+        foreign = self._find_foreign() - others
+        if foreign:
+            _warn_of_foreign(self._owner, [eps_of(layers[name]) for name in foreign])
+            self._said |= foreign
+            self._written.leave_to_code(foreign, stays=True)
+
+    def warn_if_not_set(self) -> None:
+        """Warn where trained layers have another eps than that of the settings, or nothing tells which they need."""
+        written = [note.eps for note in self._written.notes().values() if note.code != note.eps]
+        if self._has_weights_alone and written:
+            rank_zero_warn(
+                f"{self._owner}: the checkpoint holds weights alone, and nothing tells with which eps they were "
+                f"trained: {len(written)} layers have eps={_texts(written)} now, not that of the model's code"
+            )
+        if self._eps is None:
+            return
+        # A scale that starts at values of its own is no sign of training.
+        trained = {n: r for n, r in self._records.items() if r.state == "trained" and has_seen_data(r)}
+        left = {n: r.eps for n, r in trained.items() if r.eps not in (None, self._eps) and n not in self._said}
+        noted = {name: eps for name, eps in left.items() if note_of(trained[name].module)}
+        others = {name: eps for name, eps in left.items() if name not in noted}
+        not_set = f"{self._owner}: eps={self._eps:g} is not set in "
+        if noted:
+            rank_zero_warn(
+                f"{not_set}{len(noted)} layers, {next(iter(noted))!r} for one, which were trained with "
+                f"eps={_texts(noted.values())} and keep it"
+            )
+        if others and self._told is not None:
+            _warn_of_foreign(self._owner, [self._eps] * len(others))
+        elif others:
+            way = "Evaluate" if self._saved_as is None else "Resume"
+            rank_zero_warn(
+                f"{not_set}{len(others)} layers, {next(iter(others))!r} for one, which are trained and have "
+                f"eps={_texts(others.values())}: nothing tells here with which eps they were trained. {way} by "
+                f"ckpt_path, or call lightning_revbn.core.eps.set_eps(model, {self._eps:g}, trained='overwrite')"
+            )
+
+    def give_back(self) -> None:
+        """Undo what the settings have changed in this stage; what a checkpoint told stays with its weights."""
+        self._find_copies(self._written.undone_by())  # other callbacks may have made them of the new layers
+        self._written.give_back()
 
     def end(self) -> None:
-        """Restore the module's own hook."""
-        if self._wrap is not None:
-            self._wrap.undo()
-            self._wrap = None
+        """Restore the module's own hooks, and keep nothing alive."""
+        self._written.end()
+        while self._wraps:
+            self._wraps.pop().undo()
+        self._records = {}
 
-    def _around(self, method: Any, checkpoint: dict[str, Any]) -> None:
+    def eps_to_save(self) -> dict[str, float]:
+        """Return eps by layer, for the layers that have it from a callback, or as the settings ask for it."""
+        noted, others = self._written.notes(), self._names_of_others()
+        values = {name: eps_of(layer) for name, layer in sorted(self._written.layers.items()) if name not in others}
+        return {
+            name: eps
+            for name, eps in values.items()
+            if eps is not None and (name in noted or (name in self._selected and eps == self._eps))
+        }
+
+    def _look(self, records: Sequence[BatchNormRecord]) -> None:
+        self._written.note_again()
+        self._records |= {record.name: record for record in records}
+        mine = (r.name for r in records if r.state != "excluded" and not isinstance(r.module, InputBatchNorm))
+        self._selected = self._selected.union(mine)
+
+    def _names_of_others(self, told: Iterable[str] = ()) -> set[str]:
+        names = list({*self._written.layers, *told}) if self._others else []
+        return {name for selection in self._others for name in selection.selected(names)}
+
+    def _find_copies(self, names: Iterable[str]) -> None:
+        """Find the copies of layers that other callbacks keep, while values tell that they are copies."""
+        trainer, module = self._trainer(), self._module()
+        originals = [self._records[name] for name in names if name in self._records]
+        if trainer is not None and module is not None and originals:
+            copies = copies_of_callbacks(trainer, module, originals)
+            self._written.follow({copy.module: cast("str", copy.copy_of) for copy in copies})
+
+    def _around_load(self, method: Any, checkpoint: dict[str, Any]) -> None:
         method(checkpoint)
-        self._take(_trained_with(checkpoint))
+        if "callbacks" not in checkpoint:
+            self._has_weights_alone = True
+            return
+        self._told = _told_by(checkpoint["callbacks"])
+        self._find_copies(self._told)
+        if self._saved_as is None:
+            self.settle()  # before other callbacks start to evaluate
 
-    def _take(self, trained: Mapping[str, float]) -> None:
-        """Let layers have the eps that the checkpoint tells, and the others what they had."""
-        present = layers_with_eps(self._module)
-        excluded = {record.name for record in self._records if record.state == "excluded"}
-        own = _own_eps(self._module)
-        foreign = {name: eps for name, eps in own.items() if name not in trained and name not in excluded}
-        if foreign:
-            _warn_of_foreign(self._owner, self._module, foreign)
-        if any(eps != self._eps for eps in trained.values()):
-            settings = "this run sets no eps" if self._eps is None else f"this run has eps={self._eps:g}"
+    def _around_save(self, method: Any, checkpoint: dict[str, Any]) -> None:
+        method(checkpoint)
+        eps = self.eps_to_save()
+        if eps and "optimizer_states" not in checkpoint:
+            checkpoint.setdefault("callbacks", {})[self._saved_as] = {"eps": self._eps, EPS_KEY: eps}
+
+    def _restore(self, told: Mapping[str, _Told]) -> None:
+        """Let restored layers have the eps they were trained with, or in a fit that of settings which were changed."""
+        is_fit, code = self._saved_as is not None, self._written.code()
+        asked = {name: self._eps for name in told if name in self._selected and self._eps is not None}
+        changed = {name: eps for name, eps in asked.items() if is_fit and eps != told[name].setting}
+        kept = [t.eps for name, t in told.items() if name not in changed and t.eps != asked.get(name, code[name])]
+        left = [told[name].eps for name, eps in changed.items() if told[name].eps != eps]
+        if kept:
+            kept_in = f"{len(kept)} layers" if is_fit else "the weights"
+            done = "keep it" if is_fit else "are evaluated with it"
+            setting = "this run sets no eps" if self._eps is None else f"this run has eps={self._eps:g}"
             rank_zero_warn(
-                f"{self._owner}: the weights of the checkpoint were trained with eps={_texts(trained)} and are "
-                f"evaluated with it, though {settings}"
+                f"{self._owner}: {kept_in} of the checkpoint were trained with eps={_texts(kept)} and {done}, "
+                f"though {setting}"
             )
-        _write(self._module, foreign)
-        for name in foreign:
-            self._current.pop(name, None)
-        wanted = {name: eps for name, eps in trained.items() if name in present}
-        _write(self._module, wanted)
-        self._current.update(wanted)
+        if left:
+            rank_zero_warn(
+                f"{self._owner}: {len(left)} layers of the checkpoint were trained with eps={_texts(left)} and go on "
+                f"with eps={self._eps:g}, the setting of this run"
+            )
+        self._said |= told.keys()
+        self._written.set({name: layer.eps for name, layer in told.items()}, stays=True)
+        self._written.set(changed)
+
+    def _find_foreign(self) -> set[str]:
+        """Find layers with an eps from a callback whose weights turn out to be trained without."""
+        told = self._told or {}
+        notes = self._written.notes().items()
+        written = {name for name, note in notes if note.code != note.eps and name not in told}
+        if self._saved_as is None:
+            return written if self._told is not None else set()
+        seen = {name for name, r in self._records.items() if r.verdict != "rewrite" and has_seen_data(r)}
+        if self._told is None:
+            # The module's hooks have loaded weights: only layers that were fresh have others now.
+            return written & seen & self._written.undone_by()
+        return written & (seen | (written - self._records.keys()))  # of layers that share a scale, one has a record
 
 
-def _write(module: nn.Module, values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Set eps, and remember what the layers had from their code."""
-    before = write_eps(module, values)
-    layers = layers_with_eps(module)
-    for name, eps in values.items():
-        layer, had = layers[name], before[name]
-        known = _WRITTEN.pop(layer, None)
-        own = known.own if known is not None and known.eps == had else had
-        if own != eps:
-            _WRITTEN[layer] = _Written(own, eps)
-    return before
+@dataclass(frozen=True)
+class _Told:
+    """What a checkpoint tells of a layer: the eps it was trained with, and the eps that the settings asked for."""
+
+    eps: float
+    setting: float | None
 
 
-def _own_eps(module: nn.Module) -> dict[str, float | None]:
-    """Return the eps of the model's code for the layers that have another one from a callback."""
-    found = {name: (layer, _WRITTEN.get(layer)) for name, layer in layers_with_eps(module).items()}
-    # Where the eps was set by hand since, that is the code's.
+def _told_by(callbacks: Mapping[str, Any]) -> dict[str, _Told]:
+    """Return what a checkpoint tells by layer, from the states of all callbacks that have set eps."""
+    states = (cast("Mapping[str, Any]", state) for state in callbacks.values() if isinstance(state, Mapping))
     return {
-        name: written.own
-        for name, (layer, written) in found.items()
-        if written is not None and eps_of(layer) == written.eps
+        name: _Told(eps, state.get("eps"))
+        for state in states
+        for name, eps in cast("Mapping[str, float]", state.get(EPS_KEY, {})).items()
     }
 
 
-def _claim(current: dict[str, float], module: nn.Module, records: Sequence[BatchNormRecord], eps: float | None) -> None:
-    """Let a checkpoint record what the layers have, where that is the eps asked for or comes from another callback."""
-    written = _own_eps(module)
-    for record in records:
-        if record.eps is None or record.state == "excluded" or isinstance(record.module, InputBatchNorm):
-            continue
-        if record.name in current or record.name in written or record.eps == eps:
-            current[record.name] = record.eps
-
-
-def _warn_if_unknown(
-    owner: str, eps: float | None, records: Sequence[BatchNormRecord], known: Mapping[str, float], way: str
-) -> None:
-    unknown = [r for r in records if r.state == "trained" and r.name not in known and r.eps != eps]
-    # A scale that starts at values of its own is no sign of training.
-    unknown = [record for record in unknown if has_seen_data(record)]
-    if unknown and eps is not None:
-        rank_zero_warn(
-            f"{owner}: eps={eps:g} is not set in {len(unknown)} layers, {unknown[0].name!r} for one, "
-            f"which are trained and have eps={unknown[0].eps:g}: nothing tells here with which eps they were "
-            f"trained. {way} by ckpt_path, or call "
-            f"lightning_revbn.core.eps.set_eps(model, {eps:g}, trained='overwrite')"
-        )
-
-
-def _warn_of_foreign(owner: str, module: nn.Module, foreign: Mapping[str, float | None]) -> None:
-    layers = layers_with_eps(module)
-    written = {name: cast("float", eps_of(layers[name])) for name in foreign}
+def _warn_of_foreign(owner: str, values: Sequence[float | None]) -> None:
     rank_zero_warn(
-        f"{owner}: the weights that were loaded were trained without eps={_texts(written)} in "
-        f"{len(foreign)} layers, which keep the eps of the model's code"
+        f"{owner}: the weights that were loaded were trained without eps={_texts(values)} in "
+        f"{len(values)} layers, which keep the eps of the model's code"
     )
 
 
-def _trained_with(checkpoint: Mapping[str, Any]) -> dict[str, float]:
-    """Return eps by layer from the state of every callback in a checkpoint that has set it."""
-    callbacks: Mapping[str, Any] = checkpoint.get("callbacks", {})
-    found: dict[str, float] = {}
-    for state in callbacks.values():
-        if isinstance(state, Mapping):
-            found |= cast("Mapping[str, Any]", state).get(EPS_KEY, {})
-    return found
-
-
-def _texts(values: Mapping[str, float]) -> str:
-    return " and ".join(f"{value:g}" for value in sorted({*values.values()}))
+def _texts(values: Iterable[float | None]) -> str:
+    return " and ".join(f"{value:g}" for value in sorted({value for value in values if value is not None}))

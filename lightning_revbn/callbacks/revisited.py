@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_revbn.callbacks import hyperparameters
 from lightning_revbn.callbacks.companions import Companion
-from lightning_revbn.callbacks.eps_state import EpsState, EvaluationEps
+from lightning_revbn.callbacks.eps_state import EpsState, StageEps
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
 from lightning_revbn.callbacks.next_call import EveryCall, NextCall, followed_by
 from lightning_revbn.callbacks.rewriting import Rewriting
@@ -114,13 +114,13 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._monitor: Callback = own if enabled and own is not None else Callback()
         self._rewriting = Rewriting(self._selection)
         name = type(self).__name__
-        self._eps = EpsState(name, check_eps(eps))
+        self._eps = EpsState(name, self._selection, check_eps(eps))
         learning = RuleSettings(self.scale_lr_divisor, self.shift_lr_multiplier, self.weight_decay_exempt)
         self._rules = UpdateRules(name, self._selection, learning)
         self._wraps: list[NextCall] = []
         self._guards: list[EveryCall] = []
         self._is_resumed = False
-        self._evaluations: weakref.WeakKeyDictionary[Trainer, EvaluationEps] = weakref.WeakKeyDictionary()
+        self._evaluations: weakref.WeakKeyDictionary[Trainer, StageEps] = weakref.WeakKeyDictionary()
         adopt(RevisitedBatchNorm)  # pytorch_lightning may have been imported since the class was made
 
     @property
@@ -185,8 +185,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._join(trainer)
         if stage != "fit":
             if self._acts_in(trainer):
-                records = self._selection.look(pl_module)
-                self._evaluations[trainer] = EvaluationEps(type(self).__name__, self._eps, pl_module, records)
+                others = self._selections_of_others(trainer)
+                self._evaluations[trainer] = self._eps.evaluate(trainer, pl_module, others)
             return
         if self._gives_way(trainer):
             return
@@ -195,11 +195,13 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         # Where the Trainer has a monitor of its own, one is enough.
         own = self._own_monitor if self.enabled and not self._has_other_monitor(trainer) else None
         self._monitor = Callback() if own is None else own
+        others = self._selections_of_others(trainer)
         if not self.enabled:
+            self._eps.leave(trainer, pl_module, others)
             return
         self._guard(trainer, pl_module)
         self._rewriting.begin(pl_module)
-        self._eps.begin(pl_module)
+        self._eps.begin(trainer, pl_module, others, self.state_key)
         self._monitor.setup(trainer, pl_module, stage)
         warn_if_ignored(trainer.strategy)
         rewrite = functools.partial(self._rewrite, trainer, pl_module)
@@ -302,7 +304,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         if not self.enabled or self._evaluations:
             return
         for name, own in self._settings.items():
-            if name == "eps" and own is None:
+            if name == "eps":
                 continue  # what becomes of a restored eps is told once the layers are there
             if name in state_dict and state_dict[name] != own:
                 rank_zero_warn(
@@ -311,7 +313,6 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
                 )
         # Lightning's finders load what they have saved themselves, after trials.
         self._is_resumed = self._is_resumed or not self._rules.has_ever_updated
-        self._eps.restore(state_dict)
         if "zero_kept" in state_dict:
             self._rewriting.zero_kept = set(state_dict["zero_kept"])
         self._monitor.load_state_dict(state_dict.get("monitor", {}))
@@ -365,7 +366,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         try:
             if not self._rules.has_updated:
                 self._rewriting.give_back(pl_module)
-                self._eps.give_back(pl_module)
+                self._eps.give_back()
         finally:  # a device that has failed may not let values be read
             self._end(trainer, pl_module)
 
@@ -388,12 +389,12 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         refuse_damage(trainer.strategy, pl_module)
         self._refuse_shared_layers(trainer, pl_module)
         self._rewriting.write(trainer, pl_module)
-        self._eps.choose(pl_module, self._rewriting.records)
+        self._eps.choose(self._rewriting.records)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rewriting.settle(trainer, pl_module)
-        self._eps.choose(pl_module, self._rewriting.records)
-        self._eps.settle(pl_module, self._rewriting.records)
+        self._eps.choose(self._rewriting.records)
+        self._eps.settle(self._rewriting.records)
         self._rules.attach(trainer, pl_module, self._rewriting)
 
     def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -402,7 +403,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         if self._rules.are_current(trainer):
             return
         new = self._rewriting.write_new(pl_module)
-        self._eps.choose(pl_module, new)
+        self._eps.choose(new)
         self._rules.attach(trainer, pl_module, self._rewriting)
         if new:
             rewritten = sum(record.verdict == "rewrite" for record in new)
@@ -413,7 +414,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     def _start_evaluation(self, trainer: Trainer) -> None:
         if trainer in self._evaluations:
-            self._evaluations[trainer].start()
+            self._evaluations[trainer].warn_if_not_set()
 
     def _end_evaluation(self, trainer: Trainer) -> None:
         evaluation = self._evaluations.pop(trainer, None)
@@ -421,7 +422,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
             evaluation.end()
 
     def _tell(self, trainer: Trainer) -> None:
-        self._eps.warn_if_unknown(self._rewriting.records)
+        self._eps.warn_if_not_set()
         sets_eps = bool(self._eps.state_dict())
         tell(type(self).__name__, self.report, trainer, self._rules, sets_eps=sets_eps, is_resumed=self._is_resumed)
 

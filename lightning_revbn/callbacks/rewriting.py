@@ -18,7 +18,7 @@ from lightning_revbn.core.initialization import fill_scale, forget_lazy, refuse,
 from lightning_revbn.core.layers import BatchNormRecord, Selection, copies_in
 from lightning_revbn.lightning_compat import callbacks_of
 
-__all__ = ["Rewriting", "settled"]
+__all__ = ["Rewriting", "copies_of_callbacks", "settled"]
 
 _Look: TypeAlias = tuple[float, ...]
 
@@ -87,7 +87,7 @@ class Rewriting:
             records = self._judge(module)
             refuse([record for record in records if record.state != "unmaterialized"])
             # A copy is known by its values, so it is looked for before anything is written.
-            copies = _copies_of_callbacks(trainer, module, [r for r in records if r.verdict == "rewrite"])
+            copies = copies_of_callbacks(trainer, module, [r for r in records if r.verdict == "rewrite"])
             self._write(records)
             self._copies += [(copy, _Before(copy)) for copy in copies if not _has_target(copy)]
             write_scales(copies)
@@ -244,7 +244,7 @@ class Rewriting:
     def _note_copies(self, trainer: Trainer, module: LightningModule, originals: Sequence[BatchNormRecord]) -> None:
         """Remember copies that are to be given back with their originals."""
         known = {id(copy.module) for copy, _ in self._copies}
-        for copy in _copies_of_callbacks(trainer, module, originals) if originals else ():
+        for copy in copies_of_callbacks(trainer, module, originals) if originals else ():
             if copy.copy_of is not None and id(copy.module) not in known:
                 self._copies.append((copy, self._before[copy.copy_of]))
 
@@ -326,9 +326,18 @@ def _has_target(record: BatchNormRecord) -> bool:
     return record.target is not None and record.has_scale(record.target)
 
 
-def _copies_of_callbacks(
+def copies_of_callbacks(
     trainer: Trainer, module: LightningModule, originals: Sequence[BatchNormRecord]
 ) -> list[BatchNormRecord]:
-    """List the copies of layers that other callbacks keep, in averages that they made before ours was set up."""
+    """List the copies of layers that other callbacks keep, in averages that they made before ours was set up.
+
+    Args:
+        trainer: The Trainer.
+        module: The module to be trained.
+        originals: Those of its layers whose copies are meant, with the values that were copied.
+
+    Returns:
+        A record for each copy, with the name and the target of its original.
+    """
     networks = (network for callback in callbacks_of(trainer) for network in networks_held_by(callback))
     return [record for network in networks for record in copies_in(network, module, originals)]

@@ -91,8 +91,9 @@ def _differences(rules: UpdateRules) -> dict[str, str]:
 
 
 def _eps(report: InitReport) -> str:
-    """Say where eps was set that no `state_dict` holds it."""
-    values = {record.eps for record in report.records if record.eps_before is not None and record.eps is not None}
+    """Say where eps was changed that no `state_dict` holds it."""
+    changed = [record.eps for record in report.records if record.eps_before not in (None, record.eps)]
+    values = {eps for eps in changed if eps is not None}  # the model's code may have the eps already
     if not values:
         return ""
     numbers = " and ".join(f"{value:g}" for value in sorted(values))

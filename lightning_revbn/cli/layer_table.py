@@ -64,7 +64,7 @@ def tell_run(run: SavedRun, layers: Sequence[Mapping[str, Any]], drifts: Mapping
         values = (f"{name}={shortened(repr(value), 60)}" for name, value in settings.items())
         say(f"RevisitedBatchNorm({', '.join(values)})")
     if not run.settings:
-        say("No RevisitedBatchNorm has left its state here: a baseline, or a callback that was switched off")
+        say("No RevisitedBatchNorm has left its state here: a baseline, a callback switched off, or weights alone")
     known = [f"{kind}s {_number(drift)}" for kind, drift in drifts.items() if drift is not None]
     if known:
         say(f"Drift from the start, root mean square over channels: {', '.join(known)}")

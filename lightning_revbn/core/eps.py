@@ -25,7 +25,17 @@ from lightning_revbn.core.layers import BatchNormRecord, eps_of, find_batch_norm
 from lightning_revbn.core.module_names import unwrapped
 from lightning_revbn.core.table import first_to_last, plain_table, rich_table
 
-__all__ = ["EPS_KEY", "EpsReport", "LayerEps", "choose_eps", "has_seen_data", "layers_with_eps", "set_eps", "write_eps"]
+__all__ = [
+    "EPS_KEY",
+    "EpsReport",
+    "LayerEps",
+    "choose_eps",
+    "has_seen_data",
+    "layers_with_eps",
+    "proven_fresh",
+    "set_eps",
+    "write_eps",
+]
 
 EPS_KEY = "eps_by_layer"
 """Key under which a callback's state in a checkpoint has the eps that was set, by the layer's name."""
@@ -231,6 +241,28 @@ def has_seen_data(record: BatchNormRecord) -> bool:
     if mean is None:
         return record.state == "trained"
     return not is_lazy(mean) and not mean.is_meta and statistics_moved(record.module)
+
+
+def proven_fresh(records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
+    """List the layers that cannot have been trained, as far as their values tell.
+
+    Fewer than take an eps: a layer that starts at values of its own, or has no state, may have been trained too.
+
+    Args:
+        records: The layers of a model.
+
+    Returns:
+        Those of them.
+    """
+    untrained = not any(record.state == "trained" for record in records)
+    return [
+        record
+        for record in records
+        if record.state in ("fresh", "zero", "copy")
+        or (
+            record.state == "no scale" and untrained and _running_mean(record) is not None and not has_seen_data(record)
+        )
+    ]
 
 
 def _running_mean(record: BatchNormRecord) -> Tensor | None:

@@ -237,6 +237,17 @@ class Selection:
             records.append(BatchNormRecord(name, layer, verdict, reason, state, target))
         return records
 
+    def selected(self, names: Sequence[str]) -> set[str]:
+        """Return the layers that the patterns and a scale mapping select.
+
+        Args:
+            names: Names of layers.
+
+        Returns:
+            Those of them.
+        """
+        return set(self._targets(names))
+
     def follow_copies(self, module: nn.Module, records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
         """Let copies of the layers that are to be rewritten be rewritten too.
 

@@ -9,46 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.lit import LitNet, loader, quiet, trainer
+from helpers.eps import EPS, TORCHS, Evaluated, eps_of
+from helpers.lit import loader, quiet, trainer
 from helpers.models import assert_same_parameters, residual_net
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_revbn.core.eps import set_eps
-
-EPS, TORCHS = 1e-3, 1e-5
-
-
-class Evaluated(LitNet):
-    """Notes the eps that its layers have in every stage."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.seen: dict[str, set[float]] = {}
-
-    def note(self, stage: str) -> None:
-        self.seen.setdefault(stage, set()).update(eps_of(self))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.note("fit")
-        return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.note("validate" if self.trainer.state.fn == "validate" else "fit")
-
-    def val_dataloader(self) -> Any:
-        return loader()
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.note("test")
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.note("predict")
-        return self.model(batch[0])
-
-
-def eps_of(module: nn.Module) -> list[float]:
-    return [layer.eps for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
 @pytest.fixture

@@ -382,8 +382,9 @@ def test_a_copied_callback_overwrites_another_trained_module_where_asked_for(tmp
     assert [record.verdict for record in copied.report.records] == ["rewrite"] * 3
 
 
-def test_a_module_that_is_gone_is_not_kept_alive(tmp_path: Path) -> None:
-    callback, module = quiet(), LitNet()
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_a_module_that_is_gone_is_not_kept_alive(eps: float | None, tmp_path: Path) -> None:
+    callback, module = quiet(eps=eps), LitNet()
     gone = weakref.ref(module)
     fit(callback, module, tmp_path)
     fit(callback, LitNet(), tmp_path)

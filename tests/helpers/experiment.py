@@ -1,4 +1,7 @@
-"""One experiment in the logs of four loggers, of MLflow in both of its local stores: a baseline and two arms over the same seeds, without training."""
+"""One experiment in the logs of four loggers: a baseline and two arms over the same seeds, without training.
+
+Of MLflow it is in both of its local stores.
+"""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ from lightning_revbn.core.metric_keys import (
     WHOLE_MODEL_QUANTITIES,
     metric_key,
 )
+from lightning_revbn.core.printable import shortened
 from lightning_revbn.core.setting_keys import BASELINE_SETTINGS
 from lightning_revbn.core.torch_compat import BatchNormBase
 from lightning_revbn.core.update_rule import scale_learning_rates, shift_learning_rates
@@ -373,7 +374,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
                 self._failed.add(name)
                 rank_zero_warn(
                     f"{type(self).__name__}: {name} did not take the batch norm metrics, and training goes on without "
-                    f"them. This is said once. It says: {type(error).__name__}: {error}"
+                    f"them. This is said once. It says: {type(error).__name__}: {shortened(error, 300)}"
                 )
 
     def _activation_metrics(

@@ -22,6 +22,8 @@ from lightning_revbn.runs.names import one_line, suffixes
 
 __all__ = ["CompareError", "add_parser"]
 
+_MOST_WARNINGS = 5
+_MOST_ARMS = 24  # that can be told apart in a figure
 _SIGNS = {"greater": "proposed > baseline", "less": "proposed < baseline", "two-sided": "either direction"}
 
 
@@ -116,12 +118,17 @@ def _run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     arms = _read_arms(arguments)
     baseline, proposed = arms[0][1], dict(arms[1:])
+    if arguments.output is not None and len(proposed) > _MOST_ARMS:
+        raise CompareError(
+            f"{len(proposed)} arms were found, and a figure shows no more than {_MOST_ARMS}: name the runs of fewer"
+        )
     for label, runs in proposed.items():
         check_pairs(baseline, runs, label, arguments.any_length)
     if len(baseline) < 2:
         raise CompareError("one pair tells nothing about chance: run more seeds")
     if find_spec("scipy") is None:
         raise CompareError('comparing needs scipy: pip install "lightning-revbn[compare]"')
+    _tell_damage([run for _, runs in arms for run in runs.values()])
     for label, runs in proposed.items():
         others = confounders(baseline, runs)
         if others:
@@ -132,6 +139,15 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.curves is not None:
         _compare_curves(baseline, proposed, arguments)
     return 0
+
+
+def _tell_damage(runs: Sequence[FinishedRun]) -> None:
+    """Say what of the logs was left out: a score may be missing its last value."""
+    warnings = [warning for run in runs for warning in run.warnings]
+    for warning in warnings[:_MOST_WARNINGS]:
+        tell(warning)
+    if len(warnings) > _MOST_WARNINGS:
+        tell(f"more warnings of damaged logs: {len(warnings) - _MOST_WARNINGS}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -243,5 +259,5 @@ def _draw(comparisons: Sequence[Comparison], arguments: argparse.Namespace) -> N
     with matplotlib_needed():
         from lightning_revbn.plots import pairs_figure
     arms = {comparison.label: comparison.proposed for comparison in comparisons}
-    notes = {comparison.label: note(comparison) for comparison in comparisons}
+    notes = {comparison.label: note(comparison, len(comparisons) > 1) for comparison in comparisons}
     save_figure(pairs_figure.draw(comparisons[0].baseline, arms, arguments.metric, notes), arguments.output)

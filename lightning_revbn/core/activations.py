@@ -192,6 +192,7 @@ class _WatchedForward:
     def __init__(self, layer: nn.Module, measure: _Measure) -> None:
         self._layer = layer
         self._measure = measure
+        self._is_removed = False
         # A synchronised layer answers its call of batch norm itself: there the call is seen from inside alone.
         self._owner, self._name = innermost_forward(layer)
         self._was_attribute = self._name in vars(self._owner)
@@ -202,16 +203,17 @@ class _WatchedForward:
         vars(self._owner)[self._name] = self
 
     def remove(self) -> None:
-        """Give the layer its own forward again."""
-        if vars(self._owner).get(self._name) is not self:
-            return
-        if self._was_attribute:
-            vars(self._owner)[self._name] = self._forward
-        else:
-            del vars(self._owner)[self._name]
+        """Give the layer its own forward again; under a second watch, once that one is removed."""
+        self._is_removed = True
+        attributes = vars(self._owner)
+        while isinstance(top := attributes.get(self._name), _WatchedForward) and top._is_removed:
+            if top._was_attribute:
+                attributes[self._name] = top._forward
+            else:
+                del attributes[self._name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if self._is_removed or torch.compiler.is_compiling():
             return self._forward(*args, **kwargs)
         with _BatchNormCalls(self._layer, self._measure, self._foreign) as calls:
             output = self._forward(*args, **kwargs)

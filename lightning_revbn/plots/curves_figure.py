@@ -13,9 +13,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
-from lightning_revbn.plots.fitted_text import elided
-from lightning_revbn.plots.layer_rows import drawable
+from lightning_revbn.plots.fitted_text import elided, wrapped
+from lightning_revbn.plots.layer_rows import NOTHING_FINITE, drawable, lone
 from lightning_revbn.plots.output import NORMAL, settings
 from lightning_revbn.plots.step_axis import step_label
 from lightning_revbn.runs.curves import Band, CurveComparison, ahead_for_good
@@ -26,6 +27,11 @@ __all__ = ["draw"]
 _BASELINE = "0.25"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, which colour-blind readers tell apart."""
+
+
+_MOST_INSIDE = 6  # arms whose names leave the curves visible
+_MOST_ROWS = 13  # of names beside them
+_NAME_WIDTH = 2.0  # in inches
 
 
 def draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: bool) -> Figure:
@@ -44,7 +50,11 @@ def draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: bool
 
 
 def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: bool) -> Figure:
-    figure: Any = Figure(figsize=(6.4, 5.2), layout="constrained")
+    names = ["Baseline", *(one_line(comparison.label) for comparison in comparisons)]
+    short = [*map(elided, names)]
+    alike = len(set(short)) < len(short)
+    columns = 1 + len(comparisons) // _MOST_ROWS if alike or len(comparisons) > _MOST_INSIDE else 0
+    figure: Any = Figure(figsize=(6.4 + 2.2 * columns, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     first = max(comparisons, key=lambda comparison: len(comparison.steps))
     _draw_band(above, first.steps, first.baseline, _BASELINE)
@@ -57,6 +67,9 @@ def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: boo
         ahead = ahead_for_good(comparison, lower_is_better)
         if ahead is not None:
             below.axvline(ahead, color=colour, linewidth=0.9, linestyle=(0, (4, 2)))
+    ends = [step for comparison in comparisons for step in comparison.steps[[0, -1]].tolist()]
+    pad = 0.5 if min(ends) == max(ends) else 0.0
+    below.set_xlim(min(ends) - pad, max(ends) + pad)
     above.set_ylabel(one_line(key, 60))
     below.set_ylabel(f"Difference from the\nbaseline ({'below' if lower_is_better else 'above'} 0: ahead)")
     below.set_xlabel("Training step")
@@ -65,10 +78,15 @@ def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: boo
     for panel in (above, below):
         panel.grid(axis="y", color="0.92", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
+    bands = [first.baseline, *(comparison.proposed for comparison in comparisons)]
     lines = [Line2D([], [], color=colour) for colour in (_BASELINE, *colours[: len(comparisons)])]
-    legend = above.legend(lines, [str(index) for index in range(len(lines))], frameon=False)
-    for text, name in zip(legend.get_texts(), ["Baseline", *(c.label for c in comparisons)], strict=True):
-        text.set_text(elided(one_line(name)))  # given as a label, a name with a leading underscore would be left out
+    place: dict[str, Any] = {"ncols": columns, "loc": "outside right upper"} if columns else {}
+    legend = (figure if columns else above).legend(lines, [*map(str, range(len(lines)))], frameon=False, **place)
+    shown = [wrapped(name, _NAME_WIDTH, lines=_MOST_ROWS) for name in names] if alike else short
+    for text, name, band in zip(legend.get_texts(), shown, bands, strict=True):
+        nothing = "" if _drawn(band).any() else f"\n({NOTHING_FINITE})"
+        # Given as a label, a name with a leading underscore would be left out.
+        text.set_text(name + nothing)
     figure.suptitle(
         f"Mean of {first.pairs} runs and its 95 % interval at each step; below: paired differences,\n"
         "dashed: from where an arm is ahead for good",
@@ -79,11 +97,14 @@ def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: boo
 
 def _draw_band(panel: Any, steps: Any, band: Band, colour: Any) -> None:
     """Draw a mean and its interval; where a run has no finite value there is a gap, and a cross on its edge."""
-    good = drawable(band.mean) & drawable(band.low) & drawable(band.high)
+    good = _drawn(band)
     low, mean, high = (np.where(good, values, np.nan) for values in (band.low, band.mean, band.high))
-    marker = "o" if good.sum() < 2 else ""
-    panel.plot(steps, mean, color=colour, linewidth=1.5, marker=marker, markersize=4)
+    panel.plot(steps, mean, color=colour, linewidth=1.5, marker="o", markersize=4, markevery=lone(good))
     panel.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    panel.vlines(steps[lone(good)], low[lone(good)], high[lone(good)], color=colour, alpha=0.5)
     edge = np.flatnonzero(good[:-1] & ~good[1:])
     panel.plot(steps[edge], mean[edge], color=colour, linestyle="", marker="X", markersize=6)
-    panel.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
+
+
+def _drawn(band: Band) -> NDArray[np.bool_]:
+    return drawable(band.mean) & drawable(band.low) & drawable(band.high)

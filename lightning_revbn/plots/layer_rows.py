@@ -24,6 +24,7 @@ from lightning_revbn.runs.scalars import Series
 
 __all__ = [
     "HUGE",
+    "NOTHING_FINITE",
     "ROWS",
     "Floats",
     "Row",
@@ -31,11 +32,14 @@ __all__ = [
     "first_gap",
     "gaps",
     "logged_rows",
+    "lone",
     "relative_to_start",
     "values_by_layer",
 ]
 
 Floats: TypeAlias = NDArray[np.float64]
+
+NOTHING_FINITE = "all NaN or infinite"
 
 HUGE = 1e30
 """From here on a value is as good as infinite: nothing else could be seen beside it."""
@@ -183,6 +187,22 @@ def values_by_layer(run: Run, row: Row) -> tuple[Floats, Floats]:
             good = drawable(series.values)
             table[i, np.searchsorted(steps, series.steps[good])] = row.factor * series.values[good]
     return steps.astype(np.float64), table
+
+
+def lone(good: NDArray[np.bool_]) -> list[int]:
+    """Find the points that a line cannot show, since it needs two.
+
+    Args:
+        good: Which values can be drawn, shape `(N,)`.
+
+    Returns:
+        The positions of those between two that cannot.
+
+    Example:
+        >>> lone(np.array([True, False, True, True, False, True]))
+        [0, 5]
+    """
+    return np.flatnonzero(good & ~np.append(good[1:], False) & ~np.append(False, good[:-1])).tolist()
 
 
 def drawable(values: Floats) -> NDArray[np.bool_]:

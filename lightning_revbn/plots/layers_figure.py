@@ -24,12 +24,14 @@ from lightning_revbn.plots.crowd_panel import CROWD_TITLE, choose_crowd_axis, dr
 from lightning_revbn.plots.fitted_text import elided, text_width, wrapped
 from lightning_revbn.plots.layer_axes import Axis, choose_axes
 from lightning_revbn.plots.layer_rows import (
+    NOTHING_FINITE,
     Floats,
     Row,
     drawable,
     first_gap,
     gaps,
     logged_rows,
+    lone,
     relative_to_start,
     values_by_layer,
 )
@@ -55,7 +57,7 @@ _PALE = 0.82  # the end of viridis is pale on white
 _STEPS = 64  # of a colour map: more than an eye can tell, and a quarter of the file
 _GAP = "0.8"
 _FIRST_GAP = "#E8000B"
-NOT_LOGGED, NOTHING_FINITE = "not logged", "all NaN or infinite"
+NOT_LOGGED = "not logged"
 
 
 def draw(runs: Sequence[Run], style: Style = "auto") -> Figure:
@@ -208,7 +210,6 @@ def _draw_curves(panel: Axes, run: Run, row: Row) -> None:
         if series is None:
             continue
         good = drawable(series.values)
-        alone = good & ~np.append(good[1:], False) & ~np.append(False, good[:-1])
         panel.plot(
             series.steps,
             row.factor * np.where(good, series.values, np.nan),
@@ -217,7 +218,7 @@ def _draw_curves(panel: Axes, run: Run, row: Row) -> None:
             linewidth=1.1 if len(run.layers) <= _MOST_LINES else 0.7,
             marker="o",
             markersize=3,
-            markevery=np.flatnonzero(alone).tolist(),  # a line needs two points
+            markevery=lone(good),
         )
     panel.grid(axis="y", color="0.92", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)

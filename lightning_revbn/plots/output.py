@@ -68,7 +68,10 @@ def save(figure: Figure, path: Path) -> None:
 def _replace(path: Path, content: bytes) -> None:
     """Put a whole file in the place of another: a full disk, or the end of the process, leaves the old one."""
     target = path.resolve()  # a link stays a link
-    new = target.with_name(f".{target.stem[:100]}.{os.getpid()}{target.suffix}")
+    if target.exists() and not target.is_file():
+        path.write_bytes(content)  # a pipe or a device: a file in its place would be no help to who reads it
+        return
+    new = target.with_name(f".figure.{os.getpid()}")  # a name beside one of 255 bytes has no room for that one
     try:
         new.write_bytes(content)
         if target.exists():

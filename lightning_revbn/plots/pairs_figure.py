@@ -15,6 +15,9 @@ from lightning_revbn.runs.names import one_line
 
 __all__ = ["draw", "draw_pairs"]
 
+_MOST_IN_A_ROW = 6
+_LABEL_WIDTH = 1.2  # in inches
+
 _HIGHER, _LOWER, _TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: told apart by colour-blind readers too
 
 
@@ -39,17 +42,24 @@ def draw(
 def _draw(
     baseline: Sequence[float], arms: Mapping[str, Sequence[float]], metric: str, notes: Mapping[str, str]
 ) -> Figure:
-    figure: Any = Figure(figsize=(1.2 + 2.6 * len(arms), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)
-    for panel, (label, scores) in zip(panels[0], arms.items(), strict=True):
-        draw_pairs(panel, baseline, scores, label)
+    columns = min(len(arms), _MOST_IN_A_ROW)
+    rows = -(-len(arms) // columns)
+    figure: Any = Figure(figsize=(1.2 + 2.6 * columns, 0.4 + 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    short = [wrapped(label, _LABEL_WIDTH) for label in arms]
+    lines = 3 if len(set(short)) == len(short) else 20  # where the ends of labels do not tell arms apart
+    for panel, (label, scores) in zip(panels.flat, arms.items(), strict=False):
+        draw_pairs(panel, baseline, scores, label, lines)
         panel.set_title(notes.get(label, ""), fontsize=SMALL)
-    panels[0][0].set_ylabel(one_line(metric, 60))
+    for panel in panels.flat[len(arms) :]:
+        panel.set_axis_off()
+    for panel in panels[:, 0]:
+        panel.set_ylabel(one_line(metric, 60))
     figure.suptitle("A line per seed (blue: higher, orange: lower), black: mean", fontsize=NORMAL)
     return figure
 
 
-def draw_pairs(panel: Axes, baseline: Sequence[float], proposed: Sequence[float], label: str) -> None:
+def draw_pairs(panel: Axes, baseline: Sequence[float], proposed: Sequence[float], label: str, lines: int = 3) -> None:
     """Draw the pairs of one arm.
 
     Args:
@@ -57,6 +67,7 @@ def draw_pairs(panel: Axes, baseline: Sequence[float], proposed: Sequence[float]
         baseline: Scores of the baseline, shape `(n,)`.
         proposed: Scores of the same seeds, shape `(n,)`.
         label: What the arm is called.
+        lines: How many its name may take.
     """
     axes: Any = panel  # matplotlib types its keyword arguments in part
     for before, after in zip(baseline, proposed, strict=True):
@@ -66,6 +77,6 @@ def draw_pairs(panel: Axes, baseline: Sequence[float], proposed: Sequence[float]
     axes.plot((0, 1), means, color="black", linewidth=2.5, marker="D", markersize=7)
     for x, mean, side, offset in ((0, means[0], "right", -10), (1, means[1], "left", 10)):
         axes.annotate(f"{mean:.4g}", (x, mean), (offset, 0), textcoords="offset points", ha=side, va="center")
-    axes.set_xticks((0, 1), ("Baseline", wrapped(label, 1.2)))
+    axes.set_xticks((0, 1), ("Baseline", wrapped(label, _LABEL_WIDTH, lines)))
     axes.set_xlim(-0.45, 1.45)
     axes.spines[["top", "right"]].set_visible(False)

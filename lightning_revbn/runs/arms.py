@@ -42,8 +42,11 @@ def sort_runs(runs: Sequence[FinishedRun]) -> list[Arm]:
         The baseline, and the others in the order of their settings.
 
     Raises:
-        LogError: If there is no baseline, or nothing else.
+        LogError: If there is no baseline, or nothing else, or the settings of a run cannot be read.
     """
+    unread = next((run.unread for run in runs if run.unread), "")
+    if unread:
+        raise LogError(f"{unread}: without its hyperparameters a run would be taken for a baseline")
     sorted_runs: dict[_Settings, list[FinishedRun]] = {}
     for run in runs:
         sorted_runs.setdefault(_settings(run.hyperparameters), []).append(run)

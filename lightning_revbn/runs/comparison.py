@@ -17,7 +17,6 @@ from lightning_revbn.compare import (
     paired_t_test,
     wilcoxon_p_value,
 )
-from lightning_revbn.runs.names import one_line
 
 __all__ = ["POWER", "Comparison", "compare", "conclude", "note", "table", "to_dict"]
 
@@ -118,7 +117,7 @@ def conclude(comparisons: Sequence[Comparison], alpha: float) -> list[str]:
     Returns:
         Lines of text.
     """
-    lines = [f"{one_line(comparison.label)}: {_verdict(comparison, alpha)}" for comparison in comparisons]
+    lines = [f"{comparison.label}: {_verdict(comparison, alpha)}" for comparison in comparisons]
     test = comparisons[0].test
     effect = least_detectable_effect(test.n, level=alpha, power=POWER, alternative=test.alternative)
     spreads = ", ".join(f"{effect * comparison.test.std_difference:.3g}" for comparison in comparisons)
@@ -136,11 +135,12 @@ def conclude(comparisons: Sequence[Comparison], alpha: float) -> list[str]:
     return lines
 
 
-def note(comparison: Comparison) -> str:
+def note(comparison: Comparison, is_corrected: bool) -> str:
     """Say what a figure of an arm's pairs needs beside them.
 
     Args:
         comparison: The arm.
+        is_corrected: Whether p is corrected for several arms.
 
     Returns:
         Two lines: the difference with its interval, and number of pairs and p-value.
@@ -149,9 +149,9 @@ def note(comparison: Comparison) -> str:
     if math.isnan(test.p_value):
         return f"{test.mean_difference:+.4g} in every pair\nn = {test.n}, no test"
     low, high = test.confidence_interval
-    p = comparison.corrected
-    name = "p" if p == test.p_value else "p (Holm)"
-    return f"{test.mean_difference:+.4g} (95 %: {low:+.4g} to {high:+.4g})\nn = {test.n}, {name} = {p:.3g}"
+    name = "p (Holm)" if is_corrected else "p"
+    difference = f"{test.mean_difference:+.4g} (95 %: {low:+.4g} to {high:+.4g})"
+    return f"{difference}\nn = {test.n}, {name} = {comparison.corrected:.3g}"
 
 
 def to_dict(comparisons: Sequence[Comparison], metric: str, alpha: float) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def _verdict(comparison: Comparison, alpha: float) -> str:
 
 def _cells(label: str, scores: Sequence[float]) -> list[str]:
     mean, std = statistics.fmean(scores), statistics.stdev(scores)
-    return [one_line(label, 60), str(len(scores)), f"{mean:.5g}", f"{std:.3g}"]
+    return [label, str(len(scores)), f"{mean:.5g}", f"{std:.3g}"]
 
 
 def _known(value: float) -> float | None:

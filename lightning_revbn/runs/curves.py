@@ -127,10 +127,12 @@ def conclude(comparison: CurveComparison, key: str, lower_is_better: bool) -> st
     Returns:
         A line of text.
     """
-    better = f"{'lower' if lower_is_better else 'higher'} {one_line(key, 60)}"
+    better = f"{'lower' if lower_is_better else 'higher'} {key}"
     last = int(comparison.steps[-1])
     ahead, clear = ahead_for_good(comparison, lower_is_better), clear_for_good(comparison, lower_is_better)
-    start = f"{one_line(comparison.label)}: "
+    start = f"{comparison.label}: "
+    if np.isnan(comparison.difference.mean[-1]):
+        return f"{start}no mean difference at the last step, {last:,}: {_lost(comparison, key)}"
     if ahead is None:
         return f"{start}not ahead at the last step, {last:,} ({better} is ahead; mean of {comparison.pairs} pairs)"
     sure = f"from step {clear:,} on" if clear is not None else "at no end of the run"
@@ -138,6 +140,14 @@ def conclude(comparison: CurveComparison, key: str, lower_is_better: bool) -> st
         f"{start}ahead for good from step {ahead:,} of {last:,} ({better}; mean of {comparison.pairs} pairs); the 95 % "
         f"interval of the difference stays clear of 0 {sure}"
     )
+
+
+def _lost(comparison: CurveComparison, key: str) -> str:
+    """Say which side has a run without a finite value at the last step, and since when."""
+    sides = {"the baseline": comparison.baseline.mean, "this arm": comparison.proposed.mean}
+    since = {name: _first_of_the_end(comparison.steps, np.isnan(mean)) for name, mean in sides.items()}
+    told = [f"{name} from step {step:,} on" for name, step in since.items() if step is not None]
+    return f"not every run has a finite {key} in {' and in '.join(told)}" if told else "the difference is too large"
 
 
 def _curve(run: FinishedRun) -> Series:

@@ -50,6 +50,8 @@ class FinishedRun:
         last_step: The last step at which anything was logged.
         curve: The scalar that was wanted over all steps.
         hyperparameters: Single values by key.
+        unread: Why the hyperparameters are not known, if they could not be read.
+        warnings: What of the log was left out or could not be read.
     """
 
     path: Path
@@ -58,6 +60,8 @@ class FinishedRun:
     last_step: int
     curve: Series | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    unread: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def read_finished(logs: Sequence[Log], wanted: Wanted, advance: Advance) -> list[FinishedRun]:
@@ -160,9 +164,9 @@ def _read(log: Log, wanted: Wanted, advance: Advance) -> FinishedRun:
     try:
         hyperparameters, unread = read_hyperparameters(log), ""
     except LogError as error:
-        hyperparameters, unread = dict[str, Any](), f" ({error})"
+        hyperparameters, unread = dict[str, Any](), str(error)
     seed = _seed(log.path, wanted.seed_pattern, hyperparameters, unread)
-    return FinishedRun(log.path, seed, score, last_step, curve, hyperparameters)
+    return FinishedRun(log.path, seed, score, last_step, curve, hyperparameters, unread, scalars.warnings)
 
 
 def _series(log: Log, scalars: Scalars, key: str) -> Series:
@@ -190,7 +194,7 @@ def _seed(path: Path, seed_pattern: re.Pattern[str] | None, hyperparameters: Map
             return _number(match[1], path)
     raise LogError(
         f"the seed of {one_line(path)} is not known: there is no 'seed: N' in its hparams.yaml and no 'seed_N' in its "
-        rf"path; name it by --seed-pattern, such as 'run_(\d+)'{unread}"
+        rf"path; name it by --seed-pattern, such as 'run_(\d+)'{f' ({unread})' if unread else ''}"
     )
 
 

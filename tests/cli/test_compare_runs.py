@@ -95,6 +95,44 @@ def test_one_pair_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "one pair tells nothing about chance" in err
 
 
+def test_what_is_missing_of_a_log_is_told_since_an_earlier_score_may_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = [write_arm(tmp_path / name, scores) for name, scores in (("a", BASELINE), ("b", BETTER))]
+    for run in arms[1].iterdir():
+        write_csv(run, [(20, {"test_acc": 0.5}), (20, {"test_acc": 0.9})])
+        content = (run / "metrics.csv").read_bytes()
+        (run / "metrics.csv").write_bytes(content[:-3])
+    code, out, err = compare(capsys, arms[0], "--against", arms[1], "--metric", "test_acc")
+    assert code == 0
+    assert "| 0.5 " in out
+    said = err.splitlines()
+    assert len(said) == 6
+    assert all("metrics.csv: ends in the middle of a line, which was left out" in line for line in said[:5])
+    assert said[5] == "lightning-revbn: more warnings of damaged logs: 1"
+
+
+def test_labels_are_never_cut_and_the_figures_p_is_that_of_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = [write_arm(tmp_path / name, scores) for name, scores in (("a", BASELINE), ("b", BETTER), ("c", WORSE))]
+    labels = [f"{'x' * 300}{end}{'x' * 300}" for end in "bc"]
+    file = tmp_path / "pairs.svg"
+    options = "--against", arms[1], "--against", arms[2], "--metric", "test_acc", "--labels", *labels, "-o", file
+    code, out, _ = compare(capsys, arms[0], *options)
+    assert code == 0
+    assert [out.count(label) for label in labels] == [2, 2]
+    assert file.read_text().count("p (Holm) = ") == 2
+
+
+def test_more_arms_than_a_figure_shows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = [write_arm(tmp_path / str(number), BASELINE[:2]) for number in range(26)]
+    options = [option for arm in arms[1:] for option in ("--against", arm)]
+    code, out, err = compare(capsys, arms[0], *options, "--metric", "test_acc", "-o", tmp_path / "pairs.png")
+    assert (code, out) == (1, "")
+    assert err == "lightning-revbn: 25 arms were found, and a figure shows no more than 24: name the runs of fewer\n"
+
+
 def test_pairs_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = [write_arm(tmp_path / name, scores) for name, scores in (("a", BASELINE), ("b", BETTER), ("c", WORSE))]
     file = tmp_path / "pairs.svg"

@@ -313,6 +313,21 @@ def test_a_copy_that_is_made_meanwhile_is_not_watched_and_an_error_leaves_the_la
     assert duplicate.running_mean is not layer.running_mean
 
 
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_two_watches_of_one_layer_end_in_any_order(first_ends_first: bool) -> None:
+    layer = AmidArithmetic(4)
+    records = find_batch_norms(layer)
+    metrics = [NormalizedActivations(1), NormalizedActivations(1)]
+    watches = [ActivationHooks(records, metric) for metric in metrics]
+    layer(torch.randn(16, 4, 3, 3))
+    for watch in watches if first_ends_first else reversed(watches):
+        watch.remove()
+        layer(torch.randn(16, 4, 3, 3))
+    assert "forward" not in vars(layer)
+    ended, other = metrics if first_ends_first else reversed(metrics)
+    assert (ended.count.item(), other.count.item()) == (16 * 4 * 9, 2 * 16 * 4 * 9)
+
+
 class OwnStatistics(nn.BatchNorm1d):
     """Normalises with statistics that only its own forward knows."""
 

@@ -14,8 +14,8 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lightning_revbn.plots.layer_rows import ROWS, gaps
-from lightning_revbn.plots.layers_figure import NOT_LOGGED, NOTHING_FINITE, draw
+from lightning_revbn.plots.layer_rows import NOTHING_FINITE, ROWS, gaps
+from lightning_revbn.plots.layers_figure import NOT_LOGGED, draw
 from lightning_revbn.plots.output import SMALL, settings
 from lightning_revbn.runs.batch_norm_runs import Run
 

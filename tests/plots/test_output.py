@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -97,3 +99,16 @@ def test_a_disk_that_fills_up_leaves_the_old_picture_and_no_other_file(
     assert file.read_bytes().startswith(b"\x89PNG")
     assert file.stat().st_mode & 0o777 == 0o640
     assert sorted(tmp_path.iterdir()) == [file, link]
+
+
+def test_a_pipe_stays_one_and_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
+    figure = draw([make_run(SMALL_NET)])
+    os.mkfifo(tmp_path / "pipe.svg")
+    reader = threading.Thread(target=(tmp_path / "pipe.svg").read_bytes, daemon=True)
+    reader.start()
+    save(figure, tmp_path / "pipe.svg")
+    reader.join(timeout=60)
+    assert (tmp_path / "pipe.svg").is_fifo()
+    longest = tmp_path / f"{'é' * 125}.svg"
+    save(figure, longest)
+    assert longest.stat().st_size > 1000

@@ -62,6 +62,12 @@ def test_without_a_baseline_or_without_an_arm_the_remedy_is_told() -> None:
         sort_runs([run()])
 
 
+def test_a_run_whose_settings_cannot_be_read_is_no_baseline() -> None:
+    damaged = FinishedRun(Path("d"), 2, math.nan, 10, unread="d/hparams.yaml cannot be read: it is damaged")
+    with pytest.raises(LogError, match=r"d/hparams\.yaml cannot be read: it is damaged: without its hyperparameters"):
+        sort_runs([run(1), damaged, run(1, revbn_scale=0.1)])
+
+
 def test_what_else_differs_in_every_pair_is_found_and_what_differs_in_some_is_not() -> None:
     baseline = by_seed([run(seed, lr=0.1, width=seed, revbn_scale=1.0) for seed in (1, 2)])
     proposed = by_seed([run(seed, lr=0.2, width=1, revbn_scale=0.1) for seed in (1, 2)])

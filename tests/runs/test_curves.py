@@ -58,3 +58,14 @@ def test_an_arm_of_which_a_run_diverged_is_not_ahead() -> None:
     found = compare_curves(BASELINE, diverged, "b", "loss")
     assert np.isnan(found.difference.mean).tolist() == [False, False, False, True]
     assert ahead_for_good(found, lower_is_better=True) is None
+    assert conclude(found, "loss", lower_is_better=True) == (
+        "b: no mean difference at the last step, 30: not every run has a finite loss in this arm from step 30 on"
+    )
+
+
+def test_an_arm_is_not_called_behind_a_baseline_of_which_a_run_diverged() -> None:
+    diverged = arm([4, 3, 2, 2.0], [4, 3.5, math.nan, math.nan], [4.1, 3.2, 2.2, 2.1])
+    found = compare_curves(diverged, BETTER, "b", "loss")
+    assert conclude(found, "loss", lower_is_better=True) == (
+        "b: no mean difference at the last step, 30: not every run has a finite loss in the baseline from step 20 on"
+    )

@@ -163,6 +163,7 @@ class StageEps:
         self._records: dict[str, BatchNormRecord] = {}
         self._selected: frozenset[str] = frozenset()
         self._told: dict[str, _Told] | None = None
+        self._is_of_trials = False
         self._has_weights_alone = False
         self._said: set[str] = set()
         # Every strategy calls these with the whole checkpoint, which has the states of callbacks that are not in this
@@ -303,6 +304,8 @@ class StageEps:
             self._has_weights_alone = True
             return
         self._told = _told_by(checkpoint["callbacks"])
+        # Lightning's finders load what they have saved before their trials.
+        self._is_of_trials = self._saved_as is not None and not checkpoint.get("global_step")
         self._find_copies(self._told)
         if self._saved_as is None:
             self.settle()  # before other callbacks start to evaluate
@@ -334,7 +337,7 @@ class StageEps:
                 f"with eps={self._eps:g}, the setting of this run"
             )
         self._said |= told.keys()
-        self._written.set({name: layer.eps for name, layer in told.items()}, stays=True)
+        self._written.set({name: layer.eps for name, layer in told.items()}, stays=not self._is_of_trials)
         self._written.set(changed)
 
     def _find_foreign(self) -> set[str]:

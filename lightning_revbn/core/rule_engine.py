@@ -148,7 +148,8 @@ class RuleEngine:
                 self._view.leave()
             self._write_back()
             if self._doubts:
-                self._settle_doubts()
+                _settle_doubts(type(optimizer).__name__, self._plans, self._doubts)
+                self._take(self._plans)
             self.updates += 1
             self._watch.by_value = False
             return
@@ -273,19 +274,10 @@ class RuleEngine:
     def _adopt(self, shown: list[Group], expected: list[Group]) -> None:
         """Make groups that the step has added the optimizer's own."""
         if len(shown) < len(expected) or not all(map(is_, shown, expected)):
-            raise RuntimeError(
-                f"{type(self.optimizer).__name__}.step() has removed or reordered its param_groups, which "
-                "ScaleUpdateRule cannot follow: use scale_param_groups"
-            )
+            name = type(self.optimizer).__name__
+            raise RuntimeError(f"{name}.step() has removed or reordered its param_groups: use scale_param_groups")
         self.optimizer.param_groups.extend(shown[len(expected) :])
         self._expected = shown.copy()
-
-    def _settle_doubts(self) -> None:
-        name, plans = type(self.optimizer).__name__, self._plans
-        refuse_unread(name, self._doubts, has_own_lr=any(plan.has_own_lr for plan in plans))
-        for plan in plans:
-            plan.doubts = [doubt for doubt in plan.doubts if not doubt.is_settled]
-        self._take(plans)
 
     def _pause(self) -> None:
         """Let other code than the optimizer's read and change what it likes."""
@@ -294,6 +286,13 @@ class RuleEngine:
 
     def _undivided_rates(self) -> Iterator[Any]:
         return (rate for plan in self._plans if (rate := plan.undivided_lr) is not None)
+
+
+def _settle_doubts(name: str, plans: Sequence[GroupPlan], doubts: Sequence[ReadWatch]) -> None:
+    """Refuse an optimizer whose update has not read how parts learn, and forget the doubts that are over."""
+    refuse_unread(name, doubts, has_own_lr=any(plan.has_own_lr for plan in plans))
+    for plan in plans:
+        plan.doubts = [doubt for doubt in plan.doubts if not doubt.is_settled]
 
 
 def _warn_if_unused(rules: Sequence[Joined], groups: Sequence[Group]) -> None:

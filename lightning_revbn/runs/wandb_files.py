@@ -23,7 +23,6 @@ _BLOCK = 32768
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _STEP = "trainer/global_step"
 """Under this key Lightning's WandbLogger hands over the step."""
-_OWN_STEP = "_step"
 
 
 def read_wandb(path: Path, advance: Advance) -> Scalars:
@@ -46,7 +45,7 @@ def read_wandb(path: Path, advance: Advance) -> Scalars:
         if record.WhichOneof("record_type") != "history":
             continue
         row = dict(_items(record.history.item))
-        step = _number(row.get(_STEP, row.get(_OWN_STEP, record.history.step.num)))
+        step = _number(row.get(_STEP, record.history.step.num))
         if step is None or step != step // 1:
             continue
         for key, value in row.items():

@@ -11,7 +11,7 @@ from lightning_revbn.lightning_compat import callbacks_of, rank_zero_info
 
 __all__ = ["LOST_UP_TO", "tell_if_too_short"]
 
-LOST_UP_TO = {0.25: 150, 0.1: 580}
+LOST_UP_TO = {0.25: 150, 0.1: 360}
 """Optimizer steps by scale: all trainings in docs/results.md of up to so many steps ended below the baseline.
 
 The 95 % interval of each of them lies below 0. With a divisor of 100, and without other eps or fast shifts.

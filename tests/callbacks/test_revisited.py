@@ -776,7 +776,7 @@ def test_the_table_is_printed_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
     logging.getLogger("lightning.pytorch").propagate = True
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, quiet()).fit(LitNet(), loader())
-    (said,) = [record.getMessage() for record in caplog.records if "RevisitedBatchNorm" in record.getMessage()]
+    (said,) = [record.getMessage() for record in caplog.records if "RevisitedBatchNorm:\n" in record.getMessage()]
     assert "model.stem.1 ... model.bn2 (3) | BatchNorm2d | 6        | -> 0.1 | freshly initialised" in said
     assert "\n3 scales learn with lr / 100\n" in said
 

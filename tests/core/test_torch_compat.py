@@ -83,7 +83,7 @@ def test_without_torchs_count_an_update_that_passes_the_rule_by_is_found_one_ste
             with torch.no_grad():
                 for group in self.groups or self.param_groups:
                     for parameter in group["params"]:
-                        parameter.sub_(0.1)
+                        parameter.sub_(group["lr"])
 
     monkeypatch.setattr(update_watch, "version_of", lambda tensor: None)
     model = residual_net()

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_revbn.core.batch_norm_calls import BatchNormCalls
 from lightning_revbn.core.batch_norm_sync import innermost_forward, shared_batch
 from lightning_revbn.core.layers import BatchNormRecord
 from lightning_revbn.core.torch_compat import BatchNormBase, is_functorch_wrapped, is_in_backward
@@ -215,7 +215,7 @@ class _WatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_removed or torch.compiler.is_compiling():
             return self._forward(*args, **kwargs)
-        with _BatchNormCalls(self._layer, self._measure, self._foreign) as calls:
+        with _MeasuredCalls(self._layer, self._measure, self._foreign) as calls:
             output = self._forward(*args, **kwargs)
         if not calls.were_seen:
             self._measure.after(self._layer, args, kwargs, output)
@@ -228,40 +228,18 @@ class _WatchedForward:
         return functools.partial, (self._forward,)
 
 
-class _BatchNormCalls(TorchFunctionMode):
-    """Measures calls of `torch.nn.functional.batch_norm`, and lets them pass."""
+class _MeasuredCalls(BatchNormCalls):
+    """Measures calls of batch norm, and lets them pass."""
 
     def __init__(self, layer: nn.Module, measure: _Measure, foreign: Container[int]) -> None:
-        super().__init__()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        super().__init__()
         self.were_seen = False
         self._layer, self._measure, self._foreign = layer, measure, foreign
 
     @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # Some layers call torch's operator rather than the function, with the same arguments in another order.
-        if func is torch.batch_norm:
-            self._of_operator(*args, **kwargs)
-        elif func is nn.functional.batch_norm:
-            self._of_function(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _of_operator(
+    def answer(
         self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        cudnn_enabled: bool,
-    ) -> None:
-        self._of_function(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-    def _of_function(
-        self,
+        call: Callable[[], Tensor],
         input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -270,10 +248,11 @@ class _BatchNormCalls(TorchFunctionMode):
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> None:
+    ) -> Tensor:
         if id(running_mean) not in self._foreign and id(weight) not in self._foreign:
             self.were_seen = True
             self._measure.call(self._layer, input, (running_mean, running_var), training, eps)
+        return call()
 
 
 def _has_torchs_forward(layer: nn.Module) -> bool:

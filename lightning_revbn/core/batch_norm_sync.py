@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules import batchnorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_revbn.core.arguments import check_patterns, check_patterns_match, matching_names
+from lightning_revbn.core.batch_norm_calls import BatchNormCalls
 from lightning_revbn.core.global_batch_norm import global_batch_norm, ranks_in, refuse_single_values, update_running
 from lightning_revbn.core.global_moments import global_moments
 from lightning_revbn.core.moments import Kind
@@ -225,43 +225,18 @@ class _Synchronized:
         return functools.partial, (self.__wrapped__,)
 
 
-class _GlobalStatisticsMode(TorchFunctionMode):
+class _GlobalStatisticsMode(BatchNormCalls):
     """Answers calls of batch norm with batch statistics by those of the batch of all ranks."""
 
     def __init__(self, group: Any) -> None:
-        super().__init__()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        super().__init__()
         self.was_used = False
         self._group = group
 
     @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # Some layers call torch's operator rather than the function, which takes the same arguments in another order.
-        if func is torch.batch_norm:
-            self.was_used = True
-            return self._batch_norm_of_torch(*args, **kwargs)
-        if func is nn.functional.batch_norm:
-            self.was_used = True
-            return self._batch_norm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _batch_norm_of_torch(
+    def answer(
         self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        cudnn_enabled: bool,
-    ) -> Tensor:
-        """Take the arguments in the order in which torch's operator has them."""
-        return self._batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-    def _batch_norm(
-        self,
+        call: Callable[[], Tensor],
         input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -271,8 +246,9 @@ class _GlobalStatisticsMode(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        self.was_used = True
         if not training:
-            return nn.functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+            return call()
         # Ranks need not agree on the kind of numbers, since batch norm takes floating-point values alone.
         values, ranks = input.detach(), ranks_in(self._group)
         batch = global_moments(values, kind=Kind.FLOAT, group=self._group, ranks=ranks)

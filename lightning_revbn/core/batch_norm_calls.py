@@ -1,0 +1,77 @@
+"""Sees every call of batch norm in a block of code, whichever of torch's two ways the code calls it by."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+__all__ = ["BatchNormCalls"]
+
+
+class BatchNormCalls(TorchFunctionMode):
+    """Hands calls of `torch.nn.functional.batch_norm` to `answer` while it is entered; a subclass defines that."""
+
+    def __init__(self) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+
+    def answer(
+        self,
+        call: Callable[[], Tensor],
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Return the result of a call.
+
+        Args:
+            call: Makes the call.
+            input: The input, shape `(N, C)` or `(N, C, *)`.
+            running_mean: As in torch's function, like all that follow.
+            running_var: The running variance.
+            weight: The scale.
+            bias: The shift.
+            training: Whether to normalise by the batch.
+            momentum: Weight of the batch in the running statistics.
+            eps: Added to the variance.
+
+        Returns:
+            What the caller gets.
+        """
+        raise NotImplementedError
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call = functools.partial(func, *args, **kwargs)
+        # Some layers call torch's operator rather than the function, with the same arguments in another order.
+        if func is torch.batch_norm:
+            return self._answer_operator(call, *args, **kwargs)
+        if func is nn.functional.batch_norm:
+            return self.answer(call, *args, **kwargs)
+        return call()
+
+    def _answer_operator(
+        self,
+        call: Callable[[], Tensor],
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        return self.answer(call, input, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -21,7 +21,7 @@ from lightning_revbn.core.joint_training import InputParts, learn_together
 from lightning_revbn.data.data_parallel import data_parallel_group
 from lightning_revbn.data.input_set import InputSet
 from lightning_revbn.data.loader_shares import loader_share
-from lightning_revbn.lightning_compat import MisconfigurationException, rank_zero_info, twins
+from lightning_revbn.lightning_compat import MisconfigurationException, rank_zero_info, rank_zero_only, twins
 
 __all__ = ["StatisticsPass"]
 
@@ -106,7 +106,9 @@ class StatisticsPass:
     @property
     def _shows_progress(self) -> bool:
         trainer = self._data.trainer
-        return self._rank == 0 and (trainer is None or trainer.progress_bar_callback is not None)
+        # Where a script runs once a process and the ranks have not joined yet, the number is known all the same.
+        is_first = getattr(rank_zero_only, "rank", 0) == 0
+        return is_first and (trainer is None or trainer.progress_bar_callback is not None)
 
     def _send(self, batch: Any) -> None:
         """Send a batch through the hooks that it goes through in training."""

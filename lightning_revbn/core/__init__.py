@@ -17,8 +17,10 @@ Scales: measure
 
 Input normalisation
     input_settings      the settings
+    batch_places        how settings name places in a batch
     input_norm          the standardiser that every training batch adds to
     input_learner       what one input has taught, batch by batch
+    joint_training      training batches of several inputs, with one collective
     estimators          whose mean and variance each mode normalises by
     input_transform     `(x - mean) * gain` that an estimate asks for: applied, undone, exported
     input_statistics    what training batches have told
@@ -43,7 +45,7 @@ Checks and names
     table               tables of text
     torch_compat        every private name of torch, and what is lost without it
 
-Imports go one way. `arguments`, `metric_keys`, `channel_view`, `compiled`, `table` and `torch_compat` import nothing of
-this package. `layers` stands on `input_batch_norm`, which is a batch norm layer too; writing, training and measuring
-scales stand on `layers`.
+Imports go one way. `arguments`, `batch_places`, `metric_keys`, `channel_view`, `compiled`, `table` and `torch_compat`
+import nothing of this package. `layers` stands on `input_batch_norm`, which is a batch norm layer too; writing,
+training and measuring scales stand on `layers`.
 """

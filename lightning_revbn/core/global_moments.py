@@ -8,12 +8,14 @@ The row of a rank, with C channels:
 | 4 x C: count, mean, rest, m2 | `Moments` of floating-point values |
 | 8 x C: upper, then lower 32 bits of count, sum, squares, upper half | exact sums of integers, see `integer_sums` |
 
-Where the ranks have not agreed on a kind, all rows have the longer length. Sums and moments of all ranks are merged in
+Where the ranks have not agreed on a kind, all rows have the longer length. Rows of several inputs follow each other, in
+one collective. Sums and moments of all ranks are merged in
 the order of ranks, so that every rank gets the same numbers to the bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +26,7 @@ from torch import Tensor
 from lightning_revbn.core.integer_sums import moments_of_sums
 from lightning_revbn.core.moments import Kind, Moments, join, sums_or_moments
 
-__all__ = ["GlobalBatch", "RankBatch", "gather", "global_moments", "measure"]
+__all__ = ["GlobalBatch", "RankBatch", "gather", "global_moments", "measure", "share"]
 
 _HEADER = 5
 _LOWER = 0xFFFFFFFF
@@ -63,6 +65,36 @@ class RankBatch:
     kind: Kind
     header: Tensor
     body: Tensor
+
+    @classmethod
+    def of_nothing(cls, agreed: Kind, channels: int, device: torch.device) -> RankBatch:
+        """Return what a rank knows that has no part of the batch."""
+        header = torch.zeros(_HEADER, dtype=torch.float64, device=device)
+        return cls(agreed, Kind.UNKNOWN, header, _no_body(agreed, channels, device))
+
+    def join(self, other: RankBatch) -> RankBatch:
+        """Return what the rank knows of two parts of a batch, which hold the same channels at two places.
+
+        Args:
+            other: The other part, of which the ranks have agreed on the same kind.
+
+        Returns:
+            What it knows of both; parts of different kinds are a fault, as they are between ranks.
+        """
+        header = self.header + other.header.to(self.header.device)
+        header[1:4].clamp_(max=1)
+        first, second = (part.body.to(header.device) for part in (self, other))
+        header[4] = kind = self.kind or other.kind
+        if other.kind not in (Kind.UNKNOWN, kind):
+            header[3] = 1
+            second = torch.zeros_like(first)
+        if first.dtype != second.dtype:  # one of them is of no values
+            body = second if self.kind is Kind.UNKNOWN else first
+        elif first.dtype == torch.int64:
+            body = first + second
+        else:
+            body = torch.stack(join(*torch.stack([first, second]).unbind(1)).astuple())
+        return RankBatch(self.agreed, Kind(kind), header, body)
 
     def row(self) -> Tensor:
         """Return the row that this rank sends."""
@@ -125,9 +157,8 @@ def measure(
     own = Kind.of(values)
     mixed = Kind.UNKNOWN not in (own, kind) and own is not kind
     if mixed or own is Kind.UNKNOWN:
-        dtype = torch.float64 if kind in (Kind.FLOAT, Kind.UNKNOWN) else torch.int64
         channels = 1 if channel_dim is None else values.shape[channel_dim]
-        body, beyond = torch.zeros(4, channels, dtype=dtype, device=values.device), None
+        body, beyond = _no_body(kind, channels, values.device), None
     else:
         body, beyond = sums_or_moments(values, channel_dim, mask, ignore_nan, compile)
     known = [_count_samples(values, channel_dim), 0, 0, mixed, own]
@@ -153,6 +184,24 @@ def gather(row: Tensor, group: Any, ranks: int) -> Tensor:
     table = row.new_empty(ranks, len(row))
     torch.distributed.all_gather([*table], row, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
     return table
+
+
+def share(own: Sequence[RankBatch], group: Any, ranks: int) -> list[GlobalBatch]:
+    """Return what all ranks know of the batches of several inputs, by one collective for all of them.
+
+    Args:
+        own: What this rank knows of the batch of each input, the same inputs on all ranks.
+        group: The process group; None is the default group.
+        ranks: How many ranks it has; with 1 there is no collective.
+
+    Returns:
+        What is known then of each batch, the same on all ranks.
+    """
+    if ranks == 1 or not own:
+        return [batch.alone() for batch in own]
+    rows = [batch.row().to(own[0].header.device) for batch in own]
+    tables = torch.split(gather(torch.cat(rows), group, ranks), [len(row) for row in rows], dim=1)
+    return [batch.among(table) for batch, table in zip(own, tables, strict=True)]
 
 
 def global_moments(
@@ -183,8 +232,14 @@ def global_moments(
     Returns:
         What is known then, the same on all ranks.
     """
-    own = measure(values, channel_dim, kind, mask, ignore_nan, compile)
-    return own.alone() if ranks == 1 else own.among(gather(own.row(), group, ranks))
+    (batch,) = share([measure(values, channel_dim, kind, mask, ignore_nan, compile)], group, ranks)
+    return batch
+
+
+def _no_body(agreed: Kind, channels: int, device: torch.device) -> Tensor:
+    """Return the sums or moments of no values."""
+    dtype = torch.float64 if agreed in (Kind.FLOAT, Kind.UNKNOWN) else torch.int64
+    return torch.zeros(4, channels, dtype=dtype, device=device)
 
 
 def _merged(kind: Kind, body: Tensor) -> Moments:

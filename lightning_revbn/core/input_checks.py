@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,13 +12,25 @@ from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.integer_sums import OUT_OF_RANGE
 from lightning_revbn.core.moments import Kind
 
-__all__ = ["InputError", "check_input", "check_kind", "refuse_faults"]
+__all__ = ["InputError", "InputPart", "check_input", "check_kind", "refuse_faults"]
 
 _SQUARE_ROOT = torch.finfo(torch.float64).max ** 0.5
 
 
 class InputError(ValueError):
     """A batch cannot be measured; the statistics are as they were before it."""
+
+
+class InputPart(NamedTuple):
+    """An input of a batch, or what one place of the batch holds of it.
+
+    Attributes:
+        values: Raw values.
+        mask: True where values count.
+    """
+
+    values: Tensor
+    mask: Tensor | None = None
 
 
 def check_input(values: Tensor, mask: Tensor | None, channel_dim: int | None, channels: int) -> None:
@@ -77,16 +89,13 @@ def check_kind(dtype: torch.dtype, kind: Kind, settings: InputNorm) -> None:
     )
 
 
-def refuse_faults(
-    faults: Sequence[int], kind: Kind, values: Tensor | None, mask: Tensor | None = None, *, ignore_nan: bool
-) -> None:
+def refuse_faults(faults: Sequence[int], kind: Kind, parts: Sequence[InputPart] = (), *, ignore_nan: bool) -> None:
     """Raise if any rank has found a fault in a training batch.
 
     Args:
         faults: How many ranks have found each, in the order of `GlobalBatch.faults`.
         kind: What sort of numbers the batches before were made of.
-        values: This rank's part of the batch, to say more about it.
-        mask: Its mask.
+        parts: What this rank has of the batch, to say more about it.
         ignore_nan: Whether NaN is no fault.
 
     Raises:
@@ -95,7 +104,7 @@ def refuse_faults(
     nonfinite, beyond, mixed = faults
     if nonfinite:
         raise InputError(
-            f"NaN or infinity in a training batch{_place_of_nonfinite(values, mask, ignore_nan)}: the statistics are "
+            f"NaN or infinity in a training batch{_place_of_nonfinite(parts, ignore_nan)}: the statistics are "
             'as they were before it. Clean the data, or leave NaN out of the statistics by nan_policy="ignore"'
         )
     if beyond:
@@ -108,19 +117,21 @@ def refuse_faults(
         )
 
 
-def _place_of_nonfinite(values: Tensor | None, mask: Tensor | None, ignore_nan: bool) -> str:
+def _place_of_nonfinite(parts: Sequence[InputPart], ignore_nan: bool) -> str:
     """Say which sample and channel of this rank is not finite, as the end of a clause."""
     # On an accelerator the batch may be gone by the time that its faults are read.
-    if values is None or values.device.type != "cpu" or not values.is_floating_point():
-        return ""
-    wrong = ~values.isfinite()
-    if ignore_nan:
-        wrong &= ~values.isnan()
-    if mask is not None:
-        wrong &= mask
-    if not wrong.any():
+    floats = [part for part in parts if part.values.device.type == "cpu" and part.values.is_floating_point()]
+    for values, mask in floats:
+        wrong = ~values.isfinite()
+        if ignore_nan:
+            wrong &= ~values.isnan()
+        if mask is not None:
+            wrong &= mask
+        if wrong.any():
+            index = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+            return f", first at index {tuple(index)} of an input of shape {tuple(values.shape)}"
+    for values, mask in floats:
         counted = values if mask is None else values.masked_fill(~mask, 0.0)
-        too_large = values.dtype == torch.float64 and bool((counted.abs() > _SQUARE_ROOT).any())
-        return ", with values too large to be squared" if too_large else " of another rank"
-    index = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-    return f", first at index {tuple(index)} of an input of shape {tuple(values.shape)}"
+        if values.dtype == torch.float64 and bool((counted.abs() > _SQUARE_ROOT).any()):
+            return ", with values too large to be squared"
+    return " of another rank" if floats else ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from lightning_revbn.core.estimators import Estimate, estimator_of
 from lightning_revbn.core.global_moments import GlobalBatch, RankBatch, measure
-from lightning_revbn.core.input_checks import refuse_faults
+from lightning_revbn.core.input_checks import InputPart, check_input, refuse_faults
 from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.input_state import SavedInput, read_state
 from lightning_revbn.core.input_statistics import InputStatistics, LearnedStatistics, MissingStatisticsError
@@ -36,6 +38,7 @@ class InputLearner:
         self._faults: Tensor = torch.zeros(3, dtype=torch.float64)
         self.learned = LearnedStatistics.of_nothing(settings.num_features)
         self.saved: SavedInput | None = None
+        self._is_held = False
         self.is_frozen = not self._estimator.learns
 
     @property
@@ -43,51 +46,71 @@ class InputLearner:
         """Whether training batches teach anything, as they do in every mode but `"fixed"`."""
         return self._estimator.learns
 
-    def measure(self, values: Tensor, mask: Tensor | None) -> RankBatch:
-        """Measure this rank's part of a training batch.
+    def measure(self, parts: Sequence[InputPart], device: torch.device | None = None) -> RankBatch:
+        """Measure what this rank has of a training batch.
 
         Args:
-            values: Raw values.
-            mask: True where values count.
+            parts: Raw values and their masks, one for each place of the batch; there may be none.
+            device: Where the result is if there are none.
 
         Returns:
             What this rank knows, to be shared with other ranks.
-        """
-        settings = self._settings
-        ignore_nan = settings.nan_policy == "ignore"
-        return measure(values, settings.channel_dim, self.learned.kind, mask, ignore_nan, settings.compile)
 
-    def add(self, batch: GlobalBatch, values: Tensor, mask: Tensor | None) -> None:
-        """Add what all ranks know of a training batch, unless it has faults.
+        Raises:
+            InputError: If a part has other channels than the settings say.
+        """
+        settings, kind = self._settings, self.learned.kind
+        for part in parts:
+            check_input(*part, settings.channel_dim, settings.num_features)
+        if not parts:
+            return RankBatch.of_nothing(kind, settings.num_features, device or self.learned.samples.device)
+        ignore_nan = settings.nan_policy == "ignore"
+        measured = (
+            measure(values.detach(), settings.channel_dim, kind, mask, ignore_nan, settings.compile)
+            for values, mask in parts
+        )
+        return reduce(RankBatch.join, measured)
+
+    def judge(self, batch: GlobalBatch, parts: Sequence[InputPart]) -> None:
+        """Raise if a training batch has a fault that can be asked for now; nothing has been added by then.
 
         Args:
-            batch: What they know.
-            values: This rank's part of the batch, to say more about a fault.
-            mask: Its mask.
+            batch: What all ranks know of it.
+            parts: What this rank has of it, to say more about the fault.
+
+        Raises:
+            InputError: If so, on every rank.
         """
         self.move_to(batch.samples.device)
         self._faults = self._faults + batch.faults
-        # The first batch of all is looked at everywhere: nobody knew its kind, so that nothing went on meanwhile.
-        is_checked = _answers_at_once(batch.samples.device) or self.learned.kind is Kind.UNKNOWN
-        if is_checked:
-            self.check(values, mask)
+        if self._is_checked(batch):
+            self.check(parts)
+
+    def add(self, batch: GlobalBatch) -> None:
+        """Add what all ranks know of a training batch that was judged; on accelerators without a wait for its faults.
+
+        Args:
+            batch: What they know.
+        """
         if batch.kind is Kind.UNKNOWN:  # no rank has any values
             return
         learned = self.learned.add(batch, self._estimator.momentum)
-        if not is_checked:
+        if not self._is_checked(batch):
             learned = learned.where(batch.faults.sum() == 0, replace(self.learned, kind=batch.kind))
         self._take(learned)
 
-    def check(self, values: Tensor | None = None, mask: Tensor | None = None) -> None:
+    def check(self, parts: Sequence[InputPart] = ()) -> None:
         """Raise if a training batch had a fault since the last check; on accelerators this waits for the batch.
 
         Args:
-            values: This rank's part of the batch, to say more about it.
-            mask: Its mask.
+            parts: What this rank has of the batch, to say more about it.
+
+        Raises:
+            InputError: If so.
         """
         faults = [int(count) for count in self._faults]
         self._faults = torch.zeros_like(self._faults)
-        refuse_faults(faults, self.learned.kind, values, mask, ignore_nan=self._settings.nan_policy == "ignore")
+        refuse_faults(faults, self.learned.kind, parts, ignore_nan=self._settings.nan_policy == "ignore")
 
     def estimate(self, batch: Moments | None = None) -> Estimate:
         """Return what to normalise by: a training batch that was added, or batches of evaluation.
@@ -126,21 +149,52 @@ class InputLearner:
             What it says.
         """
         saved = read_state(state, self._settings)
-        self.saved = saved
+        self.saved, self._is_held = saved, saved.is_held and self.learns
         self._faults = torch.zeros(3, dtype=torch.float64)
         self._take(self._estimator.adopt(saved.learned, saved.mode))
         return saved
 
+    @property
+    def is_held(self) -> bool:
+        """Whether training batches change nothing, as `hold` has asked for."""
+        return self._is_held
+
+    def hold(self, *, is_held: bool) -> None:
+        """Keep the statistics as they are, or let training batches add to them again.
+
+        Args:
+            is_held: Whether to keep them.
+
+        Raises:
+            MissingStatisticsError: If there is nothing to keep yet.
+            RuntimeError: If they are to learn again, but the limit of the settings has frozen them.
+        """
+        if is_held:
+            self.estimate()
+        self._is_held = is_held and self.learns
+        self._take(self.learned)
+        if not is_held and self.learns and self.is_frozen:
+            limit, samples = self._settings.freeze_after, int(self.learned.samples)
+            raise RuntimeError(
+                f"freeze_after={limit} keeps the statistics as they are, since {samples} samples were measured. Make "
+                "it larger, or reset the statistics"
+            )
+
     def move_to(self, device: torch.device) -> None:
         """Keep the statistics on a device from here on."""
         self.learned, self._faults = self.learned.to(device), self._faults.to(device)
+
+    def _is_checked(self, batch: GlobalBatch) -> bool:
+        """Tell whether faults of a batch are told at once."""
+        # The first batch of all is looked at everywhere: nobody knew its kind, so that nothing went on meanwhile.
+        return _answers_at_once(batch.samples.device) or self.learned.kind is Kind.UNKNOWN
 
     def _take(self, learned: LearnedStatistics) -> None:
         """Replace the statistics, and freeze them if it is time."""
         self.learned = learned
         limit = self._settings.freeze_after
         # Without a limit the number is not asked for, since on an accelerator the host would wait for it.
-        self.is_frozen = not self.learns or (limit is not None and int(learned.samples) >= limit)
+        self.is_frozen = not self.learns or self._is_held or (limit is not None and int(learned.samples) >= limit)
 
 
 def _answers_at_once(device: torch.device) -> bool:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, standardize
 from lightning_revbn.core.global_batch_norm import ranks_in
-from lightning_revbn.core.global_moments import gather
+from lightning_revbn.core.global_moments import GlobalBatch, share
 from lightning_revbn.core.input_advice import average_size, on_evaluation, on_unseen_channels
-from lightning_revbn.core.input_checks import InputError, check_input, check_kind
+from lightning_revbn.core.input_checks import InputError, InputPart, check_input, check_kind
 from lightning_revbn.core.input_learner import InputLearner
 from lightning_revbn.core.input_settings import RELU_STD, InputNorm
-from lightning_revbn.core.input_state import SavedInput, write_state
+from lightning_revbn.core.input_state import write_state
 from lightning_revbn.core.input_statistics import InputStatistics, MissingStatisticsError
 from lightning_revbn.core.input_transform import InputTransform
 from lightning_revbn.core.moments import Kind, Moments
@@ -41,7 +41,7 @@ class OnlineStandardizer:
     changed in place.
 
     Args:
-        settings: What is done; `key` and `mask_key` are the caller's business.
+        settings: What is done; where batches hold the input is the caller's business.
         scale: What takes the place of `settings.scale` while that is "auto".
 
     Example:
@@ -55,7 +55,7 @@ class OnlineStandardizer:
     def __init__(self, settings: InputNorm, scale: float | None = None) -> None:
         self.settings = settings
         self._scale = scale if settings.scale == "auto" else settings.scale
-        self._learner = InputLearner(settings)
+        self.learner = InputLearner(settings)
         self._constants: dict[Any, Constants] = {}
         self._newest: InputTransform | None = None
         self._dims: int | None = None
@@ -73,34 +73,24 @@ class OnlineStandardizer:
         return self._scale is not None
 
     @property
-    def saved(self) -> SavedInput | None:
-        """What was loaded last."""
-        return self._learner.saved
-
-    @property
     def learns(self) -> bool:
         """Whether training batches teach anything, as they do in every mode but `"fixed"`."""
-        return self._learner.learns
+        return self.learner.learns
 
     @property
     def has_statistics(self) -> bool:
         """Whether a batch was measured, or constants are given."""
-        return not self.learns or self._learner.learned.kind is not Kind.UNKNOWN
+        return not self.learns or self.learner.learned.kind is not Kind.UNKNOWN
 
     @property
     def is_frozen(self) -> bool:
         """Whether training batches change nothing any more."""
-        return self._learner.is_frozen
+        return self.learner.is_frozen
 
     @property
     def samples(self) -> int:
         """How many samples of all ranks were measured; on an accelerator this waits for it."""
-        return int(self._learner.learned.samples)
-
-    @property
-    def is_float(self) -> bool:
-        """Whether what was measured are floating-point numbers."""
-        return self._learner.learned.kind is Kind.FLOAT
+        return int(self.learner.learned.samples)
 
     def set_scale(self, scale: float) -> None:
         """Multiply by another number from here on.
@@ -136,20 +126,30 @@ class OnlineStandardizer:
         Raises:
             InputError: If any rank's values cannot be measured. On accelerators it is `check` that says so.
         """
-        check_input(values, mask, self.settings.channel_dim, self.settings.num_features)
+        part = InputPart(values.detach(), mask)
+        batch = None
+        if not self.is_frozen:
+            (batch,) = share([self.learner.measure([part])], group, ranks_in(group) if ranks is None else ranks)
+            self.learner.judge(batch, [part])
+        self.learn(batch)
+        return self.normalize(part, dtype)
+
+    def learn(self, batch: GlobalBatch | None) -> None:
+        """Add what all ranks know of a training batch, measured and judged by `learner`; None where that is frozen."""
+        self._newest = None
+        if batch is not None:
+            self.learner.add(batch)
+            self._constants.clear()
+            if batch.kind is not Kind.UNKNOWN:
+                self._newest = self._transform(batch.moments)
+
+    def normalize(self, part: InputPart, dtype: torch.dtype) -> Tensor:
+        """Standardise a part of the training batch that was learned last, as the mode says."""
+        if self._newest is not None:
+            return self._apply(*part, self._newest.constants_for(part.values), dtype)
         if self.is_frozen:
-            self._newest = None
-            return self.evaluate(values, mask, dtype=dtype)
-        values = values.detach()
-        own = self._learner.measure(values, mask)
-        ranks = ranks_in(group) if ranks is None else ranks
-        batch = own.alone() if ranks == 1 else own.among(gather(own.row(), group, ranks))
-        self._learner.add(batch, values, mask)
-        self._constants.clear()
-        if batch.kind is Kind.UNKNOWN:  # no rank has any values
-            return torch.empty_like(values, dtype=dtype)
-        self._newest = self._transform(batch.moments)
-        return self._apply(values, mask, self._newest.constants_for(values), dtype)
+            return self.evaluate(*part, dtype=dtype)
+        return torch.empty_like(part.values, dtype=dtype)  # no rank has any values
 
     def evaluate(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standardise a batch by what was learned in training; change nothing, communicate nothing.
@@ -172,9 +172,9 @@ class OnlineStandardizer:
         check_input(values, mask, self.settings.channel_dim, self.settings.num_features)
         key = values.dtype, values.device
         if key not in self._constants:
-            check_kind(values.dtype, self._learner.learned.kind, self.settings)
+            check_kind(values.dtype, self.learner.learned.kind, self.settings)
             if values.device.type != "mps":  # has no float64, in which the statistics are
-                self._learner.move_to(values.device)
+                self.learner.move_to(values.device)
             self._constants[key] = self._transform().constants_for(values)
             self._compared.discard(values.dtype)
         result = self._apply(values.detach(), mask, self._constants[key], dtype)
@@ -205,7 +205,7 @@ class OnlineStandardizer:
         Raises:
             InputError: If so.
         """
-        self._learner.check()
+        self.learner.check()
 
     def compare_again(self) -> None:
         """Compare the next batch of evaluation with the training data: it may be of another data set."""
@@ -220,7 +220,7 @@ class OnlineStandardizer:
         Raises:
             MissingStatisticsError: If nothing was learned yet.
         """
-        return self._learner.statistics()
+        return self.learner.statistics()
 
     def normalizer(self) -> FixedNormalizer:
         """Return what `evaluate` does now as a module without Lightning.
@@ -228,7 +228,7 @@ class OnlineStandardizer:
         Returns:
             A module with buffers only, on the CPU.
         """
-        return self._transform().module(self._learner.learned.kind)
+        return self._transform().module(self.learner.learned.kind)
 
     def denormalize(self, values: Tensor, *, is_training: bool = False) -> Tensor:
         """Undo what `evaluate` does: for pictures of what a network was given.
@@ -246,7 +246,7 @@ class OnlineStandardizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that was learned, on the CPU."""
-        return write_state(self.settings, self._scale, self._learner.learned)
+        return write_state(self.settings, self._scale, self.learner.learned, is_held=self.learner.is_held)
 
     def load_state_dict(self, state: object) -> None:
         """Take over what was learned.
@@ -258,7 +258,7 @@ class OnlineStandardizer:
         Raises:
             ValueError: If it cannot be such a state; the statistics are as they were before.
         """
-        saved = self._learner.load(state)
+        saved = self.learner.load(state)
         if self.settings.scale == "auto":
             self._scale = saved.scale
         self._newest = None
@@ -267,7 +267,7 @@ class OnlineStandardizer:
 
     def _transform(self, batch: Moments | None = None) -> InputTransform:
         """Return the transform of a training batch that was added, or of batches of evaluation."""
-        return InputTransform(self.settings, self.scale, self._learner.estimate(batch))
+        return InputTransform(self.settings, self.scale, self.learner.estimate(batch))
 
     def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
         self._dims = values.dim()
@@ -278,7 +278,7 @@ class OnlineStandardizer:
         """Warn if a batch of evaluation is made of other numbers than the training data, once in one way."""
         statistics = self.statistics()
         distance = average_size(result, mask) / self.scale
-        foreign = on_evaluation(values, mask, distance, self._learner.learned.kind, statistics, self.settings)
+        foreign = on_evaluation(values, mask, distance, self.learner.learned.kind, statistics, self.settings)
         unseen = on_unseen_channels(statistics) if self.learns else None
         for subject, text in (("values", foreign), ("channels", unseen)):
             if text is not None and subject not in self._told:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
 
 from lightning_revbn.core.arguments import as_integer, as_number, check_choice
+from lightning_revbn.core.batch_places import Key, check_key
 from lightning_revbn.core.moments import Kind
 
 __all__ = ["MODES", "RELU_STD", "InputNorm"]
@@ -46,12 +47,17 @@ class InputNorm:
         momentum: Weight of the newest batch in mode `"ema"`; the other modes forget nothing.
         eps: Added to the variance, in units of `input_range` squared.
         input_range: What raw values are divided by. "auto" is 255 for uint8 and 1 for everything else.
-        key: Where a batch holds the input: an index, a key of a mapping, or the name of an attribute. None is the
-            tensor itself, the first of a tuple or list, or the only tensor of a mapping.
+        key: Where a batch holds the input: an index, a key of a mapping, or the name of an attribute; a tuple of these
+            is a path into a nested batch. A list of places, as in `[0, 1]` for two views, is one input at several
+            places, with one mean and variance from all of them. None is the tensor itself, the first of a tuple or
+            list, or the only tensor of a mapping; a warning names tensors of the same dtype and shape beside it.
         channel_dim: Which dimension holds the channels; negative counts from the end. None takes all values together,
             with `num_features=1`.
         mask_key: Where a batch holds a boolean mask, True where values count; it must broadcast to the input. What it
-            leaves out becomes 0.
+            leaves out becomes 0. A list has a mask for each place of `key`; a single mask is for all of them.
+        eval_key: Where batches of validation, test and prediction hold the input, if elsewhere. Of a list, each batch
+            needs one place only, so that loaders may give batches of different structure.
+        eval_mask_key: The same for the mask.
         nan_policy: `"error"` stops training on all ranks, statistics untouched. `"ignore"` leaves NaN out of the
             statistics and in the input. Infinity is always an error.
         freeze_after: After how many samples of all ranks the statistics are kept as they are. From then on the
@@ -76,9 +82,11 @@ class InputNorm:
     momentum: float = 0.1
     eps: float = 1e-5
     input_range: float | Literal["auto"] = "auto"
-    key: int | str | None = None
+    key: Key = field(default=None, hash=False)
     channel_dim: int | None = 1
-    mask_key: int | str | None = None
+    mask_key: Key = field(default=None, hash=False)
+    eval_key: Key = field(default=None, hash=False)
+    eval_mask_key: Key = field(default=None, hash=False)
     nan_policy: _NanPolicy = "error"
     freeze_after: int | None = None
     mean: Sequence[float] | None = None
@@ -107,6 +115,21 @@ class InputNorm:
             raise ValueError('mode="fixed" collects no statistics, so there is nothing for freeze_after to freeze')
         for name in ("mean", "std"):
             self._check_constants(name)
+        for name in ("key", "mask_key", "eval_key", "eval_mask_key"):
+            object.__setattr__(self, name, check_key(name, getattr(self, name)))
+        self._check_masks()
+
+    def places(self, *, is_training: bool) -> tuple[Key, Key]:
+        """Return where batches hold the input and its mask.
+
+        Args:
+            is_training: Whether these are batches of training.
+
+        Returns:
+            The key of the input and that of the mask.
+        """
+        key = self.key if is_training or self.eval_key is None else self.eval_key
+        return key, self.mask_key if is_training or self.eval_mask_key is None else self.eval_mask_key
 
     def unit(self, kind: Kind) -> float:
         """Return what raw values of a kind are divided by.
@@ -130,6 +153,15 @@ class InputNorm:
         if number is None or not math.isfinite(number) or not is_good(number):
             raise ValueError(f"{name}={value!r} must {must}")
         object.__setattr__(self, name, number)
+
+    def _check_masks(self) -> None:
+        for is_training in (True, False):
+            key, masks = self.places(is_training=is_training)
+            number = len(key) if isinstance(key, list) else 1
+            if isinstance(masks, list) and len(masks) != number:
+                name = "mask_key" if is_training or self.eval_mask_key is None else "eval_mask_key"
+                where = "training" if is_training else "evaluation"
+                raise ValueError(f"{name}={masks} must have a mask for each place of the input in {where}, {key!r}")
 
     def _check_constants(self, name: str) -> None:
         values: Sequence[float] | None = getattr(self, name)

@@ -9,6 +9,7 @@
 | count, mean, rest, m2 | the moments of all values in raw units, float64, shape `(C,)` each |
 | average_weight, average_mean, average_rest, average_m2 | the same of the moving average |
 | constants | mean and std of mode "fixed" in units of the range, float64, shape `(2, C)`; None in other modes |
+| frozen | whether `freeze_input_statistics` holds the statistics |
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _TOTAL = ("count", "mean", "rest", "m2")
 _AVERAGE = ("average_weight", "average_mean", "average_rest", "average_m2")
 _TENSORS = (*_TOTAL, *_AVERAGE, "samples")
 """Names in the order of `LearnedStatistics.tensors`."""
-STATE_KEYS = ("mode", "kind", "scale", "input_range", "constants", *_TENSORS)
+STATE_KEYS = ("mode", "kind", "scale", "input_range", "constants", "frozen", *_TENSORS)
 """All keys of a state."""
 _NEVER_NEGATIVE = {"count", "m2", "average_weight", "average_m2", "samples"}
 
@@ -45,12 +46,14 @@ class SavedInput:
         scale: What standardised values were multiplied by; None where nobody knew.
         constants: Mean and std of mode "fixed", shape `(2, C)`.
         learned: The statistics, in the raw units of the settings that read them.
+        is_held: Whether training batches were to change nothing any more.
     """
 
     mode: str
     scale: float | None
     constants: Tensor | None
     learned: LearnedStatistics
+    is_held: bool = False
 
     def lacks(self, mode: str) -> str | None:
         """Say why a mode cannot normalise batches of evaluation by it.
@@ -68,13 +71,16 @@ class SavedInput:
         return f'they were saved in mode "{self.mode}" before the first training batch, and this is mode "{mode}"'
 
 
-def write_state(settings: InputNorm, scale: float | None, learned: LearnedStatistics) -> dict[str, Any]:
+def write_state(
+    settings: InputNorm, scale: float | None, learned: LearnedStatistics, *, is_held: bool = False
+) -> dict[str, Any]:
     """Return everything in plain values and tensors on the CPU.
 
     Args:
         settings: The settings.
         scale: What standardised values are multiplied by, if that is known.
         learned: The statistics.
+        is_held: Whether training batches are to change nothing any more.
 
     Returns:
         The state.
@@ -88,6 +94,7 @@ def write_state(settings: InputNorm, scale: float | None, learned: LearnedStatis
         "scale": scale,
         "input_range": settings.unit(learned.kind),
         "constants": constants,
+        "frozen": is_held,
         **{name: tensor.cpu().clone() for name, tensor in zip(_TENSORS, learned.tensors(), strict=True)},
     }
 
@@ -136,7 +143,10 @@ def read_state(state: object, settings: InputNorm) -> SavedInput:
     finite = all(bool(tensor.isfinite().all()) for tensor in learned.tensors())
     _expect(finite, "input_range", f"{values['input_range']!r}, too far from {settings.unit(kind)!r} of this run")
     scale = None if values["scale"] is None else float(values["scale"])
-    return SavedInput(values["mode"], scale, constants, learned)
+    is_held = values["frozen"]
+    _expect(isinstance(is_held, bool), "frozen", repr(is_held))
+    _expect(not is_held or kind is not Kind.UNKNOWN, "frozen", "True, although nothing was learned")
+    return SavedInput(values["mode"], scale, constants, learned, is_held)
 
 
 def _check_together(tensors: Mapping[str, Tensor], kind: Kind) -> None:

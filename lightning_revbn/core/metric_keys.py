@@ -110,18 +110,19 @@ def first_part(prefix: str) -> str:
     return f"{prefix}/" if prefix else ""
 
 
-def input_key(prefix: str, quantity: str) -> str:
+def input_key(prefix: str, quantity: str, name: str = "") -> str:
     """Build the key of a statistic of the network's input.
 
     Args:
         prefix: First part; may be empty.
         quantity: `"mean"` or `"std"`, of a single channel with its number, as in `"mean_0"`.
+        name: The name of the input, where there are several.
 
     Returns:
         The key.
 
     Example:
-        >>> input_key("revbn", "std_2")
-        'revbn/input/std_2'
+        >>> input_key("revbn", "std_2"), input_key("revbn", "mean", "radar")
+        ('revbn/input/std_2', 'revbn/input/radar/mean')
     """
-    return metric_key(prefix, "input", quantity)
+    return metric_key(prefix, metric_key("input", "", name), quantity)

@@ -4,71 +4,105 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Key", "is_sequence", "replace_tensor", "select_tensor"]
+from lightning_revbn.core.batch_places import Place, Step, path_of, place_of
 
-Key = int | str | None
+__all__ = ["find_tensor", "is_sequence", "replace_tensor", "tensors_in", "usual_place"]
 
 
-def select_tensor(batch: Any, key: Key, argument: str) -> Tensor:
+def find_tensor(batch: Any, place: Place | None, argument: str) -> Tensor | None:
     """Return a tensor of a batch.
 
     Args:
         batch: A tensor, tuple, list, mapping or any object with attributes.
-        key: An index, a key or the name of an attribute; None is the tensor itself, the first of a tuple or list, or
-            the only tensor of a mapping.
-        argument: What the key is called where the user gives it, for the message.
+        place: An index, a key or the name of an attribute, or a path of these; None is the tensor itself, the first of
+            a tuple or list, or the only tensor of a mapping.
+        argument: What the place is called where the user gives it, for the message.
 
     Returns:
-        The tensor.
+        The tensor; None if the batch has None there or on the way, as a `CombinedLoader` gives for loaders that ended.
 
     Raises:
-        TypeError: If the key does not lead to one; the message says what the batch is.
+        TypeError: If the place does not lead to a tensor; the message says what the batch is.
     """
+    if isinstance(batch, Tensor) and place == 0:  # the first of a batch that is nothing but its input
+        return batch
+    named = f"InputNorm({argument}={place!r})"
+    values: Any = batch
     try:
-        values: Any = _at(batch, key)
+        for step in path_of(usual_place(batch) if place is None else place):
+            if values is None:
+                return None
+            values = _at(values, step)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
-        raise TypeError(f"InputNorm({argument}={key!r}) leads nowhere in a batch that is {_describe(batch)}") from error
-    if not isinstance(values, Tensor):
+        raise TypeError(f"{named} leads nowhere in a batch that is {_describe(batch)}") from error
+    if values is not None and not isinstance(values, Tensor):
+        inside = ", ".join(repr(found) for found, _ in tensors_in(batch))
         raise TypeError(
-            f"the input must be a tensor, but InputNorm({argument}={key!r}) leads to {_describe(values)} in a batch "
+            f"the input must be a tensor, but {named} leads to {_describe(values)} in a batch "
             f"that is {_describe(batch)}. Name it by {argument}, or override select_input and replace_input"
+            + (f". The batch has tensors at {inside}" if inside else "")
         )
     return values
 
 
-def replace_tensor(batch: Any, key: Key, value: Tensor) -> Any:
-    """Return a batch with the tensor replaced that `select_tensor` returns.
+def replace_tensor(batch: Any, place: Place | None, value: Tensor) -> Any:
+    """Return a batch with the tensor replaced that `find_tensor` returns.
 
     Args:
         batch: The batch; it is not changed.
-        key: Where the tensor is.
+        place: Where the tensor is.
         value: What takes its place.
 
     Returns:
-        A shallow copy of the same type.
+        A copy of the same type, shallow but for the containers on the way.
     """
     if isinstance(batch, Tensor):
         return value
-    if is_sequence(batch) and not isinstance(key, str):
-        items = [*batch]
-        items[key or 0] = value
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    if hasattr(batch, "_fields"):
-        return batch._replace(**{str(key): value})
-    if isinstance(key, str) and not _is_mapping(batch):
-        if dataclasses.is_dataclass(batch) and batch.__dataclass_params__.frozen:  # type: ignore[attr-defined] # private
-            return dataclasses.replace(batch, **{key: value})  # pyright: ignore[reportArgumentType, reportUnknownVariableType] # any one
-        changed = copy.copy(batch)
-        setattr(changed, key, value)
-        return changed
-    changed = copy.copy(batch)
-    changed[_only_tensor(batch) if key is None else key] = value
-    return changed
+    return _replaced(batch, path_of(usual_place(batch) if place is None else place), value)
+
+
+def usual_place(batch: Any) -> Place:
+    """Return where the input of a batch is if the user does not say so.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        The first of a tuple or list, the only tensor of a mapping, or else the batch itself.
+    """
+    if _is_mapping(batch):
+        keys = [key for key, value in batch.items() if isinstance(value, Tensor)]
+        return keys[0] if len(keys) == 1 else ()
+    return 0 if is_sequence(batch) and len(batch) else ()
+
+
+def tensors_in(batch: Any, path: tuple[Step, ...] = ()) -> Iterator[tuple[Place, Tensor]]:
+    """Yield the tensors of a batch with their places, in the order of the batch.
+
+    Args:
+        batch: Tensors in tuples, lists, mappings and dataclasses.
+        path: Where the batch is within a larger one.
+
+    Yields:
+        A place and its tensor.
+    """
+    if isinstance(batch, Tensor):
+        yield place_of(path), batch
+        return
+    parts: Any = ()
+    if _is_mapping(batch):
+        parts = batch.items()
+    elif is_sequence(batch):
+        parts = enumerate(batch)
+    elif dataclasses.is_dataclass(batch):
+        parts = ((field.name, getattr(batch, field.name, None)) for field in dataclasses.fields(batch))
+    for step, part in parts:
+        yield from tensors_in(part, (*path, step))
 
 
 def is_sequence(batch: Any) -> bool:
@@ -83,20 +117,34 @@ def is_sequence(batch: Any) -> bool:
     return isinstance(batch, (tuple, list))
 
 
-def _at(batch: Any, key: Key) -> Any:
-    if key is None:
-        if _is_mapping(batch):
-            return batch.get(_only_tensor(batch))
-        return batch[0] if is_sequence(batch) and len(batch) else batch
-    if isinstance(key, str) and not _is_mapping(batch):
-        return getattr(batch, key)
-    return batch[key]
+def _replaced(batch: Any, path: tuple[Step, ...], value: Tensor) -> Any:
+    """Return a batch with another tensor at a path."""
+    if not path:
+        return value
+    step = path[0]
+    new = _replaced(_at(batch, step), path[1:], value)
+    if is_sequence(batch) and not isinstance(step, str):
+        items = [*batch]
+        items[step] = new
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if hasattr(batch, "_fields"):
+        return batch._replace(**{str(step): new})
+    changed = copy.copy(batch)
+    if _is_mapping(batch) or not isinstance(step, str):
+        changed[step] = new
+    elif dataclasses.is_dataclass(batch) and batch.__dataclass_params__.frozen:  # type: ignore[attr-defined] # private
+        return dataclasses.replace(batch, **{step: new})  # pyright: ignore[reportArgumentType, reportUnknownVariableType] # any one
+    else:
+        setattr(changed, step, new)
+    return changed
 
 
-def _only_tensor(batch: Any) -> Any:
-    """Return the key of the tensor of a mapping, if there is but one."""
-    keys = [key for key, value in batch.items() if isinstance(value, Tensor)]
-    return keys[0] if len(keys) == 1 else None
+def _at(batch: Any, step: Step) -> Any:
+    if isinstance(batch, Tensor):
+        raise TypeError("a tensor is no container: its first index is a sample")
+    if isinstance(step, str) and not _is_mapping(batch):
+        return getattr(batch, step)
+    return batch[step]
 
 
 def _is_mapping(batch: Any) -> bool:

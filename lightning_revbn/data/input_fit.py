@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
-from lightning_revbn.core.input_advice import on_half_precision, on_normalized_data, on_small_features
-from lightning_revbn.core.input_norm import RELU_STD, InputNorm, OnlineStandardizer
-from lightning_revbn.core.metric_keys import input_key
+from lightning_revbn.core.input_norm import RELU_STD, OnlineStandardizer
+from lightning_revbn.core.joint_training import InputParts
 from lightning_revbn.core.rank_settings import RankSettings
+from lightning_revbn.data.input_report import InputReport
+from lightning_revbn.data.input_set import InputSet, NamedInput
+from lightning_revbn.data.other_views import on_other_views
 from lightning_revbn.data.saved_statistics import STATE_NAME
 from lightning_revbn.data.spawned_statistics import SharedStatistics
 from lightning_revbn.lightning_compat import (
@@ -30,13 +31,9 @@ from lightning_revbn.lightning_compat import (
 
 __all__ = ["InputFit"]
 
-_SINGLE_CHANNELS = 16
-"""Up to how many channels single ones are logged too."""
-_ENOUGH = 256
-"""After how many samples the statistics tell what the data are like; the end of an epoch is enough too."""
-_OTHER_SCALE = (
-    "{name}: the checkpoint was made with an input scale of {loaded:g}, this run has {scale:g}. From here on this "
-    "run's applies."
+_GOES_ON = (
+    "{name}: the statistics of the {label} begin with {samples} samples that were measured before{frozen}. "
+    "reset_input_statistics() forgets them, for another fold or other data"
 )
 _BYPASSED = (
     "{name} normalises the input of its own data loaders alone: batches of the loaders that were handed to the Trainer "
@@ -50,21 +47,21 @@ class InputFit(Callback):
     Args:
         trainer: The Trainer.
         data: The DataModule.
-        online: Its standardiser.
+        inputs: Its inputs.
         home: Takes what is learned to the process that spawned this one.
     """
 
-    def __init__(
-        self, trainer: Trainer, data: LightningDataModule, online: OnlineStandardizer, home: SharedStatistics
-    ) -> None:
+    def __init__(self, trainer: Trainer, data: LightningDataModule, inputs: InputSet, home: SharedStatistics) -> None:
         self._trainer, self._data = weakref.ref(trainer), weakref.ref(data)
         self._owner = type(data).__name__
-        self._online = online
+        self._inputs = inputs
+        self._reports = [InputReport(self._owner, one) for one in inputs.inputs]
         self._home = home
         self._is_training = False
         self._hooked = False
         self._step: int | None = None
-        self._told: set[object] = set()
+        self._looked_at: set[object] = set()
+        self._is_told = False
         # The user's own list stays as it is, since it may go to another Trainer.
         setattr(trainer, "callbacks", [*callbacks_of(trainer), self])  # noqa: B010 # not typed, as in `callbacks_of`
 
@@ -86,59 +83,76 @@ class InputFit(Callback):
             MisconfigurationException: If ranks have different settings, or checkpoints would lack the statistics.
         """
         self._hooked = True
-        online = self._online
         if trainer.training and not self._is_training:
             self._is_training, self._step = True, None
-            _refuse_other_ranks(self._owner, online.settings)
+            _refuse_other_ranks(self._owner, self._inputs)
             data = self._data()
             if data is not None and STATE_NAME not in data.state_dict():
                 raise MisconfigurationException(f"{self._owner}.state_dict must keep what super().state_dict() returns")
-            origin = _settle_scale(online, trainer)
-            rank_zero_info(f"{self._owner}: the standardised input is multiplied by {online.scale:g} ({origin})")
-        elif not online.knows_scale:
-            _settle_scale(online, trainer)
-        loaded = None if online.saved is None else online.saved.scale
-        if loaded not in (None, online.scale):
-            told = _OTHER_SCALE.format(name=self._owner, loaded=loaded, scale=online.scale)
-            self._tell(("scale", loaded, online.scale), told)
+            for one in self._inputs.inputs:
+                _settle_and_tell(self._owner, one, trainer)
+        for report in self._reports:
+            if not report.online.knows_scale:
+                _settle_scale(report.online, trainer)
+            report.on_scale()
 
-    def after_batch(self, trainer: Trainer, values: Tensor) -> None:
+    def look_at(self, trainer: Trainer, batch: Any) -> None:
+        """Warn of tensors that look like the input and stay raw, in the first batch of every stage.
+
+        Args:
+            trainer: The Trainer.
+            batch: The raw batch.
+        """
+        stage = trainer.state.stage
+        if stage not in self._looked_at and len(self._reports) == 1:
+            self._looked_at.add(stage)
+            settings = self._reports[0].source.settings
+            text = on_other_views(batch, settings, is_training=trainer.training)
+            if text is not None:
+                self._reports[0].tell("views", text)
+
+    def after_batch(self, trainer: Trainer, inputs: Sequence[InputParts]) -> None:
         """Log the statistics at logging steps, once however many batches a step has, and warn where it is due.
 
         Args:
             trainer: The Trainer, while training.
-            values: The raw input of the batch.
+            inputs: What the batch holds of each input.
         """
-        online = self._online
-        if not online.has_statistics:
+        known = [
+            (report, own) for report, own in zip(self._reports, inputs, strict=True) if report.online.has_statistics
+        ]
+        if not known:
             return
-        first = self._step is None
         step = stepped_batches(trainer)
         is_due = is_logging_step(trainer) and step != self._step
-        self._step = step if is_due else -1 if first else self._step
         if is_due:
-            online.check()
-            metrics = _metrics(online)
+            self._step = step
+            metrics: dict[str, float] = {}
+            for report, _ in known:
+                report.online.check()
+                metrics |= report.metrics()
             publish(trainer, metrics)
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
-        if first and online.learns:
-            self._tell("half", on_half_precision(online.statistics(), values.dtype))
-        # On an accelerator the answer waits for the device, so it is asked for at logging steps alone.
-        if is_due or values.device.type == "cpu":
-            self._advise()
+        for report, own in known:
+            for values, _ in own.parts:
+                report.on_dtype(values.dtype)
+            # On an accelerator the answer waits for the device, so it is asked for at logging steps alone.
+            if is_due or not own.parts or own.parts[0].values.device.type == "cpu":
+                report.advise()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._online.check()
-        if self._is_training and self._online.has_statistics:
-            self._advise(is_end=True)
+        for report in self._reports:
+            report.online.check()
+            if self._is_training and report.online.has_statistics:
+                report.advise(is_end=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_training:
             self._is_training = False
-            self._home.send(trainer, self._online.state_dict())
+            self._home.send(trainer, self._inputs.state_dict())
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -146,7 +160,8 @@ class InputFit(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._online.compare_again()
+        for report in self._reports:
+            report.online.compare_again()
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -165,39 +180,14 @@ class InputFit(Callback):
     def _warn_of_bypass(self, trainer: Trainer) -> None:
         """Warn if a batch comes from a loader of which Lightning has not asked the DataModule."""
         if not self._hooked and getattr(trainer, "datamodule", None) is self._data():
-            self._tell("bypassed", _BYPASSED.format(name=self._owner))
+            if not self._is_told:
+                rank_zero_warn(_BYPASSED.format(name=self._owner))
+            self._is_told = True
         self._hooked = False
 
-    def _advise(self, *, is_end: bool = False) -> None:
-        """Say what the data are like, as soon as enough were seen, or at the end of an epoch."""
-        online = self._online
-        if {"eps", "normalized"} <= self._told:
-            return
-        enough = not online.learns or online.samples >= _ENOUGH
-        if (enough or is_end) and "eps" not in self._told:
-            self._tell("eps", on_small_features(online.statistics(), online.settings.eps))
-        if enough and "normalized" not in self._told:
-            self._tell("normalized", on_normalized_data(online.statistics()) if online.is_float else None)
 
-    def _tell(self, subject: object, text: str | None) -> None:
-        """Warn of a subject once with one Trainer."""
-        if text is not None and subject not in self._told:
-            rank_zero_warn(text if text.startswith(self._owner) else f"{self._owner}: {text}")
-        self._told.add(subject)
-
-
-def _metrics(online: OnlineStandardizer) -> dict[str, float]:
-    statistics, prefix = online.statistics(), online.settings.prefix
-    metrics: dict[str, float] = {}
-    for name, values in (("mean", statistics.mean), ("std", statistics.std)):
-        metrics[input_key(prefix, name)] = values.mean().item()
-        if 1 < len(values) <= _SINGLE_CHANNELS:
-            metrics |= {input_key(prefix, f"{name}_{channel}"): value.item() for channel, value in enumerate(values)}
-    return metrics
-
-
-def _refuse_other_ranks(name: str, settings: InputNorm) -> None:
-    """Raise if ranks normalise by different settings; each waits for all others here, as it does in every step.
+def _refuse_other_ranks(name: str, inputs: InputSet) -> None:
+    """Raise if ranks normalise differently; each waits for all others here, as it does in every step.
 
     Raises:
         MisconfigurationException: If so, on every rank.
@@ -205,14 +195,40 @@ def _refuse_other_ranks(name: str, settings: InputNorm) -> None:
     comparison = RankSettings.open("input_norm")
     if comparison is None:
         return
-    comparison.post({"InputNorm": asdict(settings)})
+    parts: dict[str, dict[str, Any]] = {}
+    for one in inputs.inputs:
+        parts[f"InputNorm of {one.label}" if one.name else "InputNorm"] = asdict(one.settings)
+        parts[f"statistics of the {one.label}"] = _rounded(one.online)
+    comparison.post(parts)
     comparison.wait()
     differences = comparison.differences()
     if differences:
         raise MisconfigurationException(
             f"{name}: ranks normalise the input by different settings: {'; '.join(differences)}. They would train "
-            "different networks, or wait for each other without end. Give every rank the same InputNorm"
+            "different networks, or wait for each other without end. Give every rank the same InputNorm, and the same "
+            "statistics if there are any: call collect_input_statistics() in setup(), where ranks share the pass"
         )
+
+
+def _rounded(online: OnlineStandardizer) -> dict[str, Any]:
+    """Return what ranks agree on that begin with the same statistics, whatever their rounding."""
+    found: dict[str, Any] = {"frozen": online.is_frozen}
+    if online.learns and online.has_statistics:
+        statistics = online.statistics()
+        # A mean of about 0 has no digits that rounding leaves alone; other data have another spread too.
+        found["count"] = statistics.count.tolist()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
+        found["std"] = [f"{value:.6g}" for value in statistics.std]
+    return found
+
+
+def _settle_and_tell(name: str, one: NamedInput, trainer: Trainer) -> None:
+    """Settle the scale of an input before its first training batch, and tell what it begins with."""
+    online, label = one.online, one.label
+    origin = _settle_scale(online, trainer)
+    rank_zero_info(f"{name}: the standardised {label} is multiplied by {online.scale:g} ({origin})")
+    if online.learns and online.has_statistics:
+        frozen = ", and are frozen" if online.is_frozen else ""
+        rank_zero_info(_GOES_ON.format(name=name, label=label, samples=online.samples, frozen=frozen))
 
 
 def _settle_scale(online: OnlineStandardizer, trainer: Trainer) -> str:

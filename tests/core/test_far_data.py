@@ -37,7 +37,7 @@ def test_nothing_cancels(name: str, batches: list[Tensor], mode: Any) -> None:
         weights = [Fraction(len(batch)) for batch in batches]
     else:
         weights = [Fraction(1, 2 ** (len(batches) - index)) for index in range(len(batches))]
-    used = standardizer._learner.estimate()
+    used = standardizer.learner.estimate()
     for channel in range(3):
         columns = [[Fraction(value) for value in batch[:, channel].tolist()] for batch in batches]
         mean, variance = exactly(columns, weights)

@@ -10,6 +10,7 @@ import torch
 from helpers.lit import trainer
 from helpers.raw import PARTS, UnevenData, UnevenNet, raw_images, same_states
 from helpers.scripts import run_ranks
+from helpers.sensors import Sensors, SensorsNet, sensor_data
 from helpers.strategies import STRATEGIES
 from torch import Tensor
 
@@ -83,6 +84,53 @@ def test_ranks_merge_what_they_have_measured_without_loss(ranks: int, tmp_path: 
         assert (offset.abs() <= 1e-12 * std).all(), (case, offset / std)
         # A mean of 1e8 in float64 is 1e-8 away from itself: the results are rounded as on one process, or to that.
         assert all(result[case]["worst"] <= 1e-7 for result in results), case
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def sensors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what each rank has collected, seen and learned of three inputs."""
+    folder = tmp_path_factory.mktemp("sensors")
+    run_ranks("several_inputs.py", request.param, folder)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+def test_three_inputs_take_one_collective_a_step_and_equal_one_process(
+    sensors: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    data, network = Sensors(1), SensorsNet()
+    trainer(tmp_path, limit_val_batches=0).fit(network, data)
+    expected = data.state_dict()["input_norm"]
+    for of_rank in sensors:
+        assert of_rank["collectives"] == [1] * 10
+        for name, state in expected.items():
+            assert same_states(of_rank["state"][name], sensors[0]["state"][name])
+            for key, value in state.items():
+                # A mean of 1e6 has a rest below 1e-10, which rounding moves by 1e-13 of a standard deviation of 1.
+                if name == "radar" and key.endswith("rest"):
+                    torch.testing.assert_close(of_rank["state"][name][key], value, rtol=0, atol=1e-12)
+                else:
+                    assert_same(of_rank["state"][name][key], value, exactly=name != "radar", name=f"{name} {key}")
+    for step, whole in enumerate(network.seen):
+        for place, expected_view in enumerate(whole["image"]):
+            joined = torch.cat([of_rank["seen"][step]["image"][place] for of_rank in sensors])
+            assert torch.equal(joined, expected_view)
+        for name in ("radar", "range"):
+            joined = torch.cat([of_rank["seen"][step][name] for of_rank in sensors])
+            torch.testing.assert_close(joined, whole[name], rtol=0, atol=1e-6)
+
+
+def test_ranks_share_a_pass_before_training(sensors: list[dict[str, Any]]) -> None:
+    collected, raw = [of_rank["collected"] for of_rank in sensors], sensor_data()
+    for name, joined in (("image", torch.cat(raw["image"]).double()), ("radar", raw["radar"])):
+        values = joined.transpose(0, 1).flatten(1)
+        for of_rank in collected:
+            assert same_states(of_rank[name], collected[0][name])
+            assert of_rank[name]["count"].tolist() == [values.shape[1]] * len(values)
+            torch.testing.assert_close(of_rank[name]["mean"], values.mean(1), rtol=1e-12, atol=0)
+            variance = of_rank[name]["m2"] / of_rank[name]["count"]
+            torch.testing.assert_close(variance, values.var(1, correction=0), rtol=1e-8, atol=0)
+    assert collected[0]["range"]["samples"] == 40
+    assert collected[0]["image"]["samples"] == 80
 
 
 def test_the_front_layer_on_two_ranks_equals_batch_norm_of_the_joined_batch(tmp_path: Path) -> None:

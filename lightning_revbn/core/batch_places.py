@@ -1,0 +1,70 @@
+"""How settings name places in a batch: an index, a key or an attribute, a path of them, or a list of places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias, cast
+
+__all__ = ["Key", "Place", "Step", "check_key", "path_of", "place_of", "places_in"]
+
+Step: TypeAlias = int | str
+"""One step into a batch: an index, a key of a mapping, or the name of an attribute."""
+
+Place: TypeAlias = int | str | tuple[int | str, ...]
+"""One step, or a path of steps; the empty path is the batch itself."""
+
+# A list comes first: a configuration file has no tuples, and what looks like a list there is one.
+Key: TypeAlias = list[int | str | tuple[int | str, ...]] | int | str | tuple[int | str, ...] | None
+"""A place, a list of places, or None for the place where an input usually is."""
+
+
+def check_key(name: str, key: object) -> Key:
+    """Return a key of the settings as it is kept: lists are copied, and lists within them become paths.
+
+    Args:
+        name: What the key is called, for the message.
+        key: What was given.
+
+    Returns:
+        The key.
+
+    Raises:
+        ValueError: If it is no key, or names a place twice.
+
+    Example:
+        >>> check_key("key", [0, ["views", 1]])
+        [0, ('views', 1)]
+    """
+    if not isinstance(key, list):
+        if key is None or _is_place(key):
+            return cast("Key", key)
+        raise ValueError(f"{name}={key!r} must be an index, a key or attribute, a tuple or a list of these, or None")
+    given = cast("list[object]", key)
+    places = [tuple(cast("list[object]", place)) if isinstance(place, list) else place for place in given]
+    if not places or not all(map(_is_place, places)):
+        raise ValueError(f"{name}={key!r} must list places: indices, keys or attributes, or tuples of them")
+    good = cast("list[Place]", places)
+    if len({path_of(place) for place in good}) < len(good):
+        raise ValueError(f"{name}={key!r} names a place twice")
+    return good
+
+
+def places_in(key: Key) -> list[Place | None]:
+    """Return the places that a key names; that of the key None is None."""
+    return [*key] if isinstance(key, list) else [key]
+
+
+def path_of(place: Place) -> tuple[Step, ...]:
+    """Return a place as a path."""
+    return place if isinstance(place, tuple) else (place,)
+
+
+def place_of(path: Iterable[Step]) -> Place:
+    """Return a path as a user writes it: one step alone, more as a tuple."""
+    steps = tuple(path)
+    return steps[0] if len(steps) == 1 else steps
+
+
+def _is_place(value: object) -> bool:
+    steps = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
+    return all(isinstance(step, (int, str)) and not isinstance(step, bool) for step in steps)

@@ -1,0 +1,313 @@
+"""The inputs that a DataModule standardises: one, or several by name, each with its settings and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from lightning_revbn.core.batch_places import Key, Place, path_of, places_in
+from lightning_revbn.core.input_checks import InputError, InputPart
+from lightning_revbn.core.input_norm import InputNorm, OnlineStandardizer
+from lightning_revbn.core.input_state import SavedInput, read_state
+from lightning_revbn.core.joint_training import InputParts, naming, train_together
+from lightning_revbn.data.batches import find_tensor, replace_tensor
+
+__all__ = ["Found", "InputSet", "NamedInput", "Selected"]
+
+Found: TypeAlias = Tensor | list[Tensor | None] | None
+"""An input of a batch; a list where its key lists places; None for what the batch lacks."""
+Selected: TypeAlias = Found | dict[str, Found]
+"""The input, or all inputs by name."""
+
+
+class NamedInput:
+    """One input: where batches hold it, and the standardiser that learns from it.
+
+    Args:
+        name: Its name; empty for an only input.
+        settings: Its settings.
+
+    Attributes:
+        online: The standardiser; another one where the statistics are learned anew.
+    """
+
+    def __init__(self, name: str, settings: InputNorm) -> None:
+        self.name = name
+        self.settings = settings
+        self.online = OnlineStandardizer(settings)
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"input {self.name!r}" if self.name else "input"
+
+    def fresh(self) -> OnlineStandardizer:
+        """Return a standardiser that has learned nothing, with the same scale."""
+        return OnlineStandardizer(self.settings, self.online.scale if self.online.knows_scale else None)
+
+    def select(self, batch: Any, *, is_training: bool) -> Found:
+        """Return the raw input of a batch.
+
+        Args:
+            batch: The batch.
+            is_training: Whether it is a batch of training.
+
+        Returns:
+            What the batch holds. Of a list of places, batches of evaluation need only one.
+
+        Raises:
+            TypeError: If the key does not lead to a tensor.
+        """
+        key, _ = self.settings.places(is_training=is_training)
+        is_other = not is_training and self.settings.eval_key is not None
+        argument = "eval_key" if is_other else "key"
+        found = [_found_or_error(batch, place, argument) for place in places_in(key)]
+        missing = [error for error in found if isinstance(error, TypeError)]
+        if missing and (is_training or len(missing) == len(found)):
+            hint = "" if is_training or is_other else ". eval_key names the input in batches of evaluation"
+            raise TypeError(f"{missing[0]}{hint}") from missing[0]
+        tensors = [None if isinstance(own, TypeError) else own for own in found]
+        return tensors if isinstance(key, list) else tensors[0]
+
+    def select_mask(self, batch: Any, *, is_training: bool) -> Found:
+        """Return the mask of the input, or a list of masks, one for each place; None where all values count."""
+        _, key = self.settings.places(is_training=is_training)
+        is_other = not is_training and self.settings.eval_mask_key is not None
+        argument = "eval_mask_key" if is_other else "mask_key"
+        if key is None or not isinstance(key, list):
+            return None if key is None else find_tensor(batch, key, argument)
+        found = self.select(batch, is_training=is_training)
+        places = found if isinstance(found, list) else [found]
+        return [
+            None if values is None else find_tensor(batch, place, argument)
+            for place, values in zip(key, places, strict=True)
+        ]
+
+    def replace(self, batch: Any, found: Found, *, is_training: bool) -> Any:
+        """Return a copy of a batch with another input, of the structure that `select` returns."""
+        key, _ = self.settings.places(is_training=is_training)
+        values = found if isinstance(found, list) else [found]
+        for place, value in zip(places_in(key), values, strict=True):
+            if value is not None:
+                batch = replace_tensor(batch, place, value)
+        return batch
+
+    def evaluate(self, parts: Sequence[InputPart], dtype: torch.dtype) -> list[Tensor]:
+        """Standardise batches of evaluation, each place by itself."""
+        with naming(self.name):
+            try:
+                return [self.online.evaluate(*part, dtype=dtype) for part in parts]
+            except InputError as error:
+                if not isinstance(self.settings.key, list) or self.settings.eval_key is not None:
+                    raise
+                raise InputError(f"{error}. eval_key names the input in batches of evaluation") from error
+
+    def preview(self, parts: Sequence[InputPart], dtype: torch.dtype) -> list[Tensor]:
+        """Standardise a batch before there are statistics, by its own alone."""
+        if self.online.has_statistics:
+            return self.evaluate(parts, dtype)
+        other = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.online.scale)
+        own = InputParts(self.name, other, parts)
+        return train_together([own], dtype, None, 1, torch.device("cpu"))[0]
+
+
+class InputSet:
+    """All inputs of a DataModule.
+
+    Args:
+        given: The settings of the only input, or those of several by name.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If two inputs are at one place.
+    """
+
+    def __init__(self, given: object) -> None:
+        if isinstance(given, InputNorm):
+            self.given: InputNorm | dict[str, InputNorm] = given
+            self.inputs = [NamedInput("", given)]
+            return
+        if not isinstance(given, Mapping):
+            raise TypeError(f"input_norm must be an InputNorm, got {given!r}")
+        self.given = {}
+        for name, own in cast("Mapping[Any, Any]", given).items():
+            if not isinstance(name, str) or not name or not isinstance(own, InputNorm):
+                raise TypeError(f"input_norm must have an InputNorm for each name, got {name!r}: {own!r}")
+            self.given[name] = own if own.key is not None else replace(own, key=name)
+        if not self.given:
+            raise TypeError("input_norm must have an input, got an empty mapping")
+        self.inputs = [NamedInput(name, own) for name, own in self.given.items()]
+        for is_training in (True, False):
+            _refuse_shared_places({one.name: one.settings.places(is_training=is_training)[0] for one in self.inputs})
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether training batches change nothing any more, so that ranks communicate nothing."""
+        return all(one.online.is_frozen for one in self.inputs)
+
+    def __getitem__(self, name: str | None) -> NamedInput:
+        """Return an input by name; None is the only one."""
+        found = [one for one in self.inputs if one.name == (name or "")]
+        if found:
+            return found[0]
+        names = ", ".join(repr(one.name) for one in self.inputs)
+        if not self.inputs[0].name:
+            raise ValueError(f"there is one input without a name, and none called {name!r}")
+        raise ValueError(f"there are several inputs, {names}: name one of them, got {name!r}")
+
+    def select(self, batch: Any, *, is_training: bool) -> Selected:
+        """Return the input of a batch, or all inputs by name."""
+        return self._each(lambda one: one.select(batch, is_training=is_training))
+
+    def select_mask(self, batch: Any, *, is_training: bool) -> Selected:
+        """Return the mask of the input, or those of all inputs by name."""
+        return self._each(lambda one: one.select_mask(batch, is_training=is_training))
+
+    def replace(self, batch: Any, selected: Selected, *, is_training: bool) -> Any:
+        """Return a copy of a batch with other inputs."""
+        for one, found in zip(self.inputs, self._listed(selected), strict=True):
+            batch = one.replace(batch, found, is_training=is_training)
+        return batch
+
+    def parts(self, selected: Selected, masks: Selected) -> list[InputParts]:
+        """Pair raw values with their masks, without what the batch lacks.
+
+        Args:
+            selected: What `select` returns.
+            masks: What `select_mask` returns.
+
+        Returns:
+            The parts of each input.
+        """
+        found: list[InputParts] = []
+        for one, values, mask in zip(self.inputs, self._listed(selected), self._listed(masks), strict=True):
+            places = values if isinstance(values, list) else [values]
+            each = mask if isinstance(mask, list) else [mask] * len(places)
+            own = [InputPart(x, valid) for x, valid in zip(places, each, strict=True) if x is not None]
+            found.append(InputParts(one.name, one.online, own))
+        return found
+
+    def filled(self, selected: Selected, results: Sequence[Sequence[Tensor]]) -> Selected:
+        """Return results in the structure of what was selected.
+
+        Args:
+            selected: What `select` returns.
+            results: A tensor for each part of each input.
+
+        Returns:
+            The same structure.
+        """
+        filled: list[Found] = []
+        for found, own in zip(self._listed(selected), results, strict=True):
+            queue = iter(own)
+            if isinstance(found, list):
+                filled.append([None if values is None else next(queue) for values in found])
+            else:
+                filled.append(None if found is None else next(queue))
+        return self._structured(filled)
+
+    def lack_of(self, state: object) -> str | None:
+        """Say why the modes of these inputs cannot evaluate by a state.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Returns:
+            The reason; None if they can.
+        """
+        for one, saved in zip(self.inputs, self.read(state), strict=True):
+            lack = saved.lacks(one.settings.mode)
+            if lack is not None:
+                return f"{one.label}: {lack}" if one.name else lack
+        return None
+
+    def replace_standardizers(self, learned: Sequence[OnlineStandardizer]) -> None:
+        """Go on with other standardisers, one for each input."""
+        for one, online in zip(self.inputs, learned, strict=True):
+            one.online = online
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the only standardiser, or those of all by name."""
+        if not self.inputs[0].name:
+            return self.inputs[0].online.state_dict()
+        return {one.name: one.online.state_dict() for one in self.inputs}
+
+    def read(self, state: object) -> list[SavedInput]:
+        """Check a state, and return what it says of each input.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Returns:
+            What it says.
+
+        Raises:
+            ValueError: If it cannot be the state of these inputs.
+        """
+        return [read_state(state, one.settings) for one, state in zip(self.inputs, self._states(state), strict=True)]
+
+    def load_state_dict(self, state: object) -> None:
+        """Take over the state of each input, after all were checked."""
+        self.read(state)
+        for one, own in zip(self.inputs, self._states(state), strict=True):
+            one.online.load_state_dict(own)
+
+    def _states(self, state: object) -> list[object]:
+        values: Mapping[Any, object] = cast("Mapping[Any, object]", state) if isinstance(state, Mapping) else {}
+        named = [name for name, own in values.items() if isinstance(own, Mapping)]
+        own = [one.name for one in self.inputs]
+        if own == [""]:
+            if named:
+                raise ValueError(
+                    f"the saved input statistics are of {_listed(named)}, and this DataModule has one without a name"
+                )
+            return [state]
+        if {*named} != {*own} or len(values) != len(own):
+            saved = _listed(named) if named else "one input without a name"
+            raise ValueError(f"the saved input statistics are of {saved}, and this DataModule has {_listed(own)}")
+        return [values[name] for name in own]
+
+    def _each(self, find: Callable[[NamedInput], Found]) -> Selected:
+        return self._structured([find(one) for one in self.inputs])
+
+    def _structured(self, found: list[Found]) -> Selected:
+        if not self.inputs[0].name:
+            return found[0]
+        return {one.name: own for one, own in zip(self.inputs, found, strict=True)}
+
+    def _listed(self, selected: Selected) -> list[Found]:
+        """Return what was selected of each input, in order; None stands for a mask of none."""
+        if not self.inputs[0].name:
+            return [cast("Found", selected)]
+        if selected is None:
+            return [None] * len(self.inputs)
+        names = [one.name for one in self.inputs]
+        if not isinstance(selected, dict) or {*selected} != {*names}:
+            raise TypeError(f"select_input and select_mask must return a dict with the keys {names}, got {selected!r}")
+        return [selected[name] for name in names]
+
+
+def _found_or_error(batch: Any, place: Place | None, argument: str) -> Tensor | TypeError | None:
+    try:
+        return find_tensor(batch, place, argument)
+    except TypeError as error:
+        return error
+
+
+def _listed(names: Sequence[object]) -> str:
+    return f"the input{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+
+
+def _refuse_shared_places(keys: Mapping[str, Key]) -> None:
+    """Raise if two inputs name one place of a batch."""
+    owners: dict[object, str] = {}
+    for name, key in keys.items():
+        for place in places_in(key):
+            path = None if place is None else path_of(place)
+            if path in owners:
+                raise ValueError(f"the inputs {owners[path]!r} and {name!r} are both at {place!r} of a batch")
+            owners[path] = name

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_revbn.core.estimators import Estimate, estimator_of
 from lightning_revbn.core.global_moments import GlobalBatch, RankBatch, measure
 from lightning_revbn.core.input_checks import refuse_faults
+from lightning_revbn.core.input_masks import chosen_channels
 from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.input_state import SavedInput, read_state
 from lightning_revbn.core.input_statistics import InputStatistics, LearnedStatistics, MissingStatisticsError
@@ -111,10 +112,15 @@ class InputLearner:
     def statistics(self) -> InputStatistics:
         """Return the mean and standard deviation of all values, or the given ones, on the CPU."""
         estimate = self.estimate()
-        if not self.learns:
-            return InputStatistics(estimate.mean, estimate.variance.sqrt(), torch.zeros_like(estimate.mean))
-        total = self.learned.total.scaled(self._settings.unit(self.learned.kind))
-        return InputStatistics(total.mean.cpu(), total.std.cpu(), total.count.cpu())
+        if self.learns:
+            total = self.learned.total.scaled(self._settings.unit(self.learned.kind))
+            mean, std, count = total.mean.cpu(), total.std.cpu(), total.count.cpu()
+        else:
+            mean, std, count = estimate.mean, estimate.variance.sqrt(), torch.zeros_like(estimate.mean)
+        chosen = chosen_channels(self._settings)
+        if chosen is not None:
+            mean, std = torch.where(chosen, mean, 0.0), torch.where(chosen, std, 1.0)
+        return InputStatistics(mean, std, count)
 
     def load(self, state: object) -> SavedInput:
         """Take over a saved state, in this mode or another.

@@ -5,7 +5,6 @@ The state is plain tensors, never buffers of a module: nothing rebroadcasts, cas
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +14,10 @@ from torch import Tensor
 from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, standardize
 from lightning_revbn.core.global_batch_norm import ranks_in
 from lightning_revbn.core.global_moments import gather
-from lightning_revbn.core.input_advice import average_size, on_evaluation, on_unseen_channels
 from lightning_revbn.core.input_checks import InputError, check_input, check_kind
+from lightning_revbn.core.input_comparison import InputComparison
 from lightning_revbn.core.input_learner import InputLearner
+from lightning_revbn.core.input_masks import InputMasks
 from lightning_revbn.core.input_settings import RELU_STD, InputNorm
 from lightning_revbn.core.input_state import SavedInput, write_state
 from lightning_revbn.core.input_statistics import InputStatistics, MissingStatisticsError
@@ -59,8 +59,7 @@ class OnlineStandardizer:
         self._constants: dict[Any, Constants] = {}
         self._newest: InputTransform | None = None
         self._dims: int | None = None
-        self._compared: set[torch.dtype] = set()
-        self._told: set[str] = set()
+        self._comparison = InputComparison(settings)
 
     @property
     def scale(self) -> float:
@@ -141,15 +140,16 @@ class OnlineStandardizer:
             self._newest = None
             return self.evaluate(values, mask, dtype=dtype)
         values = values.detach()
-        own = self._learner.measure(values, mask)
+        masks = InputMasks.of(values, mask, self.settings)
+        own = self._learner.measure(values, masks.counted)
         ranks = ranks_in(group) if ranks is None else ranks
         batch = own.alone() if ranks == 1 else own.among(gather(own.row(), group, ranks))
-        self._learner.add(batch, values, mask)
+        self._learner.add(batch, values, masks.counted)
         self._constants.clear()
         if batch.kind is Kind.UNKNOWN:  # no rank has any values
             return torch.empty_like(values, dtype=dtype)
         self._newest = self._transform(batch.moments)
-        return self._apply(values, mask, self._newest.constants_for(values), dtype)
+        return self._apply(values, masks, self._newest.constants_for(values), dtype)
 
     def evaluate(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standardise a batch by what was learned in training; change nothing, communicate nothing.
@@ -176,11 +176,13 @@ class OnlineStandardizer:
             if values.device.type != "mps":  # has no float64, in which the statistics are
                 self._learner.move_to(values.device)
             self._constants[key] = self._transform().constants_for(values)
-            self._compared.discard(values.dtype)
-        result = self._apply(values.detach(), mask, self._constants[key], dtype)
-        if values.dtype not in self._compared and values.numel() and not values.is_meta:
-            self._compared.add(values.dtype)
-            self._compare(values.detach(), mask, result)
+            self._comparison.again(values.dtype)
+        values, constants = values.detach(), self._constants[key]
+        masks = InputMasks.of(values, mask, self.settings)
+        result = self._apply(values, masks, constants, dtype)
+        if self._comparison.is_due(values):
+            kind = self._learner.learned.kind
+            self._comparison.compare(values, result, masks, constants, self.scale, kind, self.statistics())
         return result
 
     def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -209,7 +211,7 @@ class OnlineStandardizer:
 
     def compare_again(self) -> None:
         """Compare the next batch of evaluation with the training data: it may be of another data set."""
-        self._compared.clear()
+        self._comparison.again()
 
     def statistics(self) -> InputStatistics:
         """Return mean and standard deviation of all training data seen so far, in units of the input range.
@@ -262,25 +264,15 @@ class OnlineStandardizer:
         if self.settings.scale == "auto":
             self._scale = saved.scale
         self._newest = None
-        self._told.clear()
+        self._comparison.forget_warnings()
         self._constants.clear()
 
     def _transform(self, batch: Moments | None = None) -> InputTransform:
         """Return the transform of a training batch that was added, or of batches of evaluation."""
         return InputTransform(self.settings, self.scale, self._learner.estimate(batch))
 
-    def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
+    def _apply(self, values: Tensor, masks: InputMasks, constants: Constants, dtype: torch.dtype) -> Tensor:
         self._dims = values.dim()
+        dim, compile, fill = self.settings.channel_dim, self.settings.compile, self.settings.fill or 0.0
         with torch.no_grad():
-            return standardize(values, constants, self.settings.channel_dim, dtype, mask, self.settings.compile)
-
-    def _compare(self, values: Tensor, mask: Tensor | None, result: Tensor) -> None:
-        """Warn if a batch of evaluation is made of other numbers than the training data, once in one way."""
-        statistics = self.statistics()
-        distance = average_size(result, mask) / self.scale
-        foreign = on_evaluation(values, mask, distance, self._learner.learned.kind, statistics, self.settings)
-        unseen = on_unseen_channels(statistics) if self.learns else None
-        for subject, text in (("values", foreign), ("channels", unseen)):
-            if text is not None and subject not in self._told:
-                self._told.add(subject)
-                warnings.warn(text, stacklevel=3)
+            return standardize(values, constants, dim, dtype, masks.kept, compile, fill)

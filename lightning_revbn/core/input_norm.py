@@ -58,6 +58,7 @@ class OnlineStandardizer:
         self._learner = InputLearner(settings)
         self._constants: dict[Any, Constants] = {}
         self._newest: InputTransform | None = None
+        self._previewed: InputTransform | None = None
         self._dims: int | None = None
         self._comparison = InputComparison(settings)
 
@@ -186,7 +187,9 @@ class OnlineStandardizer:
         return result
 
     def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standardise a batch before there are statistics, by its own alone; remember nothing, communicate nothing.
+        """Standardise a batch before there are statistics, by its own alone; learn nothing, communicate nothing.
+
+        Until there are statistics, `denormalize` undoes the newest preview.
 
         Args:
             values: The batch, raw.
@@ -199,7 +202,9 @@ class OnlineStandardizer:
         if self.has_statistics:
             return self.evaluate(values, mask, dtype=dtype)
         other = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.scale)
-        return other.train(values, mask, dtype=dtype, ranks=1)
+        result = other.train(values, mask, dtype=dtype, ranks=1)
+        self._previewed, self._dims = other._newest, values.dim()
+        return result
 
     def check(self) -> None:
         """Raise if a training batch could not be measured; on accelerators this waits for the batch.
@@ -243,7 +248,10 @@ class OnlineStandardizer:
         Returns:
             Values in units of the input range: pictures that came as uint8 lie in [0, 1].
         """
-        transform = self._newest if is_training and self._newest is not None else self._transform()
+        transform = self._newest if is_training else None
+        if not self.has_statistics:
+            transform = self._previewed
+        transform = transform or self._transform()
         return transform.undo(values, self._dims)
 
     def state_dict(self) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class InputTransform:
         if dim is not None and dim > 0:
             looks_single = values.shape[dim : dim + 1] != (channels,) == values.shape[dim - 1 : dim]
             dim -= looks_single if dims is None else values.dim() == dims - 1
-        check_input(values, None, dim, channels)
+        if dim is not None or values.dim():  # without channels a single number is a sample
+            check_input(values, None, dim, channels)
         return denormalize(values, *self.columns(), dim)
 
     def module(self, kind: Kind) -> FixedNormalizer:

@@ -25,6 +25,8 @@ Input normalisation
     input_transform     `(x - mean) * gain` that an estimate asks for: applied, undone, exported
     input_statistics    what training batches have told
     input_state         the same in a checkpoint, and which states are refused
+    input_masks         which values of a batch count, and which are replaced
+    input_comparison    batches of evaluation beside the training data
     input_checks        which batches are refused, and what the error says
     input_advice        what the user is told about the data
     moments             count, mean and squared deviations: measured and merged without cancellation

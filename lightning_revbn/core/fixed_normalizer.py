@@ -2,7 +2,7 @@
 
 # TorchScript cannot read postponed annotations, so they are not postponed here.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from lightning_revbn.core.channel_view import channel_view, dense, pieces
 from lightning_revbn.core.compiled import compile_once
+from lightning_revbn.core.input_masks import kept_values, valid_values
 
 __all__ = ["Constants", "FixedNormalizer", "arithmetic_dtype", "denormalize", "standardize"]
 
@@ -25,14 +26,24 @@ class Constants:
         mean: Shape `(C,)`.
         rest: What `mean` lacks, shape `(C,)`; None if it is below the rounding of the result.
         gain: Shape `(C,)`.
+        bound: How far from 0 a result may lie, shape `(C,)`; None if as far as it likes.
     """
 
     mean: Tensor
     rest: Tensor | None
     gain: Tensor
+    bound: Tensor | None = None
 
     @classmethod
-    def of(cls, mean: Tensor, rest: Tensor, gain: Tensor, dtype: torch.dtype, size: float = 1.0) -> "Constants":
+    def of(
+        cls,
+        mean: Tensor,
+        rest: Tensor,
+        gain: Tensor,
+        dtype: torch.dtype,
+        size: float = 1.0,
+        bound: Tensor | None = None,
+    ) -> "Constants":
         """Round constants for arithmetic in a precision.
 
         Args:
@@ -41,6 +52,7 @@ class Constants:
             gain: float64, shape `(C,)`.
             dtype: The precision.
             size: The standard deviation of the results.
+            bound: How far from 0 results may lie, float64, shape `(C,)`.
 
         Returns:
             The constants in that precision.
@@ -49,14 +61,15 @@ class Constants:
         rest = (mean - rounded.double()) + rest
         # On an accelerator the comparison would make the host wait; there the rest is always subtracted.
         small = rest.device.type == "cpu" and bool((rest * gain).abs().le(size * 2.0**-21).all())
-        return cls(rounded, None if small else rest.to(dtype), gain.to(dtype))
+        bound = None if bound is None else bound.to(dtype)
+        return cls(rounded, None if small else rest.to(dtype), gain.to(dtype), bound)
 
     def to(self, device: torch.device) -> "Constants":
         """Return the constants on a device."""
         if self.mean.device == device:
             return self
-        rest = None if self.rest is None else self.rest.to(device)
-        return Constants(self.mean.to(device), rest, self.gain.to(device))
+        rest, bound = (None if column is None else column.to(device) for column in (self.rest, self.bound))
+        return Constants(self.mean.to(device), rest, self.gain.to(device), bound)
 
 
 def arithmetic_dtype(values: torch.dtype) -> torch.dtype:
@@ -79,25 +92,27 @@ def standardize(
     dtype: torch.dtype,
     mask: Tensor | None = None,
     compile: bool = False,
+    fill: float = 0.0,
 ) -> Tensor:
-    """Return `(values - mean) * gain` as a new tensor in the memory format of `values`.
+    """Return `(values - mean) * gain`, cut to the bound, as a new tensor in the memory format of `values`.
 
     Args:
         values: A tensor of any rank and real dtype.
         constants: Per channel, in the dtype of `arithmetic_dtype(values.dtype)`, on the device of `values`.
         channel_dim: Where the channels are. None takes all values as one channel.
         dtype: That of the result.
-        mask: Where it is False the result is 0; broadcast to the shape of `values`.
+        mask: Where it is False the result is `fill`; broadcast to the shape of `values`.
         compile: Whether a compiled kernel does it; the result is the same to the bit.
+        fill: What the mask leaves out becomes.
 
     Returns:
         A tensor of the same shape.
     """
     values = dense(values)
     if compile:
-        columns = constants.mean, constants.rest, constants.gain
+        columns = constants.mean, constants.rest, constants.gain, constants.bound
         result = compile_once(_standardize_in_one_kernel)(values, *columns, channel_dim, dtype)
-        return result if mask is None else result.masked_fill_(~mask, 0.0)
+        return result if mask is None else result.masked_fill_(~mask, fill)
     # With the strides of `values` the views of the result have the same shapes as the views of `values`, piece by
     # piece, and what is written into them arrives in the result.
     result = torch.empty_strided(values.shape, values.stride(), dtype=dtype, device=values.device)
@@ -106,7 +121,8 @@ def standardize(
     exact = constants.mean.dtype == dtype
     for from_part, to_part in zip(source.parts, target.parts, strict=True):
         mean, gain = (source.spread(column, from_part) for column in (constants.mean, constants.gain))
-        rest = None if constants.rest is None else source.spread(constants.rest, from_part)
+        optional = (constants.rest, constants.bound)
+        rest, bound = (None if column is None else source.spread(column, from_part) for column in optional)
         for at in pieces(from_part, None if values.device.type == "cpu" else values.numel()):
             part = to_part[at]
             # One copy into the precision of the arithmetic, then in place: each temporary costs a pass over memory.
@@ -115,13 +131,21 @@ def standardize(
             if rest is not None:
                 work.sub_(rest)
             work.mul_(gain)
+            if bound is not None:
+                work.clamp_(-bound, bound)
             if not exact:
                 part.copy_(work)
-    return result if mask is None else result.masked_fill_(~mask, 0.0)
+    return result if mask is None else result.masked_fill_(~mask, fill)
 
 
 def _standardize_in_one_kernel(
-    values: Tensor, mean: Tensor, rest: Tensor | None, gain: Tensor, channel_dim: int | None, dtype: torch.dtype
+    values: Tensor,
+    mean: Tensor,
+    rest: Tensor | None,
+    gain: Tensor,
+    bound: Tensor | None,
+    channel_dim: int | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return what `standardize` returns, by one kernel that reads every value once."""
     shape = [1] * values.dim()
@@ -130,7 +154,10 @@ def _standardize_in_one_kernel(
     work = values.to(mean.dtype) - mean.view(shape)
     if rest is not None:
         work = work - rest.view(shape)
-    return (work * gain.view(shape)).to(dtype)
+    work = work * gain.view(shape)
+    if bound is not None:
+        work = work.clamp(-bound.view(shape), bound.view(shape))
+    return work.to(dtype)
 
 
 class FixedNormalizer(nn.Module):
@@ -147,6 +174,10 @@ class FixedNormalizer(nn.Module):
         input_range: What raw values are divided by; None divides uint8 by 255 and leaves others.
         kind: What the statistics are of, where `input_range` is None: "uint8" refuses other integers, "integer" refuses
             uint8.
+        bound: How far from 0 results may lie; None if as far as they like.
+        fill: What masked values, `nodata` and NaN become. None makes the first two 0, and leaves NaN.
+        nodata: Numbers that stand for no value.
+        channels: Which channels are normalised; the others stay as they are. None is all.
 
     Example:
         >>> normalizer = FixedNormalizer(torch.tensor([0.5]).double(), torch.tensor([2.0]).double(), input_range=None)
@@ -159,6 +190,9 @@ class FixedNormalizer(nn.Module):
     other_mean: Tensor
     other_gain: Tensor
     result: Tensor
+    chosen: Tensor | None
+    bound: float | None
+    nodata: list[float]
 
     def __init__(
         self,
@@ -167,6 +201,11 @@ class FixedNormalizer(nn.Module):
         channel_dim: int | None = 1,
         input_range: float | None = None,
         kind: str = "unknown",
+        *,
+        bound: float | None = None,
+        fill: float | None = None,
+        nodata: Sequence[float] = (),
+        channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.channel_dim = 0 if channel_dim is None else channel_dim
@@ -174,17 +213,29 @@ class FixedNormalizer(nn.Module):
         self.byte_range = 255.0 if input_range is None else input_range
         self.other_range = 1.0 if input_range is None else input_range
         self.kind = kind
+        self.bound = bound
+        self.fill = 0.0 if fill is None else fill
+        self.replaces_nan = fill is not None
+        self.nodata = [*nodata]
+        chosen = None
+        if channels is not None:
+            chosen = torch.tensor([channel in channels for channel in range(len(mean))], device=mean.device)
+        self.register_buffer("chosen", chosen, persistent=False)
         # Three float32 numbers add up to a constant: they hold all digits of float64, on devices without float64 too.
         for name, unit in (("byte", self.byte_range), ("other", self.other_range)):
-            self.register_buffer(f"{name}_mean", _in_three(mean * unit))
-            self.register_buffer(f"{name}_gain", _in_three(gain / unit))
+            raw_mean, raw_gain = mean * unit, gain / unit
+            if chosen is not None:
+                raw_mean, raw_gain = torch.where(chosen, raw_mean, 0.0), torch.where(chosen, raw_gain, 1.0)
+            self.register_buffer(f"{name}_mean", _in_three(raw_mean))
+            self.register_buffer(f"{name}_gain", _in_three(raw_gain))
         self.register_buffer("result", torch.empty(0), persistent=False)
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise a batch.
 
         Args:
             values: Raw values with the channels at `channel_dim`.
+            mask: True where values count; it broadcasts to them.
 
         Returns:
             The normalised values: float32, or the dtype that the module was converted to.
@@ -204,8 +255,22 @@ class FixedNormalizer(nn.Module):
         # float32 could not hold such values themselves.
         if values.element_size() > 2 and values.dtype != torch.float32:
             mean, gain = mean.double().sum(0), gain.double().sum(0)
-            return ((values.double() - mean) * gain).to(self.result.dtype)
-        return ((values.float() - mean[0] - mean[1]) * gain[0]).to(self.result.dtype)
+            return self._cut_and_fill((values.double() - mean) * gain, values, mask)
+        return self._cut_and_fill((values.float() - mean[0] - mean[1]) * gain[0], values, mask)
+
+    def _cut_and_fill(self, result: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Keep results within the bound, and replace those of values that do not count."""
+        chosen, bound = self.chosen, self.bound
+        if chosen is not None:
+            shape = [1] * values.dim()
+            shape[self.channel_dim] = -1
+            chosen = chosen.view(shape)
+        if bound is not None:
+            cut = result.clamp(-bound, bound)
+            result = cut if chosen is None else torch.where(chosen, cut, result)
+        result = result.to(self.result.dtype)
+        kept = kept_values(values, valid_values(values, mask, self.nodata), self.replaces_nan, chosen)
+        return result if kept is None else result.masked_fill(~kept, self.fill)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the constants in float32 where everything else is converted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -87,16 +88,17 @@ def on_evaluation(
     )
 
 
-def on_unseen_channels(statistics: InputStatistics) -> str | None:
+def on_unseen_channels(statistics: InputStatistics, channels: Sequence[int] | None = None) -> str | None:
     """Name the channels of which training has seen no value.
 
     Args:
         statistics: What was learned.
+        channels: Which channels are normalised; None is all.
 
     Returns:
         The text.
     """
-    unseen = _indices(statistics.count == 0)
+    unseen = [channel for channel in _indices(statistics.count == 0) if channels is None or channel in channels]
     if not unseen:
         return None
     return (
@@ -190,6 +192,10 @@ def on_other_constants(saved: SavedInput, settings: InputNorm) -> str | None:
     else:
         return None
     given_mean, given_std = (torch.tensor(given, dtype=torch.float64) for given in (settings.mean, settings.std))
+    if settings.channels is not None:
+        mean, std, given_mean, given_std = (
+            column[[*settings.channels]] for column in (mean, std, given_mean, given_std)
+        )
     step = 0.1 * std
     if not bool((((given_mean - mean).abs() > step) | ((given_std - std).abs() > step)).any()):
         return None

@@ -49,7 +49,8 @@ def check_input(values: Tensor, mask: Tensor | None, channel_dim: int | None, ch
     if values.is_complex():
         raise InputError(f"the input is complex ({values.dtype}): make it real, for example by its magnitude")
     if not shape or (channel_dim is not None and not -len(shape) <= channel_dim < len(shape)):
-        raise InputError(f"the input has shape {shape}: there is no dimension channel_dim={channel_dim}")
+        single = ". InputNorm(1, channel_dim=None) takes all values as one channel" if shape and channels == 1 else ""
+        raise InputError(f"the input has shape {shape}: there is no dimension channel_dim={channel_dim}{single}")
     if channel_dim is not None and shape[channel_dim] != channels:
         raise InputError(
             f"the input has shape {shape}: its dimension channel_dim={channel_dim} has {shape[channel_dim]} channels, "

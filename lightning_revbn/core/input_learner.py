@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_revbn.core.estimators import Estimate, estimator_of
 from lightning_revbn.core.global_moments import GlobalBatch, RankBatch, measure
 from lightning_revbn.core.input_checks import InputPart, check_input, refuse_faults
+from lightning_revbn.core.input_masks import InputMasks, chosen_channels
 from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.input_state import SavedInput, read_state
 from lightning_revbn.core.input_statistics import InputStatistics, LearnedStatistics, MissingStatisticsError
@@ -67,7 +68,7 @@ class InputLearner:
         ignore_nan = settings.nan_policy == "ignore"
         measured = (
             measure(values.detach(), settings.channel_dim, kind, mask, ignore_nan, settings.compile)
-            for values, mask in parts
+            for values, mask in self._counted(parts)
         )
         return reduce(RankBatch.join, measured)
 
@@ -110,6 +111,7 @@ class InputLearner:
         """
         faults = [int(count) for count in self._faults]
         self._faults = torch.zeros_like(self._faults)
+        parts = self._counted(parts) if any(faults) else ()
         refuse_faults(faults, self.learned.kind, parts, ignore_nan=self._settings.nan_policy == "ignore")
 
     def estimate(self, batch: Moments | None = None) -> Estimate:
@@ -134,10 +136,15 @@ class InputLearner:
     def statistics(self) -> InputStatistics:
         """Return the mean and standard deviation of all values, or the given ones, on the CPU."""
         estimate = self.estimate()
-        if not self.learns:
-            return InputStatistics(estimate.mean, estimate.variance.sqrt(), torch.zeros_like(estimate.mean))
-        total = self.learned.total.scaled(self._settings.unit(self.learned.kind))
-        return InputStatistics(total.mean.cpu(), total.std.cpu(), total.count.cpu())
+        if self.learns:
+            total = self.learned.total.scaled(self._settings.unit(self.learned.kind))
+            mean, std, count = total.mean.cpu(), total.std.cpu(), total.count.cpu()
+        else:
+            mean, std, count = estimate.mean, estimate.variance.sqrt(), torch.zeros_like(estimate.mean)
+        chosen = chosen_channels(self._settings)
+        if chosen is not None:
+            mean, std = torch.where(chosen, mean, 0.0), torch.where(chosen, std, 1.0)
+        return InputStatistics(mean, std, count)
 
     def load(self, state: object) -> SavedInput:
         """Take over a saved state, in this mode or another.
@@ -183,6 +190,10 @@ class InputLearner:
     def move_to(self, device: torch.device) -> None:
         """Keep the statistics on a device from here on."""
         self.learned, self._faults = self.learned.to(device), self._faults.to(device)
+
+    def _counted(self, parts: Sequence[InputPart]) -> list[InputPart]:
+        """Return parts with the masks of all values that count."""
+        return [InputPart(part.values, InputMasks.of(*part, self._settings).counted) for part in parts]
 
     def _is_checked(self, batch: GlobalBatch) -> bool:
         """Tell whether faults of a batch are told at once."""

@@ -5,7 +5,6 @@ The state is plain tensors, never buffers of a module: nothing rebroadcasts, cas
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +14,10 @@ from torch import Tensor
 from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, standardize
 from lightning_revbn.core.global_batch_norm import ranks_in
 from lightning_revbn.core.global_moments import GlobalBatch, share
-from lightning_revbn.core.input_advice import average_size, on_evaluation, on_unseen_channels
 from lightning_revbn.core.input_checks import InputError, InputPart, check_input, check_kind
+from lightning_revbn.core.input_comparison import InputComparison
 from lightning_revbn.core.input_learner import InputLearner
+from lightning_revbn.core.input_masks import InputMasks
 from lightning_revbn.core.input_settings import RELU_STD, InputNorm
 from lightning_revbn.core.input_state import write_state
 from lightning_revbn.core.input_statistics import InputStatistics, MissingStatisticsError
@@ -58,9 +58,9 @@ class OnlineStandardizer:
         self.learner = InputLearner(settings)
         self._constants: dict[Any, Constants] = {}
         self._newest: InputTransform | None = None
+        self._previewed: InputTransform | None = None
         self._dims: int | None = None
-        self._compared: set[torch.dtype] = set()
-        self._told: set[str] = set()
+        self._comparison = InputComparison(settings)
 
     @property
     def scale(self) -> float:
@@ -146,7 +146,8 @@ class OnlineStandardizer:
     def normalize(self, part: InputPart, dtype: torch.dtype) -> Tensor:
         """Standardise a part of the training batch that was learned last, as the mode says."""
         if self._newest is not None:
-            return self._apply(*part, self._newest.constants_for(part.values), dtype)
+            masks = InputMasks.of(*part, self.settings)
+            return self._apply(part.values, masks, self._newest.constants_for(part.values), dtype)
         if self.is_frozen:
             return self.evaluate(*part, dtype=dtype)
         return torch.empty_like(part.values, dtype=dtype)  # no rank has any values
@@ -176,15 +177,19 @@ class OnlineStandardizer:
             if values.device.type != "mps":  # has no float64, in which the statistics are
                 self.learner.move_to(values.device)
             self._constants[key] = self._transform().constants_for(values)
-            self._compared.discard(values.dtype)
-        result = self._apply(values.detach(), mask, self._constants[key], dtype)
-        if values.dtype not in self._compared and values.numel() and not values.is_meta:
-            self._compared.add(values.dtype)
-            self._compare(values.detach(), mask, result)
+            self._comparison.again(values.dtype)
+        values, constants = values.detach(), self._constants[key]
+        masks = InputMasks.of(values, mask, self.settings)
+        result = self._apply(values, masks, constants, dtype)
+        if self._comparison.is_due(values):
+            kind = self.learner.learned.kind
+            self._comparison.compare(values, result, masks, constants, self.scale, kind, self.statistics())
         return result
 
     def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standardise a batch before there are statistics, by its own alone; remember nothing, communicate nothing.
+        """Standardise a batch before there are statistics, by its own alone; learn nothing, communicate nothing.
+
+        Until there are statistics, `denormalize` undoes the newest preview.
 
         Args:
             values: The batch, raw.
@@ -197,7 +202,9 @@ class OnlineStandardizer:
         if self.has_statistics:
             return self.evaluate(values, mask, dtype=dtype)
         other = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.scale)
-        return other.train(values, mask, dtype=dtype, ranks=1)
+        result = other.train(values, mask, dtype=dtype, ranks=1)
+        self._previewed, self._dims = other._newest, values.dim()
+        return result
 
     def check(self) -> None:
         """Raise if a training batch could not be measured; on accelerators this waits for the batch.
@@ -209,7 +216,7 @@ class OnlineStandardizer:
 
     def compare_again(self) -> None:
         """Compare the next batch of evaluation with the training data: it may be of another data set."""
-        self._compared.clear()
+        self._comparison.again()
 
     def statistics(self) -> InputStatistics:
         """Return mean and standard deviation of all training data seen so far, in units of the input range.
@@ -241,7 +248,10 @@ class OnlineStandardizer:
         Returns:
             Values in units of the input range: pictures that came as uint8 lie in [0, 1].
         """
-        transform = self._newest if is_training and self._newest is not None else self._transform()
+        transform = self._newest if is_training else None
+        if not self.has_statistics:
+            transform = self._previewed
+        transform = transform or self._transform()
         return transform.undo(values, self._dims)
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,25 +272,15 @@ class OnlineStandardizer:
         if self.settings.scale == "auto":
             self._scale = saved.scale
         self._newest = None
-        self._told.clear()
+        self._comparison.forget_warnings()
         self._constants.clear()
 
     def _transform(self, batch: Moments | None = None) -> InputTransform:
         """Return the transform of a training batch that was added, or of batches of evaluation."""
         return InputTransform(self.settings, self.scale, self.learner.estimate(batch))
 
-    def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
+    def _apply(self, values: Tensor, masks: InputMasks, constants: Constants, dtype: torch.dtype) -> Tensor:
         self._dims = values.dim()
+        dim, compile, fill = self.settings.channel_dim, self.settings.compile, self.settings.fill or 0.0
         with torch.no_grad():
-            return standardize(values, constants, self.settings.channel_dim, dtype, mask, self.settings.compile)
-
-    def _compare(self, values: Tensor, mask: Tensor | None, result: Tensor) -> None:
-        """Warn if a batch of evaluation is made of other numbers than the training data, once in one way."""
-        statistics = self.statistics()
-        distance = average_size(result, mask) / self.scale
-        foreign = on_evaluation(values, mask, distance, self.learner.learned.kind, statistics, self.settings)
-        unseen = on_unseen_channels(statistics) if self.learns else None
-        for subject, text in (("values", foreign), ("channels", unseen)):
-            if text is not None and subject not in self._told:
-                self._told.add(subject)
-                warnings.warn(text, stacklevel=3)
+            return standardize(values, constants, dim, dtype, masks.kept, compile, fill)

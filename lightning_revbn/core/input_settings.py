@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field
-from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args, get_type_hints
 
 import torch
 
@@ -28,6 +28,8 @@ MODES: tuple[str, ...] = get_args(Mode)
 _Number = TypeVar("_Number", int, float)
 
 _MISSING = object()
+
+_HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,12 @@ class InputNorm:
         channel_dim: Which dimension holds the channels; negative counts from the end. None takes all values together,
             with `num_features=1`.
         mask_key: Where a batch holds a boolean mask, True where values count; it must broadcast to the input. What it
-            leaves out becomes 0. A list has a mask for each place of `key`; a single mask is for all of them.
+            leaves out becomes 0, or `fill`. A list has one mask for each place of `key`; a single mask is for all.
         eval_key: Where batches of validation, test and prediction hold the input, if elsewhere. Of a list, each batch
             needs one place only, so that loaders may give batches of different structure.
         eval_mask_key: The same for the mask.
         nan_policy: `"error"` stops training on all ranks, statistics untouched. `"ignore"` leaves NaN out of the
-            statistics and in the input. Infinity is always an error.
+            statistics and in the input, unless `fill` replaces it. Infinity is always an error.
         freeze_after: After how many samples of all ranks the statistics are kept as they are. From then on the
             statistics of everything seen are used in mode `"batch"` too, and ranks communicate no more.
         mean: Constants of mode `"fixed"`, one a channel, in units of `input_range`.
@@ -67,6 +69,15 @@ class InputNorm:
         prefix: First part of the keys that are logged.
         compile: Whether `torch.compile` makes kernels of it, with the same results: faster for uint8, after some
             seconds in the first step. On CPUs that takes a C++ compiler.
+        channels: Numbers of the channels that are learned and normalised; negative counts from the end. The others,
+            such as one-hot columns, stay as they are: neither divided by `input_range` nor masked, clipped or filled.
+            None is all channels.
+        clip: How many standard deviations from the mean a result may lie, as an outlier does: the standardised value is
+            cut to `-clip ... clip` before it is multiplied by `scale`. Statistics count outliers in full.
+        fill: What masked values, `nodata` and NaN become: a number in the result, which neither `scale` nor `clip`
+            changes, and 0 is the mean. With None, masked values and `nodata` become 0, and NaN stays NaN.
+        nodata: A number, or several, that raw values have where there is no value, as rasters do. Such values count as
+            masked. Integers must equal it exactly, floating-point values as their dtype rounds it.
 
     Raises:
         ValueError: If a value is out of range or settings contradict each other.
@@ -93,6 +104,10 @@ class InputNorm:
     std: Sequence[float] | None = None
     prefix: str = "revbn"
     compile: bool = False
+    channels: Sequence[int] | None = None
+    clip: float | None = None
+    fill: float | None = None
+    nodata: float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
@@ -113,6 +128,16 @@ class InputNorm:
             self._take("freeze_after", as_integer, lambda count: count > 0, "be a number of samples above 0, or None")
         if self.mode == "fixed" and self.freeze_after is not None:
             raise ValueError('mode="fixed" collects no statistics, so there is nothing for freeze_after to freeze')
+        if self.channels is not None:
+            object.__setattr__(self, "channels", self._checked_channels(self.channels))
+        if self.clip is not None:
+            must = "be a number of standard deviations above 0, such as 10, or None to clip nothing"
+            self._take("clip", as_number, lambda clip: clip > 0, must)
+        if self.fill is not None:
+            must = f"be a number from {-_HALF:g} to {_HALF:g}, which half precision holds too, such as 0 for the mean"
+            self._take("fill", as_number, lambda fill: abs(fill) <= _HALF, must)
+        if self.nodata is not None:
+            object.__setattr__(self, "nodata", _checked_nodata(self.nodata))
         for name in ("mean", "std"):
             self._check_constants(name)
         for name in ("key", "mask_key", "eval_key", "eval_mask_key"):
@@ -130,6 +155,13 @@ class InputNorm:
         """
         key = self.key if is_training or self.eval_key is None else self.eval_key
         return key, self.mask_key if is_training or self.eval_mask_key is None else self.eval_mask_key
+
+    @property
+    def nodata_values(self) -> list[float]:
+        """The numbers that stand for no value."""
+        if self.nodata is None:
+            return []
+        return [self.nodata] if isinstance(self.nodata, (int, float)) else [*self.nodata]
 
     def unit(self, kind: Kind) -> float:
         """Return what raw values of a kind are divided by.
@@ -163,6 +195,21 @@ class InputNorm:
                 where = "training" if is_training else "evaluation"
                 raise ValueError(f"{name}={masks} must have a mask for each place of the input in {where}, {key!r}")
 
+    def _checked_channels(self, given: object) -> tuple[int, ...]:
+        """Return numbers of channels in order, counted from the first."""
+        if self.channel_dim is None:
+            raise ValueError(f"channels={given!r} cannot be told apart: channel_dim=None takes all values together")
+        last = self.num_features - 1
+        wrong = f"channels={given!r} must be different numbers from 0 to {last}, as [0, {last}], or None for all"
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ValueError(wrong)
+        numbers = [as_integer(channel) for channel in cast("Iterable[object]", given)]
+        valid = (channel for channel in numbers if channel is not None and -last - 1 <= channel <= last)
+        found = {channel % self.num_features for channel in valid}
+        if not numbers or len(found) != len(numbers):
+            raise ValueError(wrong)
+        return tuple(sorted(found))
+
     def _check_constants(self, name: str) -> None:
         values: Sequence[float] | None = getattr(self, name)
         if values is None:
@@ -173,10 +220,30 @@ class InputNorm:
             raise ValueError(f'{name} is for mode="fixed"; mode={self.mode!r} learns it from the data')
         numbers = tuple(float(value) for value in values)
         if len(numbers) != self.num_features:
-            raise ValueError(f"{name} has {len(numbers)} numbers, num_features is {self.num_features}")
+            unused = ". Channels that are left out have numbers too, which are not used" if self.channels else ""
+            raise ValueError(f"{name} has {len(numbers)} numbers, num_features is {self.num_features}{unused}")
         if not all(math.isfinite(number) and (name == "mean" or number >= 0) for number in numbers):
             raise ValueError(f"{name}={numbers} must be finite" + (" and not negative" if name == "std" else ""))
         object.__setattr__(self, name, numbers)
+
+
+def _checked_nodata(given: object) -> float | tuple[float, ...]:
+    """Return a number or several as floats."""
+    several = as_number(given) is None and not isinstance(given, str) and isinstance(given, Iterable)
+    items: list[object] = [*cast("Iterable[object]", given)] if several else [given]
+    numbers = [as_number(item) for item in items]
+    found = [number for number in numbers if number is not None and not math.isnan(number)]
+    if any(number is not None and math.isnan(number) for number in numbers):
+        raise ValueError(
+            f'nodata={given!r} equals no value: nan_policy="ignore" leaves NaN out of the statistics, and fill=0.0 '
+            "replaces it"
+        )
+    if not numbers or len(found) != len(numbers):
+        raise ValueError(f"nodata={given!r} must be a number such as -9999, several as [-9999, 0], or None")
+    inexact = [item for item in items if (whole := as_integer(item)) is not None and int(float(whole)) != whole]
+    if inexact:
+        raise ValueError(f"nodata={inexact[0]} cannot be told from its neighbours: float64 holds no such number")
+    return tuple(found) if several else found[0]
 
 
 def _set(settings: InputNorm, name: str, value: object) -> None:

@@ -5,6 +5,7 @@
 | mode, kind | `InputNorm.mode`, and the name of the `Kind` of the training batches |
 | scale | what standardised values were multiplied by; None while that is not known |
 | input_range | what raw values were divided by |
+| channels | the numbers of the channels that were normalised; None for all |
 | samples | number of samples, a float64 scalar |
 | count, mean, rest, m2 | the moments of all values in raw units, float64, shape `(C,)` each |
 | average_weight, average_mean, average_rest, average_m2 | the same of the moving average |
@@ -32,7 +33,7 @@ _TOTAL = ("count", "mean", "rest", "m2")
 _AVERAGE = ("average_weight", "average_mean", "average_rest", "average_m2")
 _TENSORS = (*_TOTAL, *_AVERAGE, "samples")
 """Names in the order of `LearnedStatistics.tensors`."""
-STATE_KEYS = ("mode", "kind", "scale", "input_range", "constants", "frozen", *_TENSORS)
+STATE_KEYS = ("mode", "kind", "scale", "input_range", "channels", "constants", "frozen", *_TENSORS)
 """All keys of a state."""
 _NEVER_NEGATIVE = {"count", "m2", "average_weight", "average_m2", "samples"}
 
@@ -93,6 +94,7 @@ def write_state(
         "kind": learned.kind.name,
         "scale": scale,
         "input_range": settings.unit(learned.kind),
+        "channels": None if settings.channels is None else [*settings.channels],
         "constants": constants,
         "frozen": is_held,
         **{name: tensor.cpu().clone() for name, tensor in zip(_TENSORS, learned.tensors(), strict=True)},
@@ -127,6 +129,7 @@ def read_state(state: object, settings: InputNorm) -> SavedInput:
         raise ValueError(
             f"the saved input statistics are of {len(count)} channels, num_features is {settings.num_features}"
         )
+    _check_channels(values["channels"], settings)
     tensors = {name: _tensor(values, name, () if name == "samples" else (settings.num_features,)) for name in _TENSORS}
     kind = Kind[values["kind"]]
     _check_together(tensors, kind)
@@ -147,6 +150,20 @@ def read_state(state: object, settings: InputNorm) -> SavedInput:
     _expect(isinstance(is_held, bool), "frozen", repr(is_held))
     _expect(not is_held or kind is not Kind.UNKNOWN, "frozen", "True, although nothing was learned")
     return SavedInput(values["mode"], scale, constants, learned, is_held)
+
+
+def _check_channels(saved: object, settings: InputNorm) -> None:
+    """Raise unless the same channels were normalised."""
+    everything = [*range(settings.num_features)]
+    of_saved = everything if saved is None else saved
+    is_list = isinstance(of_saved, list) and {type(channel) for channel in cast("list[object]", of_saved)} <= {int}
+    _expect(is_list, "channels", repr(saved))
+    if of_saved != (everything if settings.channels is None else [*settings.channels]):
+        own = None if settings.channels is None else [*settings.channels]
+        raise ValueError(
+            f"the saved input statistics are of a run with InputNorm(channels={saved}), and this run has "
+            f"channels={own}: the network was trained on other input. Give this run the channels of the saved one"
+        )
 
 
 def _check_together(tensors: Mapping[str, Tensor], kind: Kind) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,11 +22,17 @@ class InputStatistics(NamedTuple):
         mean: float64, shape `(C,)`.
         std: `sqrt(m2 / count)`, float64, shape `(C,)`.
         count: How many values they are of, float64, shape `(C,)`; 0 for given constants.
+
+    A channel that `InputNorm(channels=...)` leaves alone has mean 0, std 1 and count 0.
     """
 
     mean: Tensor
     std: Tensor
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] # the design's name; nobody counts in it
+
+    def of(self, channels: Sequence[int] | None) -> InputStatistics:
+        """Return the statistics of some channels; of all for None."""
+        return self if channels is None else InputStatistics(*(column[[*channels]] for column in self))
 
     def fit_range(self) -> bool:
         """Tell whether the values can be floating-point numbers from 0 to 1, give or take some augmentation."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_revbn.core.estimators import Estimate
 from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize
 from lightning_revbn.core.input_checks import check_input
+from lightning_revbn.core.input_masks import chosen_channels
 from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.moments import Kind
 
@@ -42,8 +43,25 @@ class InputTransform:
         """Return constants in raw units and in the precision of the arithmetic, on the device of the values."""
         # What was learned from bytes also standardises floats from 0 to 1, and the other way round.
         unit = self.settings.unit(Kind.of_dtype(values.dtype))
-        raw = (self.estimate.mean * unit, self.estimate.rest * unit, self.gain / unit)
-        return Constants.of(*raw, arithmetic_dtype(values.dtype), self.scale).to(values.device)
+        mean, rest, gain = self.columns(unit)
+        constants = Constants.of(mean, rest, gain, arithmetic_dtype(values.dtype), self.scale, self._bound())
+        return constants.to(values.device)
+
+    def columns(self, unit: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what values are normalised by, channels that are left alone included.
+
+        Args:
+            unit: How much of the values is 1 of the input range.
+
+        Returns:
+            The mean, what it has lost by rounding, and the gain; float64, shape `(C,)` each.
+        """
+        columns = (self.estimate.mean * unit, self.estimate.rest * unit, self.gain / unit)
+        chosen = chosen_channels(self.settings, self.estimate.mean.device)
+        if chosen is None:
+            return columns
+        mean, rest, gain = columns
+        return torch.where(chosen, mean, 0.0), torch.where(chosen, rest, 0.0), torch.where(chosen, gain, 1.0)
 
     def undo(self, values: Tensor, dims: int | None) -> Tensor:
         """Return values in units of the input range.
@@ -59,8 +77,9 @@ class InputTransform:
         if dim is not None and dim > 0:
             looks_single = values.shape[dim : dim + 1] != (channels,) == values.shape[dim - 1 : dim]
             dim -= looks_single if dims is None else values.dim() == dims - 1
-        check_input(values, None, dim, channels)
-        return denormalize(values, self.estimate.mean, self.estimate.rest, self.gain, dim)
+        if dim is not None or values.dim():  # without channels a single number is a sample
+            check_input(values, None, dim, channels)
+        return denormalize(values, *self.columns(), dim)
 
     def module(self, kind: Kind) -> FixedNormalizer:
         """Return the transform as a module on the CPU.
@@ -72,7 +91,24 @@ class InputTransform:
             The module.
         """
         mean, gain = (self.estimate.mean + self.estimate.rest).cpu(), self.gain.cpu()
-        given = self.settings.input_range
-        if given != "auto":
-            return FixedNormalizer(mean, gain, self.settings.channel_dim, given)
-        return FixedNormalizer(mean, gain, self.settings.channel_dim, None, kind.name.lower())
+        settings = self.settings
+        return FixedNormalizer(
+            mean,
+            gain,
+            settings.channel_dim,
+            None if settings.input_range == "auto" else settings.input_range,
+            kind.name.lower() if settings.input_range == "auto" else "unknown",
+            bound=None if settings.clip is None else settings.clip * self.scale,
+            fill=settings.fill,
+            nodata=settings.nodata_values,
+            channels=settings.channels,
+        )
+
+    def _bound(self) -> Tensor | None:
+        """Return how far from 0 results may lie, shape `(C,)`."""
+        clip = self.settings.clip
+        if clip is None:
+            return None
+        bound = torch.full_like(self.estimate.mean, clip * self.scale)
+        chosen = chosen_channels(self.settings, bound.device)
+        return bound if chosen is None else torch.where(chosen, bound, torch.inf)

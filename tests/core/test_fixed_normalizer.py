@@ -106,6 +106,32 @@ def test_the_exported_module_does_what_evaluation_does(channel_dim: int | None) 
         np.testing.assert_allclose(from_onnx, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [None, [0, 2]])
+@pytest.mark.parametrize(("dtype", "nodata"), [(torch.uint8, (0, -9999)), (torch.int16, -9999), (torch.float32, -9999)])
+def test_every_form_of_the_exported_module_leaves_out_what_evaluation_leaves_out(
+    dtype: torch.dtype, nodata: Any, channels: Any
+) -> None:
+    given = InputNorm(3, clip=1.0, fill=-2.0, nodata=nodata, channels=channels, nan_policy="ignore")
+    standardizer = OnlineStandardizer(given)
+    values = torch.randint(0, 256, (6, 3, 8), generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[::2, :, :3] = 0 if dtype == torch.uint8 else -9999
+    if dtype == torch.float32:
+        values[1, :, 4] = torch.nan
+    standardizer.train(values)
+    module, mask = standardizer.normalizer().eval(), torch.arange(8) > 1
+    wanted, masked = standardizer.evaluate(values), standardizer.evaluate(values, mask)
+    assert (wanted == -2).any()
+    assert not torch.equal(masked.nan_to_num(), wanted.nan_to_num())
+    forms: list[Any] = [module, scripted(module), torch.export.export(module, (values, mask)).module()]
+    for form in forms:
+        torch.testing.assert_close(form(values, mask), masked, rtol=1e-6, atol=1e-6, equal_nan=True)
+    for form in (module, scripted(module), torch.export.export(module, (values,)).module()):
+        torch.testing.assert_close(form(values), wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
+    (from_onnx,) = onnx_session(module, values).run(None, {"values": values.numpy()})
+    np.testing.assert_allclose(from_onnx, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(module.half()(values), wanted.half(), rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
 def test_the_exported_module_knows_a_given_range() -> None:
     module = FixedNormalizer(torch.tensor([0.5]).double(), torch.tensor([2.0]).double(), input_range=1000.0)
     assert module(torch.tensor([[1000]], dtype=torch.int16)).item() == pytest.approx(1.0)

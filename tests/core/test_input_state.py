@@ -75,6 +75,12 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         f"range {value}": (with_value("input_range", value), "input_range is") for value in (0, -255.0, torch.inf, None)
     },
     "range too far": (with_value("input_range", 1e-300), "input_range is 1e-300, too far from 255.0"),
+    "channels by name": (with_value("channels", ["red"]), r"channels is \['red'\]"),
+    "channels as a tensor": (with_value("channels", torch.arange(3)), "channels is tensor"),
+    "other channels": (
+        with_value("channels", [0, 2]),
+        r"are of a run with InputNorm\(channels=\[0, 2\]\).*channels=None",
+    ),
     "half a value": (with_element("count", 0.5), "count is not whole numbers"),
     "half a sample": (with_element("samples", 0.5), "samples is not whole numbers"),
     "no samples": (with_element("samples", 0.0), "samples is 0, although values were seen"),
@@ -88,6 +94,21 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "a learner's mode": (with_value("mode", "fixed"), "constants is a NoneType"),
     "fixed with a kind": (lambda: {**saved("fixed"), "kind": "FLOAT"}, "kind is FLOAT in mode 'fixed'"),
 }
+
+
+@pytest.mark.parametrize("mode", ["batch", "running", "ema", "fixed"])
+def test_a_state_is_for_the_same_channels_in_every_mode(mode: Any) -> None:
+    given = {"mean": [0.5] * 3, "std": [0.2] * 3} if mode == "fixed" else {}
+    first, same, other = (
+        OnlineStandardizer(InputNorm(3, mode=mode, channels=of, **given)) for of in ([0, 2], [-1, 0], [0])
+    )
+    first.train(IMAGES)
+    same.load_state_dict(first.state_dict())
+    assert torch.equal(same.evaluate(IMAGES), first.evaluate(IMAGES))
+    with pytest.raises(ValueError, match=r"InputNorm\(channels=\[0, 2\]\), and this run has channels=\[0\]"):
+        other.load_state_dict(first.state_dict())
+    everything = OnlineStandardizer(InputNorm(3, mode=mode, channels=[0, 1, 2], **given))
+    everything.load_state_dict(OnlineStandardizer(InputNorm(3, mode=mode, **given)).state_dict())  # None is all
 
 
 def test_there_are_many() -> None:

@@ -53,9 +53,27 @@ class Case:
             channel_dim=self.channel_dim,
             nan_policy="ignore" if self.ignores_nan else "error",
             **({"mean": [0.3] * self.channels, "std": [0.7] * self.channels} if self.mode == "fixed" else {}),
+            **self.selection(),
         )
+        self.chosen = np.array([channel in self.chosen_channels() for channel in range(self.channels)])
         auto = 255.0 if self.dtype == torch.uint8 else 1.0
         self.unit = auto if self.settings.input_range == "auto" else self.settings.input_range
+
+    def selection(self) -> dict[str, Any]:
+        """Return the settings that leave values out, each in a third of all cases."""
+        is_small = self.dtype in (torch.uint8, torch.int8)
+        drawn: dict[str, Any] = {
+            "clip": float(self.one_of((0.3, 2.0))),
+            "fill": float(self.one_of((0.0, -3.0))),
+            # As a byte -9999 would be 241, and half precision holds -10000 instead of it.
+            "nodata": self.one_of((-9999, 7, (7, -9999), (7.5, 8))) if is_small else self.one_of((-9999, (7, -9999.0))),
+        }
+        if self.channel_dim is not None:
+            drawn["channels"] = self.random.permutation(self.channels)[: self.random.integers(1, self.channels + 1)]
+        return {name: value for name, value in drawn.items() if self.random.random() < 1 / 3}
+
+    def chosen_channels(self) -> Any:
+        return range(self.channels) if self.settings.channels is None else self.settings.channels
 
     def one_of(self, choices: Any) -> Any:
         return choices[self.random.integers(len(choices))]
@@ -74,6 +92,9 @@ class Case:
         if self.dtype in (torch.uint8, torch.int8):
             values = values.clamp(-100, 100) + (128 if self.dtype == torch.uint8 else 0)
         values = values.to(self.dtype)
+        for number in self.settings.nodata_values:
+            if self.holds(number):
+                values[torch.rand(shape) < 0.1] = number
         if self.ignores_nan:
             values[torch.rand(shape) < 0.2] = torch.nan
         order = self.random.permutation(len(shape)).tolist()
@@ -87,12 +108,23 @@ class Case:
         sizes = [size if self.random.random() < 0.7 else 1 for size in shape]
         return values, torch.rand(sizes) < 0.7
 
+    def holds(self, number: float) -> bool:
+        limits = None if self.dtype.is_floating_point else torch.iinfo(self.dtype)
+        return limits is None or (number == int(number) and limits.min <= number <= limits.max)
+
+    def valid(self, values: Tensor, mask: Tensor | None) -> Array:
+        """Return where values are data, channel by channel."""
+        array = self.by_channel(values.double().numpy())
+        result = np.ones(array.shape, bool) if mask is None else self.by_channel(mask.expand(values.shape).numpy())
+        for number in self.settings.nodata_values:
+            if self.holds(number):
+                result = result & (array != torch.tensor([number]).to(self.dtype).item())
+        return result
+
     def columns(self, values: Tensor, mask: Tensor | None) -> list[Array]:
         """Return the values of each channel that count, in units of the range."""
         array = self.by_channel(values.double().numpy()) / self.unit
-        keep = ~np.isnan(array)
-        if mask is not None:
-            keep &= self.by_channel(mask.expand(values.shape).numpy())
+        keep = ~np.isnan(array) & self.valid(values, mask) & self.chosen[:, None]
         return [row[kept] for row, kept in zip(array, keep, strict=True)]
 
     def by_channel(self, array: Array) -> Array:
@@ -105,8 +137,16 @@ class Case:
         array = self.by_channel(values.double().numpy()) / self.unit
         constant = variances <= (8 * np.finfo(float).eps * means) ** 2
         divisors = np.where(constant, 1.0, np.sqrt(variances + self.settings.eps))
-        result = (array - means[:, None]) / divisors[:, None] * self.settings.scale
-        return result if mask is None else np.where(self.by_channel(mask.expand(values.shape).numpy()), result, 0.0)
+        result = (array - means[:, None]) / divisors[:, None]
+        if self.settings.clip is not None:
+            result = np.where(result > self.settings.clip, self.settings.clip, result)
+            result = np.where(result < -self.settings.clip, -self.settings.clip, result)
+        result *= self.settings.scale
+        kept = self.valid(values, mask)
+        if self.settings.fill is not None:
+            kept = kept & ~np.isnan(array)
+        result = np.where(kept, result, self.settings.fill or 0.0)
+        return np.where(self.chosen[:, None], result, array * self.unit)
 
 
 def means_and_variances(columns: list[Array]) -> tuple[Array, Array]:
@@ -184,7 +224,7 @@ def run(case: Case) -> None:
         found, expected = standardizer.statistics(), means_and_variances(columns)
         assert found.count.tolist() == [len(column) for column in columns]
         np.testing.assert_allclose(found.mean, expected[0], rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(found.std, np.sqrt(expected[1]), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.std, np.where(case.chosen, np.sqrt(expected[1]), 1), rtol=1e-9, atol=1e-12)
     other = OnlineStandardizer(case.settings)
     other.load_state_dict(standardizer.state_dict())
     assert same_states(other.state_dict(), standardizer.state_dict())
@@ -194,9 +234,17 @@ def run(case: Case) -> None:
     close(case, result, case.normalized(values, mask, means, variances))
     exported = standardizer.normalizer()(values)
     close(case, exported, case.normalized(values, None, means, variances))
-    back = case.by_channel(standardizer.denormalize(exported).double().numpy())
-    size = np.abs(case.by_channel(values.double().numpy()) / case.unit) + np.abs(means[:, None])
-    error = np.abs(back - case.by_channel(values.double().numpy()) / case.unit)
+    close(case, standardizer.normalizer()(values, mask), case.normalized(values, mask, means, variances))
+    array = case.by_channel(values.double().numpy())
+    wanted = np.where(case.chosen[:, None], array / case.unit, array)
+    size = np.abs(wanted) + np.abs(means[:, None])
+    error = np.abs(case.by_channel(standardizer.denormalize(exported).double().numpy()) - wanted)
+    if case.settings.clip is not None:
+        limit = case.settings.clip * case.settings.scale * (1 - 1e-5)
+        error[case.chosen[:, None] & (np.abs(case.by_channel(exported.double().numpy())) > limit)] = 0.0
+    error[case.chosen[:, None] & ~case.valid(values, None)] = 0.0
+    if case.settings.fill is not None:
+        error[np.isnan(array)] = 0.0
     assert (np.nan_to_num(error) <= 1e-5 * np.nan_to_num(size) + 1e-5).all()
 
 

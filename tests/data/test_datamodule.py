@@ -480,7 +480,8 @@ def test_settings_among_the_hyperparameters_are_logged_and_saved_where_omegaconf
             super().__init__(input_norm)
             self.save_hyperparameters()
 
-    settings = InputNorm(3, mode="fixed", mean=[0.5] * 3, std=[0.25] * 3)
+    chosen: dict[str, Any] = {"channels": [0, 2], "clip": 10, "fill": 0, "nodata": [0, 255]}
+    settings = InputNorm(3, mode="fixed", mean=[0.5] * 3, std=[0.25] * 3, **chosen)
     loggers: list[Any] = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tensorboard")]
     run = trainer(tmp_path, logger=loggers, max_epochs=1)
     run.fit(SeeingNet(), Saved(settings, 6))

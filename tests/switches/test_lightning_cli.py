@@ -396,25 +396,35 @@ class RawByKeywords(Raw):
 @pytest.mark.parametrize("data", [Raw, RawByArgument, RawByKeywords])
 @pytest.mark.parametrize("by_class_path", [False, True])
 def test_a_configured_input_normalisation_trains_as_in_a_script(data: Any, by_class_path: bool, tmp_path: Path) -> None:
-    arguments = {"input_norm": {"num_features": 3, "mode": "ema", "momentum": 0.2}}
+    chosen = {"channels": [0, 2], "clip": 3.0, "fill": -1.0, "nodata": -9999 if by_class_path else [0, 255]}
+    arguments = {"input_norm": {"num_features": 3, "mode": "ema", "momentum": 0.2, **chosen}}
     class_path = {"class_path": f"{__name__}.{data.__name__}", "init_args": arguments}
     file = write(tmp_path / "data.yaml", yaml.safe_dump({"data": class_path if by_class_path else arguments}))
     kind = functools.partial(RevBNCLI, subclass_mode_data=by_class_path)
     program = run(kind, tmp_path, "--config", file, "--revbn.enabled", "true", data=data)
     expected = net_of(L)()
-    trainer(tmp_path, quiet()).fit(expected, data(input_norm=InputNorm(num_features=3, mode="ema", momentum=0.2)))
+    trainer(tmp_path, quiet()).fit(
+        expected, data(input_norm=InputNorm(num_features=3, mode="ema", momentum=0.2, **chosen))
+    )
     assert_same_parameters(expected, program.model)
     saved = yaml.safe_load((tmp_path / "logs" / "config.yaml").read_text())["data"]
-    assert (saved["init_args"] if by_class_path else saved)["input_norm"]["momentum"] == 0.2
+    written = (saved["init_args"] if by_class_path else saved)["input_norm"]
+    assert written["momentum"] == 0.2
+    assert {name: written[name] for name in chosen} == chosen
 
 
 def test_a_wrong_setting_of_the_input_normalisation_says_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path / "data.yaml", "data: {input_norm: {num_features: 0}}")
-    with pytest.raises((SystemExit, ValueError)) as raised:
-        run(RevBNCLI, tmp_path, "--config", file, data=Raw)
-    assert "num_features=0 must be the number of channels" in capsys.readouterr().err + str(raised.value)
+    for setting, message in (
+        ("num_features: 0", "num_features=0 must be the number of channels"),
+        ("num_features: 3, channels: [0, 3]", "channels=[0, 3] must be different numbers from 0 to 2"),
+        ("num_features: 3, clip: 0.0", "clip=0.0 must be a number of standard deviations above 0"),
+    ):
+        file = write(tmp_path / "data.yaml", f"data: {{input_norm: {{{setting}}}}}")
+        with pytest.raises((SystemExit, ValueError)) as raised:
+            run(RevBNCLI, tmp_path, "--config", file, data=Raw)
+        assert message in capsys.readouterr().err + str(raised.value)
 
 
 @pytest.mark.parametrize("package", [L, pl])

@@ -57,7 +57,7 @@ class InputComparison:
         self,
         values: Tensor,
         result: Tensor,
-        masks: InputMasks,
+        mask: Tensor | None,
         constants: Constants,
         scale: float,
         kind: Kind,
@@ -68,7 +68,7 @@ class InputComparison:
         Args:
             values: The batch, raw.
             result: The same standardised.
-            masks: Which values count.
+            mask: True where values count.
             constants: What it was standardised by.
             scale: What standardised values were multiplied by.
             kind: What the training batches were made of; unknown for given constants.
@@ -76,6 +76,7 @@ class InputComparison:
         """
         self._compared.add(values.dtype)
         settings = self._settings
+        masks = InputMasks.of(values, mask, settings)
         if constants.bound is not None:  # a result that was cut tells no distance
             result = standardize(values, replace(constants, bound=None), settings.channel_dim, torch.float32)
         distance = average_size(result, masks.compared) / scale

@@ -58,7 +58,7 @@ class OnlineStandardizer:
         self.learner = InputLearner(settings)
         self._constants: dict[Any, Constants] = {}
         self._newest: InputTransform | None = None
-        self._previewed: InputTransform | None = None
+        self._stand_in: OnlineStandardizer | None = None
         self._dims: int | None = None
         self._comparison = InputComparison(settings)
 
@@ -146,8 +146,7 @@ class OnlineStandardizer:
     def normalize(self, part: InputPart, dtype: torch.dtype) -> Tensor:
         """Standardise a part of the training batch that was learned last, as the mode says."""
         if self._newest is not None:
-            masks = InputMasks.of(*part, self.settings)
-            return self._apply(part.values, masks, self._newest.constants_for(part.values), dtype)
+            return self._apply(*part, self._newest.constants_for(part.values), dtype)
         if self.is_frozen:
             return self.evaluate(*part, dtype=dtype)
         return torch.empty_like(part.values, dtype=dtype)  # no rank has any values
@@ -179,11 +178,10 @@ class OnlineStandardizer:
             self._constants[key] = self._transform().constants_for(values)
             self._comparison.again(values.dtype)
         values, constants = values.detach(), self._constants[key]
-        masks = InputMasks.of(values, mask, self.settings)
-        result = self._apply(values, masks, constants, dtype)
+        result = self._apply(values, mask, constants, dtype)
         if self._comparison.is_due(values):
-            kind = self.learner.learned.kind
-            self._comparison.compare(values, result, masks, constants, self.scale, kind, self.statistics())
+            known = self.learner.learned.kind, self.statistics()
+            self._comparison.compare(values, result, mask, constants, self.scale, *known)
         return result
 
     def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -201,10 +199,12 @@ class OnlineStandardizer:
         """
         if self.has_statistics:
             return self.evaluate(values, mask, dtype=dtype)
-        other = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.scale)
-        result = other.train(values, mask, dtype=dtype, ranks=1)
-        self._previewed, self._dims = other._newest, values.dim()
-        return result
+        return self.stand_in().train(values, mask, dtype=dtype, ranks=1)
+
+    def stand_in(self) -> OnlineStandardizer:
+        """Return a standardiser for one batch; `denormalize` undoes the batch until there are statistics."""
+        self._stand_in = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.scale)
+        return self._stand_in
 
     def check(self) -> None:
         """Raise if a training batch could not be measured; on accelerators this waits for the batch.
@@ -248,10 +248,9 @@ class OnlineStandardizer:
         Returns:
             Values in units of the input range: pictures that came as uint8 lie in [0, 1].
         """
-        transform = self._newest if is_training else None
-        if not self.has_statistics:
-            transform = self._previewed
-        transform = transform or self._transform()
+        if not self.has_statistics and self._stand_in is not None:
+            return self._stand_in.denormalize(values, is_training=True)
+        transform = (self._newest if is_training else None) or self._transform()
         return transform.undo(values, self._dims)
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,8 +278,9 @@ class OnlineStandardizer:
         """Return the transform of a training batch that was added, or of batches of evaluation."""
         return InputTransform(self.settings, self.scale, self.learner.estimate(batch))
 
-    def _apply(self, values: Tensor, masks: InputMasks, constants: Constants, dtype: torch.dtype) -> Tensor:
+    def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
         self._dims = values.dim()
+        kept = InputMasks.of(values, mask, self.settings).kept
         dim, compile, fill = self.settings.channel_dim, self.settings.compile, self.settings.fill or 0.0
         with torch.no_grad():
-            return standardize(values, constants, dim, dtype, masks.kept, compile, fill)
+            return standardize(values, constants, dim, dtype, kept, compile, fill)

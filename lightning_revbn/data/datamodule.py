@@ -224,12 +224,13 @@ def _normalized_example(batch: Any, inputs: InputSet) -> Any:
     """Return an example input, which Lightning sends through this hook for summaries, graphs and exports.
 
     It is meant for the network and passed on as it is, unless it is an image or another raw integer signal, which no
-    network takes. Which of several inputs a tensor would be is not known.
+    network takes. Which of several inputs a tensor would be is not known, and a key may lead to something else, as to
+    the targets.
     """
     values: Any = batch if isinstance(batch, Tensor) else next(iter(batch), None) if is_sequence(batch) else None
     if not isinstance(values, Tensor) or values.dtype not in (torch.uint8, torch.int8, torch.int16):
         return batch
-    if len(inputs.inputs) > 1:
+    if len(inputs.inputs) > 1 or (isinstance(inputs.inputs[0].settings.key, int) and inputs.inputs[0].settings.key):
         return batch
     result = inputs.inputs[0].online.preview(values)
     return result if batch is values else replace_tensor(batch, 0, result)

@@ -42,13 +42,15 @@ class InputReport:
         return self.source.online
 
     def metrics(self) -> dict[str, float]:
-        """Return mean and standard deviation over the channels, and of single channels if there are not too many."""
-        statistics, prefix = self.online.statistics(), self.source.settings.prefix
+        """Return mean and standard deviation over the normalised channels, and of each if there are not too many."""
+        settings = self.source.settings
+        statistics, prefix = self.online.statistics().of(settings.channels), settings.prefix
+        channels = range(settings.num_features) if settings.channels is None else settings.channels
         metrics: dict[str, float] = {}
         for quantity, values in (("mean", statistics.mean), ("std", statistics.std)):
             metrics[input_key(prefix, quantity, self.source.name)] = values.mean().item()
             if 1 < len(values) <= _SINGLE_CHANNELS:
-                for channel, value in enumerate(values):
+                for channel, value in zip(channels, values, strict=True):
                     metrics[input_key(prefix, f"{quantity}_{channel}", self.source.name)] = value.item()
         return metrics
 

@@ -110,8 +110,7 @@ class NamedInput:
         """Standardise a batch before there are statistics, by its own alone."""
         if self.online.has_statistics:
             return self.evaluate(parts, dtype)
-        other = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.online.scale)
-        own = InputParts(self.name, other, parts)
+        own = InputParts(self.name, self.online.stand_in(), parts)
         return train_together([own], dtype, None, 1, torch.device("cpu"))[0]
 
 

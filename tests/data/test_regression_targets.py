@@ -150,3 +150,17 @@ def test_the_sanity_check_gets_its_targets_back_before_anything_is_learned(tmp_p
 def test_targets_without_a_dimension_of_channels_are_told_how_to_be_taken(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"shape \(52,\).*InputNorm\(1, channel_dim=None\) takes all values as one"):
         trainer(tmp_path, num_sanity_val_steps=0).fit(Regression(1), Data(PROGRESSION, num_features=1))
+
+
+def test_an_example_input_is_not_taken_for_targets(tmp_path: Path) -> None:
+    class Bytes(Regression):
+        def forward(self, inputs: Tensor, like: Tensor | None = None) -> Tensor:
+            if like is None:
+                self.example_seen = inputs
+                return self.model(inputs.float())
+            return super().forward(inputs, like)
+
+    network, data = Bytes(1), Data(PROGRESSION, num_features=1, channel_dim=None, mode="running")
+    network.example_input_array = torch.full((2, 10), 7, dtype=torch.uint8)
+    trainer(tmp_path, enable_model_summary=True, max_epochs=1).fit(network, data)
+    assert torch.equal(network.example_seen, network.example_input_array)

@@ -225,3 +225,16 @@ def test_targets_of_a_regression_are_standardised_and_inverted(tmp_path: Path) -
     network = Mean()
     trainer(tmp_path, num_sanity_val_steps=0, max_epochs=1).fit(network, data)
     torch.testing.assert_close(torch.cat(network.seen["eval"]), targets)
+
+
+def test_channels_that_are_left_out_are_not_logged(tmp_path: Path) -> None:
+    images = raw_images(48)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(SeeingNet(), RawData(InputNorm(3, channels=[2, 0]), images))
+    raw = images[0].double().movedim(1, 0).flatten(1) / 255
+    logged = {key.removeprefix("revbn/input/"): value.item() for key, value in run.callback_metrics.items()}
+    found = {key: logged[key] for key in ("mean_0", "mean_2", "std_0", "std_2", "mean", "std")}
+    mean, std = raw.mean(1), raw.std(1, correction=0)
+    expected = [*mean[[0, 2]], *std[[0, 2]], mean[[0, 2]].mean(), std[[0, 2]].mean()]
+    assert [*found.values()] == pytest.approx([value.item() for value in expected])
+    assert not {"mean_1", "std_1"} & {*logged}

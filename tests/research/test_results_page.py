@@ -17,6 +17,7 @@ import planned
 import pytest
 import results_page
 from curves import Curve, write_curves
+from helpers.scripts import ROOT
 from scipy import stats
 
 from lightning_revbn.callbacks.short_trainings import LOST_UP_TO
@@ -188,3 +189,6 @@ def test_the_callback_tells_of_the_trainings_that_all_lost() -> None:
         before = [steps for steps, _ in found if steps < others]
         longest |= {scale: max(before)} if before else {}
     assert longest == LOST_UP_TO
+    for page, scales in (("choosing_settings", (0.1, 0.25)), ("first_run", (0.1,))):
+        text = " ".join((ROOT / "docs" / f"{page}.md").read_text().split())
+        assert all(f"up to {LOST_UP_TO[scale]} steps" in text for scale in scales), page

@@ -7,7 +7,7 @@ import lightning_revbn
 project = "lightning-revbn"
 author = copyright = "The lightning-revbn authors"
 version = release = lightning_revbn.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3  # links to sections, as GitHub has them
 html_theme = "furo"

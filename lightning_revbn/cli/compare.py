@@ -23,19 +23,19 @@ from lightning_revbn.runs.names import one_line, suffixes
 __all__ = ["CompareError", "add_parser"]
 
 _MOST_WARNINGS = 5
-_MOST_ARMS = 24  # that can be told apart in a figure
+_MOST_ARMS = 24  # in a figure; readers cannot tell more arms apart
 _SIGNS = {"greater": "proposed > baseline", "less": "proposed < baseline", "two-sided": "either direction"}
 
 
 class CompareError(CommandError):
-    """Runs that cannot be compared as asked; the message is one line and says why."""
+    """Runs cannot be compared as asked; the message gives the reason in a line."""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: The result of `add_subparsers`.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         "compare",
@@ -103,13 +103,13 @@ def _add_curves(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Compare the runs and print what came of it.
+    """Compare the runs and print the result.
 
     Args:
         arguments: The command line.
 
     Returns:
-        The exit code: 0, whatever the answer is.
+        The exit code: 0, whatever the result is.
 
     Raises:
         CompareError: If an option is wrong, or the runs cannot be compared.
@@ -142,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _tell_damage(runs: Sequence[FinishedRun]) -> None:
-    """Say what of the logs was left out: a score may be missing its last value."""
+    """Report the parts of the logs that were left out: without them, a score may not be the run's last value."""
     warnings = [warning for run in runs for warning in run.warnings]
     for warning in warnings[:_MOST_WARNINGS]:
         tell(warning)
@@ -151,7 +151,7 @@ def _tell_damage(runs: Sequence[FinishedRun]) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse options that cannot be followed, before anything is read."""
+    """Refuse options that cannot be followed, before any log is read."""
     if not 0 < arguments.alpha < POWER:
         raise CompareError(f"--alpha {arguments.alpha} must be above 0 and below {POWER}")
     if arguments.metric is None and arguments.curves is None:
@@ -209,7 +209,7 @@ def _lower_is_better(arguments: argparse.Namespace) -> bool:
 
 
 def _labels(arguments: argparse.Namespace, found: Sequence[str]) -> list[str]:
-    """Return what to call the proposed arms: as the user says, or as they were found."""
+    """Return the names of the proposed arms: the user's labels, or the labels that were found."""
     labels = list(arguments.labels or found)
     if len(labels) != len(found):
         raise CompareError(f"--labels has {len(labels)} names for {len(found)} arms ({_named(arguments, found)})")

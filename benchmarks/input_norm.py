@@ -37,7 +37,7 @@ SHAPE = (128, 3, 224, 224)
 def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Call functions in turns, and return the seconds of each call."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
+    for function in functions.values():  # the first calls compile kernels and fill caches
         function()
     for _ in range(rounds):
         for name, function in functions.items():
@@ -207,6 +207,7 @@ def training_step(rounds: int) -> None:
             ("constants", Offline()),
             ("constants again", Offline()),
         ]
+        # Another order each round, so that no arm profits from its place.
         for name, data in arms[round_ % 3 :] + arms[: round_ % 3]:
             times[name].append(step_seconds(data))
     print(f"training step of ResNet-18, 16x3x224x224 uint8, 2 threads, {rounds} rounds, ratio in one round")

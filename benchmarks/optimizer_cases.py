@@ -140,7 +140,7 @@ def optimizers(module: str) -> dict[str, type[Optimizer]]:
         if "test" not in info.name and info.name.rpartition(".")[2] not in SCRIPTS:
             try:
                 modules.append(importlib.import_module(info.name))
-            except Exception:  # a submodule may need a package that is not installed; skip it alone
+            except Exception:  # a submodule may need a package that is not installed: skip only this submodule
                 continue
     return {
         f"{value.__module__}.{value.__qualname__}": value

@@ -46,7 +46,7 @@ class Verdict:
 
     @property
     def is_failure(self) -> bool:
-        """Whether the rule is silently wrong, or fails only after an update."""
+        """Whether the outcome, or the outcome with faster shifts, is one of `FAILURES`."""
         return self.outcome in FAILURES or (self.faster or {}).get("outcome") in FAILURES
 
 

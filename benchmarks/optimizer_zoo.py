@@ -129,7 +129,7 @@ def run(
             optimizer = construct_by_hand(cls, model, groups, decay, multiplier)
         else:
             optimizer = construct(cls, model, groups, decay)
-        seed_everything(0, verbose=False)
+        seed_everything(0, verbose=False)  # again, as constructors may have drawn random numbers
         if how == "rule":
             own = {"shifts": shifts(model), "shift_multiplier": multiplier}
             with ScaleUpdateRule(optimizer, scales(model), DIVISOR, scales(model), **own):

@@ -71,6 +71,7 @@ def count_scales(model: nn.Module) -> tuple[int, int, int]:
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """Describe a tensor in a few numbers: the sums of all 32-bit words and of every seventh word, and its version."""
+    # _version counts writes in place, even writes of equal values.
     flat = tensor.detach().contiguous().view(-1)
     if flat.dtype == torch.float32:
         words = flat.view(torch.int32)

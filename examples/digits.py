@@ -361,7 +361,7 @@ def prepare_worker() -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings of the command line; end the program with an error in a line if a value is wrong."""
+    """Return the settings of the command line; end the program with a single-line error if a value is wrong."""
     parser = argparse.ArgumentParser(
         description="Trains a baseline and a revisited network on digits for every seed, and compares them in pairs."
     )

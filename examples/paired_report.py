@@ -61,7 +61,7 @@ def print_table(baseline: Sequence[float], revisited: Sequence[float], console: 
 
 
 def conclude(result: PairedTTest) -> str:
-    """Word the result of a comparison in a sentence.
+    """Describe the result of a comparison in a sentence.
 
     Args:
         result: Result of the one-sided test that revisited is greater.

@@ -148,7 +148,7 @@ def is_logging_step(trainer: Trainer) -> bool:
     if wanted is not _GONE:
         return bool(wanted)
     _warn_without("should_update_logs", "batch norm metrics are logged every log_every_n_steps steps")
-    every: int = getattr(trainer, "log_every_n_steps", 50)
+    every: int = getattr(trainer, "log_every_n_steps", 50)  # Lightning's own default
     return bool(every) and ((stepped_batches(trainer) + 1) % every == 0 or trainer.should_stop)
 
 
@@ -232,6 +232,7 @@ def publish(trainer: Trainer, metrics: Mapping[str, float], *, in_progress_bar: 
         in_progress_bar: Keys of the metrics that the progress bar shows too, rounded to four digits.
     """
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+    # callback_metrics is a property: if it returns a copy, the update above is lost.
     if metrics.keys() - trainer.callback_metrics.keys():
         _warn_without("a live callback_metrics", "callbacks cannot monitor batch norm metrics")
     if in_progress_bar:

@@ -155,7 +155,7 @@ def grid(arguments: argparse.Namespace) -> list[Run]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings of the command line; end the program with an error in a line if a value is wrong."""
+    """Return the settings of the command line; end the program with a single-line error if a value is wrong."""
     parser = argparse.ArgumentParser(description="Takes the parts of a small scale one at a time, over paired seeds.")
     parser.add_argument("--scale", type=float, default=0.1, metavar="G", help="to take apart (default: %(default)s)")
     parser.add_argument("--leave-one-out", action="store_true", help="all parts but one, too")

@@ -54,7 +54,7 @@ def overtaking_step(steps: Sequence[int], gain: Sequence[float]) -> int | None:
     """
     overtaken = None
     for step, difference in zip(reversed(steps), reversed(gain), strict=True):
-        if not difference > 0:
+        if not difference > 0:  # true for NaN too
             break
         overtaken = step
     return overtaken

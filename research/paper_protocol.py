@@ -163,7 +163,7 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
     }
     directory.mkdir(parents=True)
     write_whole(directory / "metrics.csv", recorder.as_csv())
-    write_whole(directory / "result.json", json.dumps(result, indent=2))
+    write_whole(directory / "result.json", json.dumps(result, indent=2))  # last: it marks the run as finished
     return result
 
 
@@ -191,7 +191,7 @@ def finished(run: Run, directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     result: dict[str, Any] = json.loads(file.read_text())
-    ours = json.loads(json.dumps(asdict(run)))
+    ours = json.loads(json.dumps(asdict(run)))  # as JSON has it, with lists for tuples
     different = [name for name in ours["settings"] if ours["settings"][name] != result["settings"].get(name)]
     if different:
         name = different[0]
@@ -308,14 +308,14 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> None:
 
 
 def check_run_options(parser: argparse.ArgumentParser, settings: argparse.Namespace) -> None:
-    """End the program with an error in a line if a number among these options is wrong."""
+    """End the program with a single-line error if a number among these options is wrong."""
     for option in ("epochs", "batch_size", "seeds", "jobs"):
         if getattr(settings, option) < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {getattr(settings, option)}")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings of the command line; end the program with an error in a line if a value is wrong."""
+    """Return the settings of the command line; end the program with a single-line error if a value is wrong."""
     parser = argparse.ArgumentParser(description="Trains a baseline and arms with other settings over paired seeds.")
     parser.add_argument("data", choices=DATA_SETS, help="the data set")
     parser.add_argument("--data-dir", type=Path, default=DEBIAN, metavar="DIR", help="its files (default: %(default)s)")

@@ -17,7 +17,7 @@ __all__ = ["BatchNorm", "Modules", "OddLayer", "from_state_dict", "known_layers"
 class Modules(nn.Module):
     """Modules by name, without a tree: a tree of modules refuses some names that a checkpoint may hold.
 
-    A tree refuses a part called `type` or `train`, an empty part as in `a..b`, and 5,000 levels.
+    A tree refuses a part called `type` or `train`, an empty part as in `a..b`, and a name of 5,000 levels.
 
     Args:
         modules: Any modules by dotted name.
@@ -42,6 +42,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def __init__(self, tensors: Mapping[str, Tensor], eps: float | None) -> None:
         super().__init__(1, affine=False, track_running_stats=False)  # pyright: ignore[reportUnknownMemberType] # torch types it in part
+        # Torch's own tensors would take memory, and the checkpoint's replace them.
         self.num_features = tensors["running_mean"].numel()
         self.eps = eps  # pyright: ignore[reportAttributeAccessIssue] # unknown, as no state dict has it
         for name, tensor in tensors.items():

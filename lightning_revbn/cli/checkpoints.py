@@ -20,7 +20,7 @@ _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
 
 class TargetError(CommandError):
-    """A target that cannot be read."""
+    """A target cannot be read."""
 
 
 def read_checkpoint(path: Path) -> dict[Any, Any]:

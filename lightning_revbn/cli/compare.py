@@ -28,7 +28,7 @@ _SIGNS = {"greater": "proposed > baseline", "less": "proposed < baseline", "two-
 
 
 class CompareError(CommandError):
-    """Runs cannot be compared as asked; the message gives the reason in a line."""
+    """Runs cannot be compared as asked; the message gives the reason in a single line."""
 
 
 def add_parser(commands: Any) -> None:
@@ -152,7 +152,7 @@ def _tell_damage(runs: Sequence[FinishedRun]) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse options that cannot be followed, before any log is read."""
-    if not 0 < arguments.alpha < POWER:
+    if not 0 < arguments.alpha < POWER:  # without any effect, a test has a power of alpha
         raise CompareError(f"--alpha {arguments.alpha} must be above 0 and below {POWER}")
     if arguments.metric is None and arguments.curves is None:
         raise CompareError("name what to compare: --metric KEY, such as test_acc, or --curves KEY, such as val_loss")
@@ -195,7 +195,7 @@ def _compare_curves(
     lower_is_better = _lower_is_better(arguments)
     comparisons = [curves.compare_curves(baseline, runs, label, key) for label, runs in proposed.items()]
     save_figure(curves_figure.draw(comparisons, key, lower_is_better), arguments.output)
-    if not arguments.json:
+    if not arguments.json:  # stdout holds the JSON alone
         for comparison in comparisons:
             say(curves.conclude(comparison, key, lower_is_better))
 
@@ -203,6 +203,7 @@ def _compare_curves(
 def _lower_is_better(arguments: argparse.Namespace) -> bool:
     if arguments.curves_direction is not None:
         return arguments.curves_direction == "less"
+    # --direction has already told which side of this key is better.
     if arguments.curves == arguments.metric and arguments.direction != "two-sided":
         return arguments.direction == "less"
     return any(word in arguments.curves.lower() for word in ("loss", "err"))
@@ -245,6 +246,7 @@ def _read_arms(arguments: argparse.Namespace) -> list[tuple[str, dict[int, Finis
         sorted_runs = [arm.runs for arm in arms]
     else:
         paths: list[list[Path]] = arguments.against
+        # An arm may have several paths; their common folder names it.
         labels = _labels(arguments, suffixes([Path(os.path.commonpath([p.absolute() for p in arm])) for arm in paths]))
         sorted_runs = _read([find_logs(arm) for arm in (arguments.baseline, *paths)], wanted)
     return [(label, by_seed(runs)) for label, runs in zip(["baseline", *labels], sorted_runs, strict=True)]

@@ -27,7 +27,7 @@ class PrintCompletion(argparse.Action):
         except ImportError as error:
             raise CommandError('completion needs shtab: pip install "lightning-revbn[cli]"') from error
         for action in _actions(parser):
-            if action.type is Path or action.dest == "target":
+            if action.type is Path or action.dest == "target":  # a target may be a file too
                 action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue] # shtab reads this attribute
         print(shtab.complete(parser, values))  # noqa: T201
         parser.exit()

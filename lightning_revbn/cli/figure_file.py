@@ -1,4 +1,4 @@
-"""Checks the file of a figure before a command's work, and writes it afterwards; only writing imports matplotlib."""
+"""Checks the file of a figure before a command's work, and writes it afterwards; imports matplotlib only to write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lightning-revbn inspect`: the batch norm layers of a model or checkpoint, and how a run changed them."""
+"""`lightning-revbn inspect`: the batch norm layers of a model or checkpoint, and how a run treated them."""
 
 from __future__ import annotations
 

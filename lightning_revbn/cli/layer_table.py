@@ -15,7 +15,7 @@ from lightning_revbn.core.printable import shortened
 __all__ = ["show_layers", "tell_run"]
 
 _TORCH_EPS = 1e-5
-_MOST_CHANNELS = 4  # whose means and standard deviations are all listed
+_MOST_CHANNELS = 4  # up to this number, every mean and standard deviation is listed
 _SPARE = (
     ("Shift min", "Shift max"),
     ("Scale min", "Scale max"),
@@ -34,7 +34,7 @@ def show_layers(layers: Sequence[Mapping[str, Any]], target: str) -> None:
 
     Args:
         layers: The layers as `lightning_revbn.cli.layer_values` describes them. `"run"` of a layer tells how a
-            checkpoint's run changed it, or is None.
+            checkpoint's run treated it, or is None.
         target: The target as the user named it.
     """
     columns = _columns(layers)

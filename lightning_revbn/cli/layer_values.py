@@ -73,7 +73,7 @@ def counts(layers: list[dict[str, Any]]) -> dict[str, int]:
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module once, in the order of `named_modules`, for any number of levels."""
     seen: set[int] = set()
-    waiting = [("", model)]
+    waiting = [("", model)]  # a stack: modules may nest deeper than Python recurses
     while waiting:
         name, module = waiting.pop()
         if id(module) in seen:
@@ -85,7 +85,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _describe_alone(name: str, module: nn.Module) -> list[dict[str, Any]]:
-    """Describe a module of a model in which some layer cannot be judged; return nothing for other modules."""
+    """Describe a module of a model in which some layer cannot be judged; return [] if it is not batch norm."""
     try:
         return [_describe(record) for record in find_batch_norms(Modules({name: module}))]
     except Exception as error:

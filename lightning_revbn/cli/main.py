@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 _OUTPUT_CLOSED = 141
 """The exit code of a program whose output nobody reads any more, as shells report it: 128 + SIGPIPE."""
-_INTERRUPTED = 130
+_INTERRUPTED = 130  # 128 + SIGINT
 
 
 class _Parser(argparse.ArgumentParser):

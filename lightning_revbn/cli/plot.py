@@ -1,4 +1,4 @@
-"""`lightning-revbn plot`: a figure of the scales and shifts of batch norm layers over training, for several runs."""
+"""`lightning-revbn plot`: draws the scales and shifts of batch norm layers over training, for one or more runs."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
         PlotError: If the figure cannot be drawn or written.
     """
     output: Path = arguments.output
+    # Both checks come before the logs are read, which may take long.
     check_output(output)
     with matplotlib_needed():
         from lightning_revbn.plots import layer_rows, layers_figure
@@ -102,6 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _read_runs(logs: Sequence[Log], prefix: str | None) -> tuple[list[Run], list[str]]:
+    # Several runs take long to read, so the bar shows at once.
     with progress_bar("Reading logs", sum(log.size for log in logs), wait=0 if len(logs) > 1 else 1) as advance:
         return read_runs(logs, prefix, advance)
 

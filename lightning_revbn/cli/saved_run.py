@@ -101,6 +101,7 @@ class SavedRun:
         Returns:
             The root mean square over all channels; None if no start is known.
         """
+        # Each layer's mean square counts by its channels, so that the result is a mean over channels.
         squares = [
             (own * own * layer.num_features, layer.num_features)
             for name, layer in layers.items()
@@ -157,6 +158,7 @@ def read_run(content: Mapping[Any, Any]) -> SavedRun | None:
                 run.problems.append("the settings of RevisitedBatchNorm in it cannot be read")
             else:
                 run.callbacks.append(callback)
+        # The state of a monitor is inside the state of a RevisitedBatchNorm, or stands alone.
         monitor = as_dict(state.get("monitor")) or state
         run.starts.update(_starts(as_dict(monitor.get("start")) or {}))
     for where, state in _input_states(content):
@@ -194,6 +196,7 @@ def _starts(saved: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, str], Tensor]
         if not (isinstance(names, list) and isinstance(channels, list) and is_whole(values)):
             continue
         names, channels = cast("list[Any]", names), cast("list[Any]", channels)
+        # A damaged file may hold any value under these names.
         whole = all(type(count) is int and count > 0 for count in channels)
         if len(names) != len(channels) or not whole or not all(isinstance(name, str) for name in names):
             continue
@@ -214,6 +217,7 @@ def _input_states(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any
 
 def _input_statistics(state: Mapping[Any, Any]) -> dict[str, Any] | None:
     """Return mean, standard deviation and count per channel; empty before the first batch; None if unreadable."""
+    # Sums over an expanded tensor would take gigabytes.
     if not all(is_whole(value) for value in state.values() if isinstance(value, Tensor)):
         return None
     try:

@@ -85,7 +85,7 @@ def _refuse_other_paths(target: str, path: Path) -> None:
         raise TargetError(f"{quoted} is no regular file")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", target):
         raise TargetError(f"{quoted} is an address, and only local files are read: download it, and name the file")
-    if re.match(r"[A-Za-z]:[\\/]", target):
+    if re.match(r"[A-Za-z]:[\\/]", target):  # a Windows path, whose drive looks like a scheme
         raise TargetError(f"there is no file {quoted}")
     script, found, name = target.partition(".py:")
     if found:
@@ -108,6 +108,7 @@ def _torchvision(name: str) -> nn.Module:
 
 def _timm(name: str) -> nn.Module:
     library = _library("timm")
+    # A name such as resnet50.a1_in1k has an architecture and weights, and list_models() has architectures.
     _check_name("timm", name.partition(".")[0], library.list_models())
     return _made(f"timm:{name}", lambda: library.create_model(name, pretrained=False))
 
@@ -143,7 +144,7 @@ def _call(module: str, name: str) -> nn.Module:
 
 
 def _made(target: str, make: Callable[[], Any]) -> Any:
-    """Run the code of a library or user, and report its errors in a line.
+    """Run the code of a library or user, and report its error in a single line.
 
     Args:
         target: The target as the user named it.
@@ -159,7 +160,7 @@ def _made(target: str, make: Callable[[], Any]) -> Any:
         # stdout holds only the command's result, which may be JSON: prints of other code go to stderr.
         with redirect_stdout(sys.stderr):
             return make()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a script may call sys.exit() when it is imported
         text = " ".join(str(error)[:1000].split())
         raise TargetError(f"{_short(target)} failed with {type(error).__name__}: {shortened(text, 300)}") from error
 

@@ -1,4 +1,4 @@
-"""Writes the output of commands: results to stdout as text or JSON, messages and a progress bar to stderr."""
+"""Writes the output of commands: results to stdout as text or JSON, messages and a bar to stderr, no traceback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LONGEST_MESSAGE = 2000
 
 
 class CommandError(Exception):
-    """A command cannot do its work; the message gives the reason in a line."""
+    """A command cannot do its work; the message gives the reason in a single line."""
 
 
 class OutputClosedError(Exception):

@@ -59,5 +59,5 @@ def _quantiles(run: Run, row: Row) -> tuple[Floats, Floats]:
     if not len(steps):
         return steps, np.empty((len(_QUANTILES), 0))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # at a step, no layer may have a value
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # a step may have no value of any layer
         return steps, np.nanquantile(table, _QUANTILES, axis=0)

@@ -85,7 +85,7 @@ def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: boo
     shown = [wrapped(name, _NAME_WIDTH, lines=_MOST_ROWS) for name in names] if alike else short
     for text, name, band in zip(legend.get_texts(), shown, bands, strict=True):
         nothing = "" if _drawn(band).any() else f"\n({NOTHING_FINITE})"
-        # As a label, matplotlib would leave out a name with a leading underscore.
+        # Set as a text, since matplotlib leaves out labels with a leading underscore.
         text.set_text(name + nothing)
     figure.suptitle(
         f"Mean of {first.pairs} runs and its 95 % interval at each step; below: paired differences,\n"

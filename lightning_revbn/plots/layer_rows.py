@@ -42,7 +42,7 @@ Floats: TypeAlias = NDArray[np.float64]
 NOTHING_FINITE = "all NaN or infinite"
 
 HUGE = 1e30
-"""Values from here on are drawn as infinite: no other value would be visible beside them."""
+"""Values from here on count as infinite and are not drawn: no other value would be visible beside them."""
 
 _NORMAL_OVER_3 = 100 * math.erfc(3 / math.sqrt(2))  # % of a normal distribution beyond three deviations: 2 (1 - Phi(3))
 _X_HAT = "|x\N{COMBINING CIRCUMFLEX ACCENT}|"
@@ -63,7 +63,8 @@ class Row:
             axis would show these layers as 0, so the axis becomes `"symlog"`.
         reference: A value to mark.
         is_crowd: Whether many layers are drawn as median and bands, since single values are mostly noise.
-        relative: The row of a heat map, whose colours would show a scale of 1 against 0.1, and hide changes near both.
+        relative: The row of a heat map: with plain values, colours would show the difference of 1 to 0.1, and hide
+            smaller changes.
     """
 
     quantity: str
@@ -150,7 +151,7 @@ def first_gap(run: Run, row: Row) -> int | None:
 
 
 def relative_to_start(run: Run) -> Run:
-    """Replace every mean scale by log2 of its ratio to the first mean scale.
+    """Replace every mean scale by log2 of its ratio to the layer's first mean scale.
 
     Args:
         run: The run.

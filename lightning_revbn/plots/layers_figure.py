@@ -307,7 +307,7 @@ def _add_legend(run: Run, where: Figure | Axes, **options: Any) -> None:
         **options,
     )
     for text, name in zip(legend.get_texts(), _shown(run), strict=True):
-        text.set_text(elided(name))  # as a label, a leading underscore would hide the name
+        text.set_text(elided(name))  # matplotlib leaves out labels with a leading underscore
 
 
 def _add_depth_bar(figure: Figure, runs: Sequence[Run], panels: Sequence[Axes]) -> None:

@@ -44,7 +44,7 @@ _SETTINGS: dict[str, Any] = {
     "ytick.major.size": 2.5,
     "text.parse_math": False,  # a $ in the name of a run or layer is not a formula
     "svg.hashsalt": "lightning-revbn",  # ids are random otherwise, and the same logs would give different files
-    "pdf.fonttype": 42,  # keeps the text of a PDF editable
+    "pdf.fonttype": 42,  # keeps text in a PDF as text
 }
 
 
@@ -95,7 +95,7 @@ def settings() -> Generator[None, None, None]:
 
 
 def _with_palette(png: io.BytesIO, maps: Sequence[Colormap]) -> bytes:
-    """Reduce a picture to 256 colours, which look the same in a third of the file size.
+    """Return a picture reduced to 256 colours, which look the same in a third of the file size.
 
     Args:
         png: The picture.
@@ -110,7 +110,7 @@ def _with_palette(png: io.BytesIO, maps: Sequence[Colormap]) -> bytes:
 
 
 def _nearest(picture: Image.Image, maps: Sequence[Colormap]) -> Image.Image:
-    """Reduce a picture to the colours of the maps, and greys for the text."""
+    """Return a picture reduced to the colours of the maps, and greys for the text."""
     greys = np.repeat(np.arange(0, 256, 5)[:, None], 3, axis=1)
     shades = [np.asarray([*own(np.arange(own.N)), own.get_bad()], dtype=np.float64)[:, :3] for own in maps]
     exact: NDArray[np.int64] = np.rint(255 * np.concatenate(shades)).astype(np.int64)

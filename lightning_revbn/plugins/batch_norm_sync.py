@@ -91,6 +91,7 @@ def refuse_damage(strategy: Strategy, model: nn.Module) -> None:
         MisconfigurationException: If layers would lose behaviour; the message names them and the remedy.
     """
     plugin = layer_sync(strategy)
+    # A subclass of TorchSyncBatchNorm with its own `apply` may convert without a loss.
     converters: list[object] = [vars(kind)["apply"] for kind in twins(TorchSyncBatchNorm)]
     if _ignores_layer_sync(strategy) or inspect.getattr_static(plugin, "apply", None) not in converters:
         return

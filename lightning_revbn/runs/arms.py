@@ -90,6 +90,7 @@ def confounders(baseline: Mapping[int, FinishedRun], proposed: Mapping[int, Fini
         for seed, before in baseline.items()
     ]
     names = set[str].intersection(*differ) if differ else set[str]()
+    # The arms differ in the callback's own settings by design.
     return sorted((name for name in names if not name.startswith((SETTINGS_PREFIX, "_"))), key=natural)
 
 

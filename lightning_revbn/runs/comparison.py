@@ -1,4 +1,4 @@
-"""Compares arms with a baseline over the same seeds: tests them, and words the conclusions and their limits."""
+"""Compares arms with a baseline over the same seeds: tests them, and describes the results and their limits."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def table(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]
 
 
 def conclude(comparisons: Sequence[Comparison], alpha: float) -> list[str]:
-    """Word the conclusions of the comparisons, and the smallest effect they can detect.
+    """Describe the results of the comparisons, and the smallest effect that they can detect.
 
     Args:
         comparisons: All arms.

@@ -68,7 +68,7 @@ def _collect(rows: Iterable[list[str]], header: Sequence[str], columns: Columns)
     skipped = 0
     for row in rows:
         step = _number(row[at]) if at < len(row) else None
-        if step is None or not abs(step) <= MAX_STEP:
+        if step is None or not abs(step) <= MAX_STEP:  # true for NaN too
             skipped += any(row)
             continue
         for key, cell in zip(header, row, strict=False):

@@ -18,7 +18,7 @@ __all__ = ["Band", "CurveComparison", "ahead_for_good", "clear_for_good", "compa
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """A mean over runs at every step, and its 95 % interval for each single step.
+    """A mean over runs at every step, and its pointwise 95 % interval.
 
     Args:
         mean: Shape `(N,)`; NaN where a run has no finite value.
@@ -164,6 +164,7 @@ def _band(values: NDArray[np.float64]) -> Band:
     finite = np.where(np.isfinite(values).all(axis=0), values, np.nan)
     mean = finite.mean(axis=0)
     spread = finite.std(axis=0, ddof=1) if runs > 1 else np.full_like(mean, np.nan)
+    # A single run has no spread, so its interval is NaN.
     half = float(cast("Any", special).stdtrit(max(1, runs - 1), 0.975)) * spread / np.sqrt(runs)
     return Band(mean, mean - half, mean + half)
 

@@ -57,7 +57,7 @@ def first_steps(files: Iterable[Path], keys: Collection[str], advance: Advance) 
     """
     first: dict[str, int] = {}
     for file in files:
-        for key, step, _ in _until_damage(file, advance, damage=[]):  # the order matters, not the damage
+        for key, step, _ in _until_damage(file, advance, damage=[]):  # only the order matters here
             if key in keys and key not in first:
                 first[key] = step
                 if len(first) == len(keys):
@@ -87,8 +87,8 @@ def _until_damage(path: Path, advance: Advance, damage: list[str]) -> Iterator[t
 def _events(path: Path, advance: Advance) -> Iterator[tuple[str, int, float]]:
     """Yield key, step and value of every scalar in an event file."""
     # tensorboard's EventAccumulator computes the checksum of every record in Python, which takes fifteen times as
-    # long, and it stops at damage without a word. TensorBoard's own server, and this code, check the checksum of each
-    # length only, and parse each record.
+    # long, and it silently stops at damage. TensorBoard's own server, and this code, check only the checksum of each
+    # length, and parse each record.
     try:
         parse: Callable[[bytes], Any] = import_module("tensorboard.compat.proto.event_pb2").Event.FromString
     except ImportError as error:

@@ -185,10 +185,11 @@ def _seed(path: Path, seed_pattern: re.Pattern[str] | None, hyperparameters: Map
         [hyperparameters.get(SEED_KEY)],
         [value for name, value in hyperparameters.items() if name.rpartition("/")[2] in _SEED_NAMES],
     ):
+        # Two different seeds in a group leave open which seed the run had.
         seeds = {str(value) for value in group if isinstance(value, (int, str)) and str(value).isdecimal()}
         if len(seeds) == 1:
             return _number(seeds.pop(), path)
-    for part in reversed(path.absolute().parts):
+    for part in reversed(path.absolute().parts):  # the directory nearest to the run decides
         match = _SEED_IN_PATH.search(part)
         if match is not None:
             return _number(match[1], path)

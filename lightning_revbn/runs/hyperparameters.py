@@ -64,7 +64,7 @@ def _in_yaml(file: Path) -> dict[str, Any]:
     cast("Any", Loader).add_constructor("tag:yaml.org,2002:int", whole)
     try:
         with file.open("rb") as content:
-            text = content.read(_MOST_BYTES + 1)
+            text = content.read(_MOST_BYTES + 1)  # the extra byte shows that a file is too long
         if len(text) > _MOST_BYTES:
             raise LogError(f"{one_line(file)} is no file of hyperparameters: it has more than {_MOST_BYTES:,} bytes")
         held: object = yaml.load(text, Loader)
@@ -78,7 +78,7 @@ def _in_yaml(file: Path) -> dict[str, Any]:
 
 def _flat(held: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield single values by their keys; a list becomes a text with its length."""
-    waiting: list[tuple[str, Any]] = [*held.items()][::-1]
+    waiting: list[tuple[str, Any]] = [*held.items()][::-1]  # no recursion: YAML aliases may nest a mapping in itself
     for _ in range(_MOST_ENTRIES):
         if not waiting:
             return

@@ -142,6 +142,7 @@ def _named_file(path: Path) -> Iterator[Log]:
     elif path.name != CSV_NAME:
         yield Log(path, csv=path)
     else:
+        # Event files beside it hold the order of the keys, and steps before a resume.
         beside = _in_directory(path.parent, [file.name for file in path.parent.iterdir()], named=True)
         yield beside or Log(path.parent, csv=path)
 
@@ -169,7 +170,7 @@ def _in_directory(directory: Path, names: Collection[str], named: bool) -> Log |
 
 def _joined_log(one: Log, other: Log) -> Log:
     events = {file.resolve(): file for file in (*other.events, *one.events)}
-    ordered = sorted(events.values(), key=lambda file: natural(file.name))
+    ordered = sorted(events.values(), key=lambda file: natural(file.name))  # event files are named by their time
     named = one.named or other.named
     return Log(one.path, one.csv or other.csv, tuple(ordered), named, one.wandb or other.wandb, one.mlflow)
 
@@ -180,7 +181,7 @@ def _read_both(log: Log, table: Path, advance: Advance) -> Scalars:
     except LogError as error:
         other = read_events(log.path, log.events, advance)
         return Scalars(other.series, other.in_order, (f"{error}; read the event files instead", *other.warnings))
-    if find_spec("tensorboard") is None:
+    if find_spec("tensorboard") is None:  # metrics.csv has every value, only the order is unknown
         return scalars
     first = first_steps(log.events, scalars.series, advance)
     if any(step < scalars.series[key].steps[0] for key, step in first.items()):

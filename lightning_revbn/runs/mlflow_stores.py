@@ -82,7 +82,7 @@ def find_in_database(path: Path) -> list[tuple[str, MlflowRun]]:
     names = [name for _, name in rows]
     named = [(name if names.count(name) == 1 else f"{name}-{run_id[:8]}", run_id) for run_id, name in rows]
     return [
-        (name.replace("/", "_"), MlflowRun(path, run_id))
+        (name.replace("/", "_"), MlflowRun(path, run_id))  # the name becomes the end of the run's path
         for name, run_id in sorted(named, key=lambda row: natural(row[0]))
     ]
 
@@ -148,6 +148,7 @@ def read_mlflow_settings(run: MlflowRun, path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _connected(path: Path) -> Generator[sqlite3.Connection, None, None]:
+    # Read-only: a run may still write to the store.
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
         connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # for damaged files
         yield connection
@@ -165,7 +166,7 @@ def _client(run: MlflowRun, path: Path) -> Generator[Any, None, None]:
     """
     try:
         tracking = import_module("mlflow.tracking")
-        if run.store.is_file():
+        if run.store.is_file():  # mlflow-skinny comes without the packages for SQLite
             import_module("sqlalchemy")
             import_module("alembic")
     except ImportError as error:

@@ -74,6 +74,7 @@ def suffixes(paths: Sequence[Path]) -> list[str]:
         >>> suffixes([Path("/logs/baseline/version_0"), Path("/logs/revisited/version_0")])
         ['baseline/version_0', 'revisited/version_0']
     """
+    # resolve() follows links, which would replace names that the user knows.
     parts = [(path.resolve() if ".." in path.parts else path.absolute()).parts for path in paths]
     longest = max(map(len, parts))
     names = [["/".join(part[-count:]) for part in parts] for count in range(1, longest + 1)]

@@ -20,10 +20,10 @@ Advance: TypeAlias = Callable[[int], object]
 
 
 class LogError(Exception):
-    """A log cannot be read, or runs cannot be compared; the message gives the reason in a line."""
+    """A log cannot be read, or runs cannot be compared; the message gives the reason in a single line."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # arrays compare to arrays, not to True or False
 class Series:
     """A scalar over training.
 

@@ -46,7 +46,7 @@ def read_wandb(path: Path, advance: Advance) -> Scalars:
             continue
         row = dict(_items(record.history.item))
         step = _number(row.get(_STEP, record.history.step.num))
-        if step is None or step != step // 1:
+        if step is None or step != step // 1:  # not whole, or not finite
             continue
         for key, value in row.items():
             number = _number(value)

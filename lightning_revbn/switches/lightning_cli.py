@@ -24,7 +24,7 @@ _GROUP = "revbn"
 
 
 class RevBNCLIMixin(_Base):
-    """Adds the group `revbn` to a LightningCLI of either Lightning package; the mixin must be the first base.
+    """Adds the group `revbn` to a LightningCLI of either Lightning package; the mixin comes first among the bases.
 
     The group has every argument of `RevisitedBatchNorm`, as `--revbn.scale 0.25` or in a configuration file. Only the
     default of `enabled` differs: it is False, and then the Trainer is the same as without the group. The settings are

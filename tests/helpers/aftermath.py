@@ -60,7 +60,7 @@ def assert_nothing_left(
     lost = {name for name in before.parameters if now.get(name) != before.parameters[name]}
     assert not lost, f"{lost} are other parameters, or of another kind"
 
-    # A fit that ended before Lightning made the optimizers has none.
+    # A fit that ends before Lightning makes the optimizers has no optimizers.
     optimizers = before.trainer.optimizers
     owner = before.module if plain is None else plain
     others = _fresh_optimizers(owner) if plain is None else plain.trainer.optimizers

@@ -89,7 +89,7 @@ def ending(logs: Path, number: int) -> str:
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error")  # a warning would print more than the error's line
             code = main(command)
     except BaseException:
         return f"wrong: {' '.join(command)}\n{traceback.format_exc()}"

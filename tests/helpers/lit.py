@@ -53,7 +53,7 @@ class Batches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._next %= len(self._batches)
+        self._next %= len(self._batches)  # after a whole epoch start anew, after a part go on
         while self._next < len(self._batches):
             self._next += 1
             yield self._batches[self._next - 1]

@@ -31,7 +31,7 @@ BATCH_NORMS = ["stem.1", "bn1", "bn2"]
 
 
 def residual_net(seed: int = 0, **kwargs: object) -> ResidualNet:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # leaves the test's own random state alone
         torch.manual_seed(seed)
         return ResidualNet(**kwargs)  # type: ignore[arg-type]
 

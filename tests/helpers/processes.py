@@ -115,7 +115,7 @@ def _wait(tree: _Tree, written: Callable[[], int], progress: Progress, limit: fl
     start, seconds = clock(), 0.05
     while not tree.wait(seconds):
         seconds = min(2 * seconds, 1.0)
-        if tree.process.returncode:
+        if tree.process.returncode:  # its descendants may wait for it forever
             return ""
         now = clock()
         if now - start >= limit:

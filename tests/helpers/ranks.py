@@ -12,7 +12,7 @@ import torch.distributed
 def join_process_group(rank: int, ranks: int, folder: Path) -> None:
     """Join a process group in a process that no Trainer started; the ranks meet in an empty directory."""
     store = torch.distributed.FileStore(str(folder / "store"), ranks)
-    store.set_timeout(torch.distributed.constants.default_pg_timeout)  # the store's default is too short on a busy machine
+    store.set_timeout(torch.distributed.constants.default_pg_timeout)  # a store's own is too short on a busy machine
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 

@@ -117,6 +117,7 @@ class UnevenData(RawData):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         stage = str(self.trainer.state.stage.value)
+        # Only a loop's batches come in this hook; example inputs come outside of it.
         if self.trainer.lightning_module._current_fx_name != "batch_to_device":
             stage = "example"
         with Collectives() as counted:

@@ -28,7 +28,7 @@ class Sharding(L.LightningModule):
     def configure_model(self) -> None:
         from torch.distributed._composable.fsdp import fully_shard
 
-        if not self.is_sharded:
+        if not self.is_sharded:  # Lightning calls configure_model in every stage
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
             self.is_sharded = True
 

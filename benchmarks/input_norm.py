@@ -1,4 +1,4 @@
-"""What input normalisation costs: time, memory and communication, against batch norm in front and offline constants."""
+"""Measures the cost of input normalisation (time, memory, communication) against batch norm and offline constants."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPE = (128, 3, 224, 224)
 def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Call functions in turns, and return the seconds of each call."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
+    for function in functions.values():  # the first calls compile kernels and fill caches
         function()
     for _ in range(rounds):
         for name, function in functions.items():
@@ -48,32 +48,32 @@ def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def ratio(times: dict[str, list[float]], name: str, other: str) -> str:
-    """Return the median ratio in one round, with quartiles."""
+    """Return the median over rounds of the ratio within a round, with quartiles."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(times[name], times[other], strict=True)], n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def bare(images: Tensor) -> Tensor:
-    """Return the arithmetic alone, with constants in the units of bytes."""
+    """Standardise by the arithmetic alone, with constants in units of bytes."""
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
     return images.float().sub_(mean).mul_(1 / std)
 
 
 def frozen() -> OnlineStandardizer:
-    """Return a standardiser whose statistics are fixed since it has seen one sample."""
+    """Return a standardiser whose statistics are fixed after a single sample."""
     standardizer = OnlineStandardizer(InputNorm(3, freeze_after=1))
     standardizer.train(torch.randint(0, 256, (1, *SHAPE[1:]), dtype=torch.uint8))
     return standardizer
 
 
 def speed(threads: int, rounds: int) -> None:
-    """Print the ratios of whole batches."""
+    """Print the ratios of times for whole batches."""
     torch.set_num_threads(threads)
     images = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
     layer, standardizer, after = nn.BatchNorm2d(3), OnlineStandardizer(InputNorm(3)), frozen()
     compiled = OnlineStandardizer(InputNorm(3, compile=True))
     offline = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    torch.compiler.reset()  # kernels are made for a number of threads
+    torch.compiler.reset()  # kernels are compiled for a number of threads
     compiled_layer = torch.compile(lambda values: layer(values.float()))
     compiled_offline = torch.compile(offline)
     with torch.no_grad():
@@ -105,20 +105,20 @@ def speed(threads: int, rounds: int) -> None:
 
 
 def peak_memory() -> None:
-    """Print the peak of the memory that a call takes, against that of its result."""
+    """Print the peak of a call's extra memory, relative to the size of its result."""
     torch.set_num_threads(1)
     images = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
     standardizer = OnlineStandardizer(InputNorm(3))
     standardizer.train(images[:8])
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # begin to measure the peak anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
     result = standardizer.train(images)
     taken, size = status("VmHWM") - before, result.numel() * result.element_size() / 1024
     print(f"peak of extra memory / size of the result: {taken / size:.3f} (result {size / 1024:.1f} MiB)")
 
 
 def status(field: str) -> int:
-    """Return a size in KiB of this process."""
+    """Return a field of this process's memory status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -151,7 +151,7 @@ class Photos(L.LightningDataModule):
 
 
 class Offline(Photos):
-    """Normalises by constants that were looked up."""
+    """Normalises by known constants."""
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Return the batch as floats."""
@@ -159,14 +159,14 @@ class Offline(Photos):
 
 
 class Online(OnlineInputNormMixin, Photos):
-    """Normalises by the batch."""
+    """Normalises by the statistics of the batch."""
 
     def __init__(self) -> None:
         super().__init__(input_norm=InputNorm(3, scale=1.0))
 
 
 class Network(L.LightningModule):
-    """A ResNet-18 that notes how long its steps take."""
+    """A ResNet-18 that records the start of each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Network(L.LightningModule):
         self.starts: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss; a step lasts until the next begins."""
+        """Return the loss, and record the time; a step lasts until the next step begins."""
         self.starts.append(time.perf_counter())
         return cross_entropy(self.network(batch[0]), batch[1])
 
@@ -198,7 +198,7 @@ def step_seconds(data: L.LightningDataModule) -> float:
 
 
 def training_step(rounds: int) -> None:
-    """Print what the mixin adds to the step of a network."""
+    """Print the time that the mixin adds to a network's training step."""
     torch.set_num_threads(2)
     times: dict[str, list[float]] = {"mixin": [], "constants": [], "constants again": []}
     for round_ in range(rounds):
@@ -207,6 +207,7 @@ def training_step(rounds: int) -> None:
             ("constants", Offline()),
             ("constants again", Offline()),
         ]
+        # Another order each round, so that no arm profits from its place.
         for name, data in arms[round_ % 3 :] + arms[: round_ % 3]:
             times[name].append(step_seconds(data))
     print(f"training step of ResNet-18, 16x3x224x224 uint8, 2 threads, {rounds} rounds, ratio in one round")
@@ -225,6 +226,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     for threads in (1, 2):
         speed(threads, arguments.rounds)
+    # In a new process: reused memory of the measurements above would hide the peak.
     spawn = get_context("spawn")
     measured = spawn.Process(target=peak_memory)
     measured.start()

@@ -1,7 +1,7 @@
-"""Trains every cell of the matrix of tests/processes/scripts/matrix.py and prints what became of each.
+"""Trains every cell of the matrix of tests/processes/scripts/matrix.py and prints the outcome of each.
 
 The cells are {strategy} x {precision} x {automatic, manual optimization} x {1, 2 optimizers} x {accumulation} x
-{clipping}. `--runs FOLDER` keeps the runs there, and does not run a strategy again that has its results there.
+{clipping}. `--runs FOLDER` keeps the runs there, and skips a strategy whose results are complete there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Result = dict[str, Any]
 
 
 def results_of(strategy: str, folder: Path) -> dict[Cell, Result]:
-    """Run the cells of a strategy, unless the folder has the results of all."""
+    """Run the cells of a strategy, unless the folder has the results of all its cells."""
     file = folder / "results.json"
     count = sum(cell.strategy == strategy for cell in CELLS)
     if not file.exists() or len(json.loads(file.read_text())) < count:
@@ -37,7 +37,7 @@ def results_of(strategy: str, folder: Path) -> dict[Cell, Result]:
 
 
 class Notes(dict[str, int]):
-    """Numbers texts in the order in which they are first needed."""
+    """Numbers texts in the order of their first use."""
 
     def __missing__(self, text: str) -> int:
         self[text] = len(self) + 1
@@ -45,7 +45,7 @@ class Notes(dict[str, int]):
 
 
 def told(result: Result, notes: Notes) -> str:
-    """Return an outcome in a few words, with the number of the text that says more."""
+    """Return an outcome in a few words, with the number of the note that explains it."""
     if result["outcome"] != "ok":
         return f"{result['outcome']} [{notes[result['detail']]}]"
     return f"ok, by hand [{notes[result['trainer_arguments']]}]" if result["trainer_arguments"] else "ok"

@@ -1,4 +1,4 @@
-"""What BatchNormMonitor costs: an event against `log_dict`, and the statistics against the number of layers."""
+"""Measures the cost of BatchNormMonitor: an event against `log_dict`, and statistics against the number of layers."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ WARM_UP = 3
 
 
 class Clock(L.Callback):
-    """Notes when every batch starts: from one start to the next is a whole step with all that logging does in it."""
+    """Records the start of every batch: the time between two starts is a whole step, including all of its logging."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.starts.append(time.perf_counter())
 
     @property
     def step(self) -> float:
-        """Median seconds a step."""
+        """Median seconds per step."""
         return statistics.median(b - a for a, b in zip(self.starts[WARM_UP:], self.starts[WARM_UP + 1 :], strict=False))
 
 
 class Idle(L.LightningModule):
-    """Holds a large network and trains one number, so that a step costs next to nothing but its logging."""
+    """Holds a large network and trains a single number, so that logging is almost the whole cost of a step."""
 
     def __init__(self, network: nn.Module, keys: list[str]) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class Idle(L.LightningModule):
         self.metrics = {key: torch.tensor(float(index)) for index, key in enumerate(keys)}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return a loss; log what there is to log, already computed."""
+        """Return a loss, and log the metrics, which are already computed."""
         if self.metrics:
             self.log_dict(self.metrics)
         return self.number.sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return SGD on the one number."""
+        """Return SGD on the single number."""
         return torch.optim.SGD([self.number], lr=0.0)
 
 
@@ -63,13 +63,13 @@ def step_seconds(kind: type[Logger], keys: list[str], *callbacks: L.Callback, st
     """Train some steps that all log.
 
     Args:
-        kind: Of the logger.
-        keys: What training_step logs by `log_dict`.
-        callbacks: Of the Trainer.
-        steps: How many, after the first ones.
+        kind: Class of the logger.
+        keys: Keys that training_step logs by `log_dict`.
+        callbacks: Callbacks of the Trainer.
+        steps: Number of steps after the warm-up.
 
     Returns:
-        Median seconds a step.
+        Median seconds per step.
     """
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def compare_events(rounds: int) -> None:
 
 
 def seconds(module: nn.Module, rounds: int) -> tuple[float, float]:
-    """Return median and least seconds of the statistics of a model's layers."""
+    """Return the median and the least time, in seconds, to compute the statistics of a model's layers."""
     measured = AffineStatistics(find_batch_norms(module))
     times: list[float] = []
     for _ in range(rounds):

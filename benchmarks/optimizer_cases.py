@@ -1,4 +1,4 @@
-"""The optimizers of many packages, and what their constructors and steps ask for."""
+"""The optimizers of many packages, and the arguments that their constructors and steps require."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LR, DIVISOR, MULTIPLIER, BATCH = 0.01, 100.0, 10.0, 8
 SCHEDULE = (0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5)
 """Factor of the learning rates at each step: a warm-up and a decay."""
 
-MODULES: dict[str, str] = {  # names on PyPI, of modules that have another name or are searched in part
+MODULES: dict[str, str] = {  # by name on PyPI: modules that have another name, or are searched only in part
     "torch": "torch.optim",
     "torch (distributed)": "torch.distributed.optim",
     "timm": "timm.optim",
@@ -46,7 +46,7 @@ MODULES: dict[str, str] = {  # names on PyPI, of modules that have another name 
     "lightning-bolts": "pl_bolts.optimizers",
     "facebookresearch/optimizers": "distributed_shampoo",  # on GitHub only
 }
-_SAME_NAME = [  # but for the hyphens
+_SAME_NAME = [  # except for hyphens
     "pytorch_optimizer", "torch_optimizer", "heavyball", "schedulefree", "prodigyopt", "adabound", "dadaptation",
     "lion_pytorch", "adan_pytorch", "came_pytorch", "bitsandbytes", "grokadamw", "adabelief_pytorch",
     "ranger_adabelief", "ranger21", "adam_mini", "adamp", "adamod", "madgrad", "adam_atan2_pytorch", "kron_torch",
@@ -59,7 +59,7 @@ _SAME_NAME = [  # but for the hyphens
 MODULES.update({name.replace("_", "-"): name for name in _SAME_NAME})
 
 Groups = list[dict[str, Any]]
-REQUIRED: dict[str, Callable[[ResidualNet, Groups], Any]] = {  # what constructors insist on, by the argument's name
+REQUIRED: dict[str, Callable[[ResidualNet, Groups], Any]] = {  # required arguments of constructors, by name
     "params": lambda model, groups: groups[0]["params"] if len(groups) == 1 and len(groups[0]) == 1 else groups,
     "model": lambda model, groups: model,
     "named_parameters": lambda model, groups: list(model.named_parameters()),
@@ -84,7 +84,7 @@ REQUIRED: dict[str, Callable[[ResidualNet, Groups], Any]] = {  # what constructo
     "expected_batch_size": lambda model, groups: BATCH,
 }
 _TIMED_BY_LR = {"relative_step": False, "scale_parameter": False}
-ARGUMENTS: dict[str, dict[str, Any]] = {  # of classes whose qualified name fits the pattern; later patterns win
+ARGUMENTS: dict[str, dict[str, Any]] = {  # by pattern of the class's qualified name; later patterns win
     "*.DAdapt*": {"lr": 1.0, "d0": 0.01},  # rounding swallows the first steps of the default, 1e-6
     "dadaptation.*DAdaptAdaGrad": {"momentum": 0.9},
     "dog.*": {"lr": 1.0, "reps_rel": 0.01},
@@ -96,23 +96,23 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # of classes whose qualified name fits
     "galore_torch.*Adafactor": _TIMED_BY_LR,
     "apollo_torch.*Adafactor": _TIMED_BY_LR,
     "torchium.*AdaFactor": _TIMED_BY_LR,
-    "flashoptim.*": {"quantize": False, "fused": False, "master_weight_bits": None},  # else on GPUs alone
+    "flashoptim.*": {"quantize": False, "fused": False, "master_weight_bits": None},  # the defaults need a GPU
     "ranger21.*": {"num_epochs": 1, "num_batches_per_epoch": len(SCHEDULE)},
     "fairscale.*AdaScale": {"num_gradients_to_accumulate": 2},
     "fairscale.*AdaScaleWrapper": {"num_gradients_to_accumulate": 2, "optim_cls": SGD},
     "fairscale.*OSS": {"optim": SGD},
 }
 USE_MUON = ("muon.*WithAuxAdam", "pytorch_optimizer.*.muon.*")
-"""Classes that ask of every group whether Muon updates it."""
+"""Classes whose groups each must say whether Muon updates them."""
 
 SCRIPTS = {"setup", "__main__"}
-"""Modules that run when they are imported."""
+"""Modules that run a script when they are imported."""
 BASES = {"BaseOptimizer", "MuonBase", "Optimizer1State", "Optimizer2State", "StochLineSearchBase", "_AdamBase"}
-"""Classes that others derive from; so is every class whose constructor insists on `defaults`."""
+"""Base classes, which are skipped, as is every class whose constructor requires `defaults`."""
 
 
 def sampled(optimizer: Any, compute: Callable[..., Tensor]) -> None:
-    """Step as IVON wants it: the gradient is that of randomly perturbed parameters."""
+    """Step as IVON requires: with the gradient at randomly perturbed parameters."""
     with optimizer.sampled_params(train=True):
         compute()
     optimizer.step()
@@ -124,11 +124,11 @@ WAYS: dict[str, Callable[[Any, Callable[..., Tensor]], Any]] = {
     "create_graph": lambda optimizer, compute: (compute(create_graph=True), optimizer.step()),
     "bfloat16": lambda optimizer, compute: (compute(), optimizer.step()),
 }
-"""How to train: from a function that computes the gradients."""
+"""Ways to do a step, each from the optimizer and a function that computes the gradients."""
 
 
 def ways(cls: type[Optimizer]) -> dict[str, Callable[[Any, Callable[..., Tensor]], Any]]:
-    """Return the ways that a class may want, the usual ones first."""
+    """Return the ways of stepping that a class may require, the usual ways first."""
     return {"sampled": sampled} if hasattr(cls, "sampled_params") else WAYS
 
 
@@ -140,7 +140,7 @@ def optimizers(module: str) -> dict[str, type[Optimizer]]:
         if "test" not in info.name and info.name.rpartition(".")[2] not in SCRIPTS:
             try:
                 modules.append(importlib.import_module(info.name))
-            except Exception:  # a submodule may need a package that is not here; the rest of it is looked at
+            except Exception:  # a submodule may need a package that is not installed: skip only this submodule
                 continue
     return {
         f"{value.__module__}.{value.__qualname__}": value
@@ -156,7 +156,7 @@ def optimizers(module: str) -> dict[str, type[Optimizer]]:
 
 
 def required_arguments(cls: type[Optimizer]) -> list[str]:
-    """Name the arguments without default, the first one left out."""
+    """Name the arguments without default, except the first argument."""
     _, *others = inspect.signature(cls).parameters.values()
     fixed = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [each.name for each in others if each.default is each.empty and each.kind in fixed]
@@ -173,7 +173,7 @@ def user_groups(cls: type[Optimizer], model: ResidualNet, two: bool) -> Groups:
 
 
 def construct(cls: type[Optimizer], model: ResidualNet, groups: Groups, decay: float) -> Any:
-    """Build an optimizer from groups, with what its constructor insists on."""
+    """Build an optimizer from groups, with the arguments that its constructor requires."""
     first, *others = inspect.signature(cls).parameters
     options = {name: REQUIRED[name](model, groups) for name in required_arguments(cls)}
     options.update({name: value for name, value in (("lr", LR), ("weight_decay", decay)) if name in others})
@@ -184,7 +184,7 @@ def construct(cls: type[Optimizer], model: ResidualNet, groups: Groups, decay: f
 
 
 def construct_by_hand(cls: type[Optimizer], model: ResidualNet, groups: Groups, decay: float, multiplier: float) -> Any:
-    """Build an optimizer from divided groups, or divide its groups afterwards if its constructor takes none."""
+    """Build an optimizer from divided groups, or divide its groups afterwards if its constructor takes no groups."""
     usual = construct(cls, model, groups, decay)
     own = {id(scale) for scale in scales(model)}
     try:
@@ -202,9 +202,9 @@ def divided(model: ResidualNet, groups: Groups, usual: Groups, multiplier: float
 
     Args:
         model: The model.
-        groups: Its groups.
+        groups: The user's groups.
         usual: The same groups with the settings that the optimizer gives them.
-        multiplier: The factor k; 1 leaves shifts where they are.
+        multiplier: The factor k; 1 leaves the shifts in their groups.
 
     Returns:
         Each group without its scales and shifts, a group of the shifts with lr * k and weight decay / k, and a group of
@@ -232,5 +232,5 @@ def divided(model: ResidualNet, groups: Groups, usual: Groups, multiplier: float
 
 
 def fits(cls: type[Optimizer], patterns: Iterable[str]) -> list[str]:
-    """Return the patterns that the qualified name of a class fits."""
+    """Return the patterns that match the qualified name of a class."""
     return [pattern for pattern in patterns if fnmatchcase(f"{cls.__module__}.{cls.__qualname__}", pattern)]

@@ -1,4 +1,4 @@
-"""The results of the optimizer zoo: kept in a file, and written as the tables of a page."""
+"""The results of the optimizer zoo: keeps them in a file, and writes them as the tables of a page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXPLAINED = {
 
 @dataclass
 class Verdict:
-    """What came out for one optimizer: differences are relative to how far hand-made groups moved the parameters."""
+    """The outcome for an optimizer. Differences are relative to the distance that hand-made groups moved parameters."""
 
     package: str
     optimizer: str
@@ -42,17 +42,17 @@ class Verdict:
     scales: float = 0.0
     others: float = 0.0
     faster: dict[str, Any] | None = None
-    """The same with shifts that learn faster, where that is something else."""
+    """The verdict with shifts that learn faster, if it differs."""
 
     @property
     def is_failure(self) -> bool:
-        """Whether something is wrong in silence, or too late to be told."""
+        """Whether the outcome, or the outcome with faster shifts, is one of `FAILURES`."""
         return self.outcome in FAILURES or (self.faster or {}).get("outcome") in FAILURES
 
 
 @dataclass
 class Results:
-    """All verdicts, the versions of packages, and why nothing of a package could be looked at ("" if all is well)."""
+    """All verdicts, the versions of packages, and the reasons why packages could not be searched ("" if they could)."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -60,14 +60,14 @@ class Results:
 
     @classmethod
     def read(cls, path: Path | None) -> Results:
-        """Read a file, if there is one."""
+        """Read a file if it exists."""
         if path is None or not path.exists():
             return cls()
         saved = json.loads(path.read_text())
         return cls([Verdict(**each) for each in saved["verdicts"]], saved["versions"], saved["missing"])
 
     def write(self, path: Path | None) -> None:
-        """Write a file, in one move: a run may be stopped at any time."""
+        """Write a file and move it into place as a whole: a run may be stopped at any time."""
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_suffix(".part")
@@ -80,7 +80,7 @@ class Results:
 
 
 def tables(results: Results, packages: Sequence[str]) -> str:
-    """Return the counts by package, and a row for each optimizer that is not equal to the bit, in Markdown."""
+    """Return Markdown: the counts by package, and a row for each optimizer that is not equal to the bit."""
     return f"{_counts(results, packages)}\n{_unequal(results)}\n{_missing(results, packages)}"
 
 
@@ -157,7 +157,7 @@ def _sizes(verdicts: Iterable[Verdict]) -> str:
 
 
 def _reasons(verdicts: Iterable[Verdict]) -> str:
-    """Return a row for each reason, with the optimizers that have it: their names are left out of the reasons."""
+    """Return a row for each reason with its optimizers; an optimizer's own name is left out of the reason."""
     found: dict[str, list[str]] = {}
     for each in verdicts:
         name = each.optimizer.rpartition(".")[2]
@@ -203,5 +203,5 @@ def _equal(results: Results, packages: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    text = re.sub(r" \(/[^)]*\)", "", text)  # paths of the machine
+    text = re.sub(r" \(/[^)]*\)", "", text)  # removes paths of the machine
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

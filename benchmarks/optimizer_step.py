@@ -1,7 +1,7 @@
-"""What the update rule costs: `optimizer.step()` of ResNet-50 with the rule, with permanent groups, and plain.
+"""Measures the cost of the update rule: `optimizer.step()` of ResNet-50 with the rule, permanent groups, and plain.
 
-Machines are noisy, so nothing is compared across runs: the three take turns in every round, and each figure is a
-median over rounds of the ratio within one round, with the quartiles beside it.
+Machines are noisy, so times are never compared across runs: the three arms take turns in every round. Each figure is
+the median over rounds of the ratio within a round, with quartiles.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 
 class NoUpdate(torch.optim.SGD):
-    """An optimizer that looks at its groups and does nothing: what is left of a step is the cost around it."""
+    """An optimizer that reads its groups and updates no parameter, so that a step has only the cost around it."""
 
     def step(self, closure: Any = None) -> None:
         """Read the groups, as every optimizer does."""
@@ -47,14 +47,14 @@ class Counting(NoUpdate):
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> float:
-    """Time one call.
+    """Time a call.
 
     Args:
-        function: What to call.
-        repeats: How often, within one reading of the clock.
+        function: The function to call.
+        repeats: Number of calls between two readings of the clock.
 
     Returns:
-        Seconds a call.
+        Seconds per call.
     """
     start = time.perf_counter()
     for _ in range(repeats):
@@ -63,11 +63,11 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 def ratios(rounds: list[tuple[float, ...]], over: int) -> str:
-    """Describe the first column over another one.
+    """Describe the ratio of the first column to another column.
 
     Args:
-        rounds: One tuple of times a round.
-        over: Column to divide by.
+        rounds: A tuple of times for each round.
+        over: The column to divide by.
 
     Returns:
         Median and quartiles.
@@ -83,10 +83,10 @@ def with_gradients(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def steps_of(make: type[torch.optim.Optimizer], options: dict[str, Any], first: int) -> list[Callable[[], Any]]:
-    """Return the steps with the rule, with permanent groups, and plain, each on a model of its own.
+    """Return the steps with the rule, with permanent groups, and plain, each on its own model.
 
-    Where a model's tensors lie in memory moves the time of a step by more than what is measured here. So the models
-    are made anew for every set of rounds, and `first` says which of the three is made first.
+    The place of a model's tensors in memory changes the time of a step by more than the effect measured here. So each
+    set of rounds has new models, and `first` is the index of the model that is made first.
     """
     base = torchvision.models.resnet50()
     steps: dict[int, Callable[[], Any]] = {}
@@ -98,7 +98,7 @@ def steps_of(make: type[torch.optim.Optimizer], options: dict[str, Any], first: 
             scales = rule_scales(find_batch_norms(model))
             ScaleUpdateRule(optimizer, scales, weight_decay_exempt=scales)
         steps[role] = optimizer.step
-        optimizer.step()  # optimizer state is made in the first step
+        optimizer.step()  # the first step also makes the optimizer's state
     return [steps[role] for role in range(3)]
 
 
@@ -118,7 +118,7 @@ def compare_steps(rounds: int, sets: int = 9) -> None:
 
 
 def own_cost(rounds: int) -> None:
-    """Print what the rule adds to a step, by what has changed since the last step."""
+    """Print the time that the rule adds to a step, for different changes since the last step."""
     model = torchvision.models.resnet50()
     scales = rule_scales(find_batch_norms(model))
     print("own cost of the rule for ResNet-50 (161 parameters, 53 scales), microseconds a step")

@@ -3,23 +3,24 @@
     pip install --no-deps -r benchmarks/optimizer_zoo.txt
     python benchmarks/optimizer_zoo.py --results build/optimizer_zoo.json --page docs/optimizers.md
 
-Up to six pairs of trainings, of eight steps, from one seed: with weight decay and without, with one group of the
-user's and with two, and, in one group, with shifts that learn ten times faster. By hand, the optimizer is built from
-groups in which the scales have lr / c and no weight decay, and shifts lr * k and weight decay / k. Each optimizer runs
-in a process of its own, so that a crash or a hang costs one row, and each verdict is written at once. A second call
-with the same results file judges what is missing in it, and what another version of a package brings.
-`--packages adabound timm`, `--only Muon` (part of a class's qualified name), `--again` (judges what is known too).
+Each optimizer trains up to six pairs of nets for eight steps from the same seed: with and without weight decay, with a
+single group and with two groups, and, in a single group, with shifts that learn ten times faster. Groups by hand give
+scales lr / c and no weight decay, and shifts lr * k and weight decay / k.
+Each optimizer runs in its own process, so that a crash or a hang costs a single row, and each verdict is written at
+once. A second call with the same results file judges only missing optimizers, and packages whose version changed.
+Options: `--packages adabound timm`, `--only Muon` (part of a class's qualified name), `--again` (judges known
+optimizers too).
 
 Outcomes, best first; the worst of the pairs counts:
 
     equal        the same values as by hand, to the bit
     as by hand   hand-made groups raise an error, and so does the rule
-    group state  the optimizer remembers something in each group, so the scales share it with their group
-    refused      `ScaleUpdateRule` raises before anything was updated
-    stopped      `ScaleUpdateRule` raises, after an update
-    cannot run   the optimizer does not train this net without the rule either, or not twice the same
+    group state  the optimizer keeps state in each group, so scales share the state with their group
+    refused      `ScaleUpdateRule` raises before any update
+    stopped      `ScaleUpdateRule` raises after an update
+    cannot run   without the rule, the optimizer does not train this net, or two trainings differ
     raises       the optimizer's own code fails, only under the rule
-    differs      wrong in silence: other values than by hand, and no reason for it
+    differs      silently wrong: the values differ from the values by hand, without a known reason
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes minutes a class and changes no update
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes minutes per class and changes no update
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import torch
@@ -66,17 +67,17 @@ from lightning_revbn import ScaleUpdateRule
 
 DECAY = 0.01
 SECONDS = 120
-"""How long one optimizer may take."""
+"""Time limit for an optimizer."""
 LOOK_SECONDS = 300
-"""How long a package may send nothing: while it is imported, or while one optimizer is judged."""
+"""Limit of the time between two messages of a package, spent on its import or on judging an optimizer."""
 
 SECONDS = 120
-"""How long one optimizer may take."""
+"""Time limit for an optimizer."""
 
 
 @dataclass
 class Run:
-    """One training: where parameters ended, or the error; and what the groups held beside settings at the end."""
+    """A training: the final parameters or the error, and the keys by which groups differ besides their settings."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     group_state: list[str] = field(default_factory=list)
@@ -85,9 +86,9 @@ class Run:
 
 
 def train(model: ResidualNet, optimizer: Any, step: Callable[[Any, Callable[..., Tensor]], Any]) -> None:
-    """Train on a few random images, with learning rates that a schedule changes at every step."""
+    """Train on a few random images; a schedule sets the learning rates at every step."""
     if callable(getattr(optimizer, "train", None)):
-        optimizer.train()  # schedule-free optimizers
+        optimizer.train()  # schedule-free optimizers require it
     inputs, targets = images(len(SCHEDULE) * BATCH)
     inputs = inputs.to(model.head.weight.dtype)
     start = [group.get("lr") for group in optimizer.param_groups]
@@ -108,15 +109,15 @@ def train(model: ResidualNet, optimizer: Any, step: Callable[[Any, Callable[...,
 def run(
     cls: type[Optimizer], way: str, how: str, two: bool = False, decay: float = 0.0, multiplier: float = 1.0
 ) -> Run:
-    """Train from the seed, and tell what came of it.
+    """Train from the seed, and return the result.
 
     Args:
         cls: The optimizer's class.
-        way: How to call `step`.
+        way: The way to call `step`.
         how: "plain", "hand" or "rule".
         two: Whether the user has two groups.
         decay: The weight decay.
-        multiplier: How much faster shifts learn, by hand and by the rule.
+        multiplier: Factor of the shifts' learning rate, by hand and by the rule.
     """
     result, model = Run(), residual_net()
     if way == "bfloat16":
@@ -128,7 +129,7 @@ def run(
             optimizer = construct_by_hand(cls, model, groups, decay, multiplier)
         else:
             optimizer = construct(cls, model, groups, decay)
-        seed_everything(0, verbose=False)
+        seed_everything(0, verbose=False)  # again, as constructors may have drawn random numbers
         if how == "rule":
             own = {"shifts": shifts(model), "shift_multiplier": multiplier}
             with ScaleUpdateRule(optimizer, scales(model), DIVISOR, scales(model), **own):
@@ -143,7 +144,7 @@ def run(
             if key not in settings and any(repr(group.get(key)) != repr(first[key]) for group in others)
         ]
         result.values = {name: value.detach().clone() for name, value in model.named_parameters()}
-    except Exception as error:  # whatever another's code raises is the result
+    except Exception as error:  # any error of the optimizer's code is a result
         result.error = error
         started = residual_net().to(model.head.weight.dtype)
         pairs = zip(model.parameters(), started.parameters(), strict=True)
@@ -152,7 +153,7 @@ def run(
 
 
 def distance(ruled: Run, hand: Run, of: Callable[[str], bool]) -> float:
-    """Return how far two trainings ended apart, relative to how far the second one went."""
+    """Return the distance between the ends of two trainings, relative to the distance that the second covered."""
     start = residual_net().state_dict()
     names = [name for name in hand.values if of(name)]
     apart = sum(float((ruled.values[name] - hand.values[name]).double().square().sum()) for name in names)
@@ -171,13 +172,13 @@ def said(error: Exception) -> str:
 
 
 def is_ours(error: Exception) -> bool:
-    """Tell whether the package raised an error itself."""
+    """Tell whether this package raised an error itself."""
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     return "lightning_revbn" in Path(last).parts
 
 
 def judge(cls: type[Optimizer], verdict: Verdict) -> Verdict:
-    """Fill in a verdict."""
+    """Judge an optimizer, and fill in its verdict."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     model = residual_net()
     ids = {id(scale) for scale in scales(model)}
@@ -223,7 +224,7 @@ def judge(cls: type[Optimizer], verdict: Verdict) -> Verdict:
 
 
 def compare(verdict: Verdict, hand: Run, ruled: Run, own: set[str]) -> None:
-    """Let a verdict know of one more pair of trainings; the worst pair is the one it tells of."""
+    """Update a verdict with another pair of trainings; a verdict describes the worst pair."""
     apart = (0.0, 0.0)
     if ruled.error is not None:
         if is_ours(ruled.error):
@@ -245,7 +246,7 @@ def compare(verdict: Verdict, hand: Run, ruled: Run, own: set[str]) -> None:
 
 
 def in_child(function: Callable[[Connection], None], seconds: float) -> Iterator[Any]:
-    """Run a function in a forked process, and yield what it sends until it ends, however it ends."""
+    """Run a function in a forked process, and yield the values that it sends until it ends or crashes."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=function, args=(sender,))
@@ -262,7 +263,7 @@ def in_child(function: Callable[[Connection], None], seconds: float) -> Iterator
 
 
 def judge_package(package: str, only: str, known: list[str], sender: Connection) -> None:
-    """Send a verdict for each optimizer of a package that is not known yet, each from a process of its own."""
+    """Send a verdict for each unknown optimizer of a package, each from its own process."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
@@ -282,7 +283,7 @@ def judge_package(package: str, only: str, known: list[str], sender: Connection)
 
 
 def judged(package: str, only: str, known: list[str], results: Results) -> Iterator[Verdict]:
-    """Judge what is missing in the results of a package, and note why nothing of it could be looked at."""
+    """Judge the optimizers of a package that its results lack, and record the reason if it cannot be searched."""
     results.missing[package] = "its import ends the process, or takes too long"
     for answer in in_child(lambda sender: judge_package(package, only, known, sender), LOOK_SECONDS):
         if isinstance(answer, Verdict):
@@ -292,7 +293,7 @@ def judged(package: str, only: str, known: list[str], results: Results) -> Itera
 
 
 def version_of(package: str) -> str:
-    """Return the version of an installed package; "" for one that is not, or came from elsewhere than PyPI."""
+    """Return the version of a package; "" if it is not installed under its name on PyPI."""
     try:
         return version(package.partition(" ")[0])
     except PackageNotFoundError:
@@ -300,7 +301,7 @@ def version_of(package: str) -> str:
 
 
 def main() -> int:
-    """Judge the optimizers and print the tables; fail if one raises or differs."""
+    """Judge the optimizers and print the tables; fail if any optimizer stops, raises or differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--packages", nargs="*", choices=MODULES, default=list(MODULES), metavar="NAME")
     parser.add_argument("--only", default="", help="only classes whose qualified name contains this")

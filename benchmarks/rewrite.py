@@ -1,4 +1,4 @@
-"""How long it takes to look at, rewrite and report on a model, against its number of batch norm layers."""
+"""Measures the time to inspect, rewrite and report on a model, against its number of batch norm layers."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the installed package costs a script that does not use it: the time until a Trainer is made, variable unset.
+"""Measures the cost of the installed package for scripts that do not use it: time until a Trainer exists, variable off.
 
-Every run is a new process that sees the installed packages through a folder of links; one folder has the links of this
-package, its entry points among them, and the other has not. The three take turns, in another order each round; figures
-are the median over rounds of the ratio in one round, with the quartiles, of the time on the clock and of the CPU time.
-`without again` is the noise: the same run a second time. The CPU time of the entry point alone, in a process that has
-imported nothing else, does not depend on it.
+Every run is a new process that imports the installed packages through a folder of links. A second folder leaves out
+this package with its entry points. The three arms take turns, in another order each round. Figures are the median over
+rounds of the ratio within a round, with quartiles, for the time on the clock and the CPU time. `without again` repeats
+the same run and shows the noise. The CPU time of the entry point alone, in a process without other imports, does not
+depend on the noise.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def link_packages(folder: Path, *, ours: bool) -> Path:
     """Fill a folder with links to the installed packages.
 
     Args:
-        folder: Which is made.
-        ours: Whether this package is among them.
+        folder: The folder to make.
+        ours: Whether to link this package too.
 
     Returns:
         The folder.
@@ -48,24 +48,24 @@ def link_packages(folder: Path, *, ours: bool) -> Path:
         if ours or not path.name.startswith("lightning_revbn"):
             (folder / path.name).symlink_to(path)
     package = folder / lightning_revbn.__name__
-    if ours and not package.exists():  # an editable installation has it elsewhere
+    if ours and not package.exists():  # an editable installation is elsewhere
         package.symlink_to(Path(lightning_revbn.__file__).parent)
     return folder
 
 
 def run(code: str, packages: Path) -> str:
-    """Run code in a new process and return what it printed.
+    """Run code in a new process and return its output.
 
     Args:
         code: Python code.
-        packages: The folder that packages are imported from.
+        packages: The folder from which packages are imported.
 
     Returns:
-        Its standard output.
+        The standard output of the process.
     """
     environment = {**os.environ, "PYTHONPATH": str(packages)}
     environment.pop("LIGHTNING_REVBN", None)
-    command = [sys.executable, "-S", "-c", code]  # -S: no other packages than those
+    command = [sys.executable, "-S", "-c", code]  # -S: only the packages of the folder
     done = subprocess.run(
         command, env=environment, cwd=packages.parent, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -73,7 +73,7 @@ def run(code: str, packages: Path) -> str:
 
 
 def timed(packages: Path) -> tuple[float, float]:
-    """Make a Trainer in a new process and return seconds on the clock, and of CPU time."""
+    """Make a Trainer in a new process and return the seconds on the clock and of CPU time."""
     before, start = os.times(), time.perf_counter()
     run(SCRIPT, packages)
     clock, after = time.perf_counter() - start, os.times()
@@ -94,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         absent = link_packages(Path(folder, "without"), ours=False)
         present = link_packages(Path(folder, "with"), ours=True)
-        # The first runs fill the caches, and tell whether Lightning loads the entry point in the one alone.
+        # The first runs fill the caches, and check that Lightning loads the entry point only from the folder with it.
         loaded = [run(SCRIPT + LOADED, packages).split()[-1] for packages in (absent, present)]
         if loaded != ["False", "True"]:
             raise SystemExit(f"the entry point was loaded without and with the package: {', '.join(loaded)}")

@@ -1,10 +1,10 @@
-"""Synchronises every timm model that has BatchNormAct2d and undoes it, and does the same with torch's converter.
+"""Synchronises every timm model that has BatchNormAct2d and undoes it, then applies torch's converter.
 
-For each model, with random weights and running statistics, in evaluation mode: the outputs for random images must be
-the same to the bit before, while synchronised and after, and so must the classes of all modules. Then torch's
-`convert_sync_batchnorm` is applied, which drops the activations of these layers, and the outputs are compared again.
-Prints a line a model and the totals. `--log FILE` remembers the lines, so that a second run goes on where the first
-ended; `--sample 20` takes every n-th model.
+Models have random weights and running statistics, and are in evaluation mode. The outputs for random images must be
+equal to the bit before, while synchronised and after, and so must the classes of all modules. Then torch's
+`convert_sync_batchnorm`, which drops the activations of these layers, is applied, and the outputs are compared again.
+Prints a line per model, and totals. `--log FILE` keeps the lines, so that a second run goes on where the first ended.
+`--sample 20` checks about 20 models, evenly spaced.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from zoo import quick_initialisation, timm_models
 from lightning_revbn.core.batch_norm_sync import damaged_by_conversion, restore_batch_norms, synchronize_batch_norms
 
 SIZES = (64, 128, None)
-"""Images to try, smallest first; None is what the model was made for."""
+"""Image sizes to try, smallest first; None is the model's own input size."""
 
 
 def activated(model: nn.Module) -> list[str]:
-    """Name the BatchNormAct2d layers whose activation does something."""
+    """Name the BatchNormAct2d layers with an activation other than the identity."""
     return [
         name
         for name, layer in model.named_modules()
@@ -38,7 +38,7 @@ def activated(model: nn.Module) -> list[str]:
 
 
 def build(construct: Callable[[], nn.Module]) -> nn.Module:
-    """Make a model whose weights keep the size of what passes, and whose batch norms all do something."""
+    """Make a model whose weights keep the size of activations, and whose batch norms change their input."""
     skipping = quick_initialisation()
     next(skipping)
     try:
@@ -54,12 +54,12 @@ def build(construct: Callable[[], nn.Module]) -> nn.Module:
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.weight is not None:
                 layer.weight.uniform_(0.5, 1.5)
                 layer.bias.normal_(0, 0.2)
-                layer.momentum = 1.0  # one batch, and the running statistics are those of the network
+                layer.momentum = 1.0  # after a single batch, the running statistics fit the network
     return model
 
 
 def images(model: nn.Module) -> Tensor:
-    """Return the smallest images that the model takes; its running statistics become those of these images."""
+    """Return the smallest images that the model accepts, and set its running statistics from them."""
     for size in SIZES:
         channels, height, width = model.pretrained_cfg.get("input_size", (3, 224, 224))
         values = torch.randn(2, channels, size or height, size or width)
@@ -78,7 +78,7 @@ def check(construct: Callable[[], nn.Module]) -> tuple[str, str]:
     """Synchronise a model and undo it, then convert it.
 
     Returns:
-        What became of it with this package, and with torch's converter.
+        The result with this package, and the result with torch's converter.
     """
     model = build(construct)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def flat(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
 
 
 def uses_batch_norm_act(construct: Callable[[], nn.Module]) -> bool | None:
-    """Tell whether a model has BatchNormAct2d layers; None if it cannot be built without memory."""
+    """Tell whether a model has BatchNormAct2d layers; None if it cannot be built on the meta device."""
     try:
         with torch.device("meta"):
             model = construct()
@@ -125,12 +125,12 @@ def uses_batch_norm_act(construct: Callable[[], nn.Module]) -> bool | None:
 
 
 def line(construct: Callable[[], nn.Module]) -> tuple[str, str]:
-    """Return what became of one model; the first is "none" if it has no BatchNormAct2d."""
+    """Return the results of a model; the first is "none" if the model has no BatchNormAct2d."""
     if uses_batch_norm_act(construct) is False:
         return "none", ""
     try:
         return check(construct)
-    except Exception as error:  # a library's own model may need a package that is not here
+    except Exception as error:  # a model may need a package that is not installed
         return f"not run: {type(error).__name__}: {error}".replace("\t", " ").replace("\n", " ")[:120], ""
 
 
@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--log", type=Path, help="file of lines to go on from and to add to")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # of the library's own constructors
+    warnings.simplefilter("ignore")  # from the library's own constructors
     models = {name: construct for name, construct in timm_models().items() if arguments.only in name}
     names = list(models)[:: max(1, len(models) // arguments.sample)] if arguments.sample else list(models)
     results: dict[str, tuple[str, str]] = {}

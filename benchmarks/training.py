@@ -1,9 +1,9 @@
-"""What the callback costs a whole training run: the demo's network, trained plain and with it, in turns.
+"""Measures the cost of the callback in a whole training run: the demo's network trained without and with it, in turns.
 
-Every run is a process of its own, imports included, with Lightning's default logger and logging interval. Each figure
-is a median over rounds of the ratio in one round, of the time on the clock and of the CPU time. `plain again` is the
-noise: the same run a second time. The share that Lightning's profiler finds in the callback's hooks, logging included,
-does not depend on it; the update inside `optimizer.step()` and activations inside the network are not in that share.
+Every run is a new process, imports included, with Lightning's default logger and logging interval. Each figure is the
+median over rounds of the ratio within a round, for the time on the clock and the CPU time. `plain again` repeats the
+plain run and shows the noise. The share of the callback's hooks, logging included, comes from Lightning's profiler and
+does not depend on the noise. It leaves out the update inside `optimizer.step()`, and activations inside the network.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def train(callback: str, epochs: int, profiler: str = "None") -> str:
     """Train in a new process.
 
     Args:
-        callback: Of the Trainer, as Python code.
-        epochs: Of the training.
-        profiler: Of the Trainer, as Python code.
+        callback: The Trainer's callback, as Python code.
+        epochs: Number of epochs.
+        profiler: The Trainer's profiler, as Python code.
 
     Returns:
-        What the process printed.
+        The output of the process.
     """
     with tempfile.TemporaryDirectory() as folder:
         code = SCRIPT.format(examples=str(EXAMPLES), epochs=epochs, folder=folder, callback=callback, profiler=profiler)
@@ -69,7 +69,7 @@ def train(callback: str, epochs: int, profiler: str = "None") -> str:
 
 
 def timed(callback: str, epochs: int) -> tuple[float, float]:
-    """Train in a new process and return seconds on the clock, and of CPU time."""
+    """Train in a new process and return the seconds on the clock and of CPU time."""
     before, start = os.times(), time.perf_counter()
     train(callback, epochs)
     clock, after = time.perf_counter() - start, os.times()

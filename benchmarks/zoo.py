@@ -1,8 +1,8 @@
-"""Rewrites every torchvision and timm model that has batch norm, and checks that the right values changed, no others.
+"""Rewrites every torchvision and timm model that has batch norm, and checks that exactly the right values changed.
 
-For each model, built with random weights: the scales found are those of an independent count by parameter identity;
-after the rewrite every fresh scale has the target and every other tensor is what it was, to the bit. Prints totals,
-and every model that failed a check. `--sample 20` takes every n-th model, for a quick look.
+Models have random weights. The number of scales found must equal an independent count by parameter identity. After the
+rewrite, every fresh scale must have the target, and every other tensor must be unchanged to the bit. Prints totals, and
+every model that failed a check. `--sample 20` checks about 20 models of each library, evenly spaced.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ TARGET = 0.1
 
 
 def torchvision_models() -> dict[str, Callable[[], nn.Module]]:
-    """Return a constructor for every model of torchvision, without weights and so without a download."""
+    """Return a constructor for every model of torchvision, without pretrained weights, so without a download."""
 
     def constructor(name: str) -> Callable[[], nn.Module]:
         builder = torchvision.models.get_model_builder(name)
         accepted = inspect.signature(builder).parameters
         options: dict[str, Any] = {key: None for key in ("weights", "weights_backbone") if key in accepted}
         if "init_weights" in accepted:
-            options["init_weights"] = False  # Inception's own initialisation takes minutes
+            options["init_weights"] = False  # the initialisation of Inception takes minutes
         return lambda: builder(**options)
 
     return {f"torchvision:{name}": constructor(name) for name in torchvision.models.list_models()}
 
 
 def timm_models() -> dict[str, Callable[[], nn.Module]]:
-    """Return a constructor for every architecture of timm, without weights."""
+    """Return a constructor for every architecture of timm, without pretrained weights."""
     return {f"timm:{name}": lambda name=name: timm.create_model(name, pretrained=False) for name in timm.list_models()}
 
 
 def has_batch_norm(build: Callable[[], nn.Module]) -> bool | None:
-    """Tell whether a model has batch norm layers, without the memory for its weights; None if it cannot be told."""
+    """Tell whether a model has batch norm layers, without memory for its weights; None if it cannot be built so."""
     try:
         with torch.device("meta"):
             model = build()
@@ -58,7 +58,7 @@ def has_batch_norm(build: Callable[[], nn.Module]) -> bool | None:
 
 
 def count_scales(model: nn.Module) -> tuple[int, int, int]:
-    """Count distinct scales by identity, without the package: all, those of value 1, those of value 0."""
+    """Count distinct scales by identity, without the package: all scales, scales at 1, scales at 0."""
     scales = {
         id(layer.weight): layer.weight
         for layer in model.modules()
@@ -70,7 +70,8 @@ def count_scales(model: nn.Module) -> tuple[int, int, int]:
 
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
-    """Describe a tensor's bits in a few numbers: the sum of its bytes' words, with and without their positions."""
+    """Describe a tensor in a few numbers: the sums of all 32-bit words and of every seventh word, and its version."""
+    # _version counts writes in place, even writes of equal values.
     flat = tensor.detach().contiguous().view(-1)
     if flat.dtype == torch.float32:
         words = flat.view(torch.int32)
@@ -82,10 +83,10 @@ def check(model: nn.Module) -> tuple[Counter[str], list[str]]:
     """Rewrite a model.
 
     Args:
-        model: A fresh one.
+        model: A fresh model.
 
     Returns:
-        How many layers were found in which state, and what is wrong.
+        The number of layers in each state, and the failed checks.
     """
     wrong: list[str] = []
     total, ones, zeros = count_scales(model)
@@ -110,7 +111,7 @@ def check(model: nn.Module) -> tuple[Counter[str], list[str]]:
 
 
 def quick_initialisation() -> Iterator[None]:
-    """Skip random initialisation of weights, which no check looks at and which takes most of the time."""
+    """Skip the random initialisation of weights, which takes most of the time and matters to no check."""
     slow = (
         "normal_",
         "uniform_",
@@ -123,7 +124,7 @@ def quick_initialisation() -> Iterator[None]:
     originals = {name: getattr(nn.init, name) for name in slow}
 
     def skipping(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        # What gives a batch norm scale its values (RepVGG) is one-dimensional and stays.
+        # RepVGG draws its batch norm scales, which are one-dimensional: that initialisation stays.
         return lambda tensor, *args, **kwargs: tensor if tensor.dim() > 1 else original(tensor, *args, **kwargs)
 
     for name, original in originals.items():
@@ -139,7 +140,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, metavar="N", help="about N models of each library (default: all)")
     parser.add_argument("--only", default="", help="only models whose name contains this")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # of the libraries' own constructors
+    warnings.simplefilter("ignore")  # from the libraries' own constructors
     failed = 0
     for library, models in (("torchvision", torchvision_models()), ("timm", timm_models())):
         names = [name for name in models if arguments.only in name]
@@ -153,7 +154,7 @@ def main() -> int:
             next(skipping)
             try:
                 model = models[name]()
-            except Exception as error:  # a library's own model may need a package that is not here
+            except Exception as error:  # a model may need a package that is not installed
                 unbuilt[f"{type(error).__name__}: {error}"[:100]] += 1
                 continue
             finally:

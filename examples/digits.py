@@ -1,7 +1,7 @@
-"""Does revisited batch norm help on real digits? A baseline and a revisited network per seed, compared in pairs.
+"""Does revisited batch norm help on real digits? Trains a baseline and a revisited network per seed, and compares them.
 
-`make demo`, or `python examples/digits.py --help`. `DigitsResNet` and `Digits` are an ordinary LightningModule and
-LightningDataModule: nothing in them knows about revisited batch norm, which is one callback in `train`.
+Run `make demo`, or `python examples/digits.py --help`. `DigitsResNet` and `Digits` are an ordinary LightningModule and
+LightningDataModule, with no code for revisited batch norm: `train` adds it as a callback.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm, find_batch_norms
 
 ARMS = ("baseline", "revisited")
-STEPS_PER_EPOCH = 7  # 808 training images in batches of 128; what is logged by steps is logged once an epoch
+STEPS_PER_EPOCH = 7  # 808 training images in batches of 128; logging at every 7th step logs once per epoch
 LIGHTNING_LOG = logging.getLogger("lightning.pytorch")
 
 
@@ -66,10 +66,10 @@ class PaperRecipe(L.LightningModule):
     """Classification of images by a subclass's `forward`, with the training recipe of the paper.
 
     Args:
-        learning_rate: At the start of the cosine schedule, which reaches 1e-8 at the end of training.
-        momentum: Of SGD.
-        weight_decay: On the weights of convolutions and linear layers alone.
-        head_init: How linear layers start: `"paper"` or `"torch"`, see `initialize`.
+        learning_rate: Rate at the start of the cosine schedule, which reaches 1e-8 at the end of training.
+        momentum: Momentum of SGD.
+        weight_decay: Decay of the weights of convolutions and linear layers only.
+        head_init: Initialisation of linear layers: `"paper"` or `"torch"`, see `initialize`.
         optimizer: `"sgd"`, as in the paper, or `"adamw"`.
     """
 
@@ -90,8 +90,8 @@ class PaperRecipe(L.LightningModule):
     def initialize(self) -> None:
         """Draw the weights as the paper's code does, and set the biases of linear layers to 0.
 
-        That code draws linear weights from U(-sqrt(6 / fan_in), sqrt(6 / fan_in)), which is sqrt(6) times wider than
-        torch's default. `head_init="torch"` keeps the default.
+        The paper's code draws linear weights from U(-sqrt(6 / fan_in), sqrt(6 / fan_in)), a range sqrt(6) times wider
+        than torch's default. `head_init="torch"` keeps torch's default.
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -109,7 +109,7 @@ class PaperRecipe(L.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Return the logits of a batch, and count those of the first loader in the validation accuracy."""
+        """Return the logits of a batch; only the first loader's batches count in the validation accuracy."""
         images, labels = batch
         logits = self(images)
         if dataloader_idx == 0:
@@ -124,7 +124,7 @@ class PaperRecipe(L.LightningModule):
         self.log("test_acc", self.test_accuracy)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return an optimizer that decays convolutions and linear layers alone, and its cosine schedule by epochs."""
+        """Return an optimizer that decays only convolutions and linear layers, and its cosine schedule by epochs."""
         kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
         decayed = [module.weight for module in self.modules() if isinstance(module, kinds)]
         decayed_ids = {id(weight) for weight in decayed}
@@ -144,14 +144,14 @@ class DigitsResNet(PaperRecipe):
     Takes images of shape `(N, 1, H, W)` in [0, 1], returns logits of shape `(N, 10)`.
 
     Args:
-        channels: Channels of the three stages; the stem has as many as the first.
+        channels: Channels of the three stages; the stem has the channels of the first stage.
         blocks: Residual blocks in a stage.
         learning_rate: As in `PaperRecipe`.
         momentum: As in `PaperRecipe`.
         weight_decay: As in `PaperRecipe`.
         head_init: As in `PaperRecipe`.
         optimizer: As in `PaperRecipe`.
-        strides: Of the stem and of the three stages.
+        strides: Strides of the stem and of the three stages.
     """
 
     def __init__(
@@ -186,12 +186,12 @@ class DigitsResNet(PaperRecipe):
 class Digits(L.LightningDataModule):
     """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships: no download.
 
-    Half of the images are for testing; of the other half a tenth is for validation. Both splits are stratified and
+    Half of the images are for testing, and a tenth of the other half for validation. Both splits are stratified and
     the same for every `shuffle_seed`.
 
     Args:
-        batch_size: Images a batch.
-        shuffle_seed: Decides the order of the training batches, whatever else draws random numbers.
+        batch_size: Images per batch.
+        shuffle_seed: Seed of the order of the training batches, independent of all other random numbers.
     """
 
     def __init__(self, batch_size: int = 128, shuffle_seed: int = 0) -> None:
@@ -228,17 +228,17 @@ class Digits(L.LightningDataModule):
 
 @dataclass(frozen=True)
 class Run:
-    """One network to train.
+    """A network to train.
 
     Attributes:
         arm: `"baseline"` or `"revisited"`.
-        seed: The number of the pair that it belongs to, from 1.
-        epochs: How long to train.
+        seed: The number of its pair, from 1.
+        epochs: Number of training epochs.
         blocks: Residual blocks in each of the network's three stages.
-        scale: What the batch norm scales start from in the revisited arm.
-        divisor: What their learning rate is divided by there.
-        head_init: How the last layer starts, as in `PaperRecipe`.
-        log_dir: Where the logs go.
+        scale: Initial value of the batch norm scales in the revisited arm.
+        divisor: Divisor of the scales' learning rate in the revisited arm.
+        head_init: Initialisation of the last layer, as in `PaperRecipe`.
+        log_dir: Directory of the logs.
     """
 
     arm: str
@@ -252,21 +252,21 @@ class Run:
 
 
 def derive_seed(seed: int) -> int:
-    """Return the random seed that the paper's code derives from the number of a run."""
+    """Return the random seed that the paper's code derives from a run's number."""
     return int(md5(str(seed).encode()).hexdigest()[-8:], 16)
 
 
 def build(seed: int, blocks: int = 1, head_init: str = "paper") -> tuple[DigitsResNet, Digits]:
-    """Return a new network and its data; the same initial weights and batches whenever the seed is the same."""
+    """Return a new network and its data; equal seeds give equal initial weights and batches."""
     L.seed_everything(derive_seed(seed), verbose=False)
     return DigitsResNet(blocks=blocks, head_init=head_init), Digits(shuffle_seed=derive_seed(seed))
 
 
 def train(run: Run, *, show: bool = False) -> float:
-    """Train one network and test it.
+    """Train a network and test it.
 
     Args:
-        run: Which one.
+        run: The network to train.
         show: Whether Lightning shows its progress.
 
     Returns:
@@ -289,13 +289,13 @@ def train(run: Run, *, show: bool = False) -> float:
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=show,
-        enable_model_summary=show and run.arm == "baseline",  # both arms have the same
+        enable_model_summary=show and run.arm == "baseline",  # both arms have the same summary
     )
     with log_level(logging.INFO if show else logging.WARNING):  # the callback's table is an INFO message
         trainer.fit(network, digits)
     trainer.save_checkpoint(run.log_dir / "network.ckpt")
     (metrics,) = trainer.test(network, digits, verbose=False)
-    # Lightning's metrics are float32: back to a whole number of images, so that equal differences come out equal.
+    # Lightning's metrics are float32: rounding to a whole number of images makes equal differences exactly equal.
     images = len(digits.test_set)
     return 100 * round(metrics["test_acc"] * images) / images
 
@@ -303,11 +303,12 @@ def train(run: Run, *, show: bool = False) -> float:
 def train_all(runs: list[Run], console: Console) -> dict[Run, float]:
     """Train every network, two at a time, and show the progress.
 
-    The first pair trains here, where Lightning shows what it does. Two other processes train the rest meanwhile.
+    The first pair trains in this process, where Lightning shows its progress. Two other processes train the rest
+    meanwhile.
 
     Args:
         runs: The networks, pair by pair.
-        console: Where the progress is shown.
+        console: The console that shows the progress.
 
     Returns:
         Accuracy on the test images by run, in %.
@@ -331,7 +332,7 @@ def train_all(runs: list[Run], console: Console) -> dict[Run, float]:
 
 @contextmanager
 def log_level(level: int) -> Iterator[None]:
-    """Let Lightning log from another level on for the time of a `with` block."""
+    """Set the level of Lightning's log for a `with` block."""
     before = LIGHTNING_LOG.level
     LIGHTNING_LOG.setLevel(level)
     try:
@@ -341,9 +342,9 @@ def log_level(level: int) -> Iterator[None]:
 
 
 def prepare_process() -> None:
-    """Make this process fit for many small runs."""
-    # Layers as small as these gain nothing from a second thread, the second core is better used by another run; and
-    # with one thread no sum depends on how many cores there are.
+    """Prepare this process for many small runs."""
+    # Layers this small gain nothing from a second thread, and another run uses the second core better. With a single
+    # thread, sums do not depend on the number of cores.
     torch.set_num_threads(1)
     LIGHTNING_LOG.setLevel(logging.WARNING)
     # 808 images in memory need no worker processes.
@@ -355,12 +356,12 @@ def prepare_process() -> None:
 def prepare_worker() -> None:
     """Prepare a process of the pool."""
     prepare_process()
-    # Ctrl-C reaches every process: let the workers end at once, and leave it to the main one to say so.
+    # Ctrl-C reaches every process: the workers end at once, and only the main process reports the interrupt.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's settings; end the program with one line where a value is wrong."""
+    """Return the settings of the command line; end the program with a single-line error if a value is wrong."""
     parser = argparse.ArgumentParser(
         description="Trains a baseline and a revisited network on digits for every seed, and compares them in pairs."
     )

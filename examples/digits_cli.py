@@ -1,7 +1,7 @@
-"""The digits network trained by LightningCLI, with the group `revbn` for revisited batch norm.
+"""Trains the digits network by LightningCLI, with the group `revbn` for revisited batch norm.
 
-`python examples/digits_cli.py fit --config examples/digits_cli.yaml` trains the baseline; `--revbn.enabled true` makes
-it the revisited network, and `fit --help` lists the other settings. Model and data know nothing about it.
+`python examples/digits_cli.py fit --config examples/digits_cli.yaml` trains the baseline. `--revbn.enabled true` makes
+it the revisited network, and `fit --help` lists the other settings. Model and data need no change.
 """
 
 from __future__ import annotations

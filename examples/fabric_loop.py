@@ -1,10 +1,10 @@
-"""Revisited batch norm in a loop of your own with Fabric, on real digits; no Trainer and no callback.
+"""Revisited batch norm in your own training loop with Fabric, on real digits, without a Trainer or callback.
 
-`init_batch_norms` writes the scales, `ScaleUpdateRule` makes them learn with lr / c::
+`init_batch_norms` writes the scales, and `ScaleUpdateRule` trains them with lr / c::
 
     python examples/fabric_loop.py
     python examples/fabric_loop.py --accelerator cpu --devices 2 --strategy ddp --precision bf16-mixed
-    python examples/fabric_loop.py --checkpoint run.ckpt  # the same again goes on where a stopped run was saved
+    python examples/fabric_loop.py --checkpoint run.ckpt  # after a stop, the same command goes on from run.ckpt
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lightning_revbn import ScaleUpdateRule, init_batch_norms
 
 
 def batches(digits: Digits, epoch: int, ranks: int) -> DataLoader[tuple[torch.Tensor, ...]]:
-    """Return the training images in an order that seed and epoch decide, so that a resumed run sees what it would have.
+    """Return the training images in an order set by seed and epoch, so that a resumed run sees the same batches.
 
-    Fabric hands every rank its share of a batch.
+    The batches of all ranks together have `batch_size` images: Fabric gives every rank its own part of the images.
     """
     generator = torch.Generator().manual_seed(digits.shuffle_seed + epoch)
     order = torch.randperm(len(digits.train_set), generator=generator)
@@ -34,26 +34,26 @@ def batches(digits: Digits, epoch: int, ranks: int) -> DataLoader[tuple[torch.Te
 
 
 def train(fabric: L.Fabric, network: DigitsResNet, digits: Digits, settings: argparse.Namespace) -> nn.Module:
-    """Train a network with the method, from the checkpoint if there is one.
+    """Train a network with the method, starting from the checkpoint if it exists.
 
     Args:
         fabric: Devices, strategy and precision.
-        network: The network, fresh.
-        digits: Its data.
-        settings: The command line's.
+        network: The untrained network.
+        digits: The data.
+        settings: The settings of the command line.
 
     Returns:
         The network as Fabric wraps it.
     """
     report = init_batch_norms(network, scale=settings.scale)
-    fabric.print(report)  # what was rewritten, what was left alone and why
+    fabric.print(report)  # the layers that were rewritten, and the layers that were left alone with the reason
 
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     schedule = OneCycleLR(optimizer, max_lr=0.1, total_steps=settings.epochs * STEPS_PER_EPOCH)
     model, optimizer = fabric.setup(network, optimizer)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "epoch": 0}
     if settings.checkpoint is not None and settings.checkpoint.exists():
-        fabric.load(settings.checkpoint, state)  # the trained scales take the place of the written ones
+        fabric.load(settings.checkpoint, state)  # replaces the scales that were written above by trained scales
         fabric.print(f"Goes on after epoch {state['epoch']} of {settings.checkpoint}")
 
     with ScaleUpdateRule(optimizer, report.scales, divisor=settings.divisor, weight_decay_exempt=report.scales):
@@ -71,7 +71,7 @@ def train(fabric: L.Fabric, network: DigitsResNet, digits: Digits, settings: arg
 
 
 def accuracy(fabric: L.Fabric, model: nn.Module, digits: Digits) -> float:
-    """Return the accuracy on the test images, in %; every rank looks at all of them."""
+    """Return the accuracy in % on the test images; every rank tests on all of them."""
     images, labels = fabric.to_device(digits.test_set.tensors)
     model.eval()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def accuracy(fabric: L.Fabric, model: nn.Module, digits: Digits) -> float:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's settings."""
+    """Return the settings of the command line."""
     parser = argparse.ArgumentParser(description="Trains a network on digits with revisited batch norm, in Fabric.")
     parser.add_argument("--accelerator", default="auto", help="where to train (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="on how many (default: %(default)s)")
@@ -100,7 +100,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, test, and say what became of the scales."""
+    """Train, test, and print the mean scale of every layer."""
     settings = parse_arguments(arguments)
     fabric = L.Fabric(
         accelerator=settings.accelerator,

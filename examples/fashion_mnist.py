@@ -1,7 +1,7 @@
-"""Raw uint8 images of Fashion-MNIST, normalised online: the mixin and the callback, on one device or several.
+"""Raw uint8 images of Fashion-MNIST, normalised online with the mixin and the callback, on one device or several.
 
-The data are the four idx files of Fashion-MNIST, zipped or not. Debian has them (`apt install dataset-fashion-mnist`),
-torchvision downloads them where there is internet::
+The data are the four idx files of Fashion-MNIST, gzipped or not. Install them with
+`apt install dataset-fashion-mnist` on Debian, or let torchvision download them::
 
     python examples/fashion_mnist.py --data-dir /usr/share/datasets/fashion-mnist
     python examples/fashion_mnist.py --data-dir data --download --devices 2 --strategy ddp
@@ -33,14 +33,14 @@ SEEDS = (1, 2, 3)
 class FashionMNIST(OnlineInputNormMixin, L.LightningDataModule):
     """Batches of raw images, uint8 of shape `(N, 1, 28, 28)`, and labels.
 
-    Nobody looks up the mean and standard deviation of the data set: the mixin learns them while training.
+    The mixin learns the mean and standard deviation of the data set while training, so the script needs no constants.
 
     Args:
-        data_dir: Where the idx files are.
-        batch_size: Samples a batch, on each device.
-        train_images: How many of the first 55,000 images to train on. The last 5,000 of the 60,000 are for validation.
-        mode: Of `InputNorm`.
-        freeze_after: Of `InputNorm`.
+        data_dir: Directory of the idx files.
+        batch_size: Samples per batch, on each device.
+        train_images: Number of training images, at most 55,000. The last 5,000 of the 60,000 are for validation.
+        mode: The mode of `InputNorm`.
+        freeze_after: As in `InputNorm`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FashionMNIST(OnlineInputNormMixin, L.LightningDataModule):
         self.test = TensorDataset(*read_split(self.data_dir, "t10k"))
 
     def train_dataloader(self) -> DataLoader:
-        """Return the training images in an order of every epoch's own."""
+        """Return the training images, in a new order every epoch."""
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -80,8 +80,8 @@ def read_split(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     """Read images `(N, 1, 28, 28)` and labels `(N,)` of a split, `"train"` or `"t10k"`.
 
     Args:
-        data_dir: Where the files are.
-        split: Which split.
+        data_dir: Directory of the files.
+        split: Name of the split.
 
     Returns:
         uint8 images and int64 labels.
@@ -94,15 +94,15 @@ def read_idx(data_dir: Path, name: str) -> Tensor:
     """Read an idx file of bytes (http://yann.lecun.com/exdb/mnist, "file formats").
 
     Args:
-        data_dir: Where the file is, or above it.
-        name: Its name without `.gz`.
+        data_dir: Directory of the file, or a directory above it.
+        name: Name of the file without `.gz`.
 
     Returns:
         uint8 values in the shape that the file states.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no idx file of bytes, or is cut short.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not an idx file of bytes, or is cut short.
     """
     found = sorted(path for ending in ("", ".gz") for path in data_dir.rglob(name + ending))
     if not found:

@@ -20,16 +20,16 @@ from lightning_revbn.compare import PairedTTest
 from lightning_revbn.plots.pairs_figure import draw_pairs
 
 SIGNIFICANT = 0.05
-LEGEND_LINES = 16  # of a deeper network some layers are named, evenly spaced
+LEGEND_LINES = 16  # the legend of a deeper network names some layers, evenly spaced
 
 
 def print_table(baseline: Sequence[float], revisited: Sequence[float], console: Console) -> None:
-    """Print the accuracies of every pair, their summary, and what they say.
+    """Print the accuracies of every pair, their summary, and a conclusion.
 
     Args:
         baseline: Test accuracies of seeds 1, 2, ..., in %.
-        revisited: Those of the same seeds.
-        console: Where to.
+        revisited: Test accuracies of the same seeds, in %.
+        console: The console to print to.
     """
     table = Table(title="Test accuracy in %", title_justify="left")
     for heading in ("Seed", "Baseline", "Revisited", "Difference"):
@@ -61,10 +61,10 @@ def print_table(baseline: Sequence[float], revisited: Sequence[float], console: 
 
 
 def conclude(result: PairedTTest) -> str:
-    """Say in one sentence what a comparison means.
+    """Describe the result of a comparison in a sentence.
 
     Args:
-        result: Of the one-sided test that revisited is greater.
+        result: Result of the one-sided test that revisited is greater.
 
     Returns:
         The sentence.
@@ -90,12 +90,12 @@ def conclude(result: PairedTTest) -> str:
 
 
 def print_observations(baseline_logs: Sequence[Path], revisited_logs: Sequence[Path], console: Console) -> None:
-    """Print what batch norm did: all layers together, at the first and last event of the monitor, mean over seeds.
+    """Print the monitor's whole-model values at its first and last event, as means over seeds.
 
     Args:
         baseline_logs: `metrics.csv` of every baseline run.
-        revisited_logs: Those of the revisited runs.
-        console: Where to.
+        revisited_logs: `metrics.csv` of every revisited run.
+        console: The console to print to.
     """
     ends = [values for logs in (baseline_logs, revisited_logs) for values in _mean_first_and_last(logs)]
     table = Table(title="What batch norm did (mean over seeds)", title_justify="left")
@@ -114,7 +114,7 @@ def print_observations(baseline_logs: Sequence[Path], revisited_logs: Sequence[P
 
 
 def _mean_first_and_last(logs: Sequence[Path]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the whole-model values of the monitor's first and last event, each a mean over logs."""
+    """Return the monitor's whole-model values at its first and last event, each a mean over logs."""
     events = [[row for row in _read(log) if row["revbn/scale_mean"]] for log in logs]
     keys = ("scale_mean", "scale_drift", "shift_drift", "normalized_absmax", "normalized_over_3")
     first, last = (
@@ -137,12 +137,12 @@ def draw_picture(
     scale_logs: Sequence[Path],
     layers: Sequence[str],
 ) -> None:
-    """Draw the paired accuracies, and beside them the scales of one pair over training.
+    """Draw the paired accuracies, and beside them the scales of the first pair over training.
 
     Args:
-        path: Of the PNG.
+        path: Path of the picture.
         baseline: Test accuracies of seeds 1, 2, ..., in %.
-        revisited: Those of the same seeds.
+        revisited: Test accuracies of the same seeds, in %.
         scale_logs: `metrics.csv` of the first pair: baseline, revisited.
         layers: Dotted names of the batch norm layers, from the input to the output.
     """
@@ -166,10 +166,10 @@ def draw_picture(
 
 
 def read_scale_means(log: Path, layers: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
-    """Read how the mean scale of every layer went from the file of a CSVLogger.
+    """Read the mean scale of every layer over training from the file of a CSVLogger.
 
     Args:
-        log: `metrics.csv`; each of its rows has the values of one event and leaves other columns empty.
+        log: `metrics.csv`; each row has the values of a single logging event, and its other columns are empty.
         layers: Dotted names of the layers.
 
     Returns:
@@ -191,13 +191,13 @@ def _draw_scales(axes: Axes, curves: dict[str, tuple[list[int], list[float]]]) -
         axes.plot(
             steps,
             means,
-            color=mpl.colormaps["viridis"](0.9 * depth / max(1, len(curves) - 1)),  # its end is pale on white
+            color=mpl.colormaps["viridis"](0.9 * depth / max(1, len(curves) - 1)),  # pale at its end
             linestyle="--" if "shortcut" in layer else "-",
             marker="o" if len(steps) < 3 else None,
             label=layer,
         )
     if all(mean > 0 for _, means in curves.values() for mean in means):
-        axes.set_yscale("log")  # equal distances are equal factors: 0.1 to 0.2 as far as 1 to 2
+        axes.set_yscale("log")  # equal ratios are equally far apart: 0.1 to 0.2 like 1 to 2
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())

@@ -34,7 +34,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# A Trainer of a script that does not use the package loads its entry point: names are imported when they are used.
+# Names are imported on use: every Trainer loads this package's entry point, even in scripts without the package.
 _HOMES = {
     "BatchNormMonitor": "lightning_revbn.callbacks.monitor",
     "InputBatchNorm": "lightning_revbn.core.input_batch_norm",

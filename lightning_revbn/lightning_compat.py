@@ -1,7 +1,7 @@
-"""Everything of Lightning that is private, or differs between its versions or its two packages; nothing elsewhere.
+"""The only module that uses Lightning's private names, or code that differs by its version or its two packages.
 
-Lightning is published as `lightning.pytorch` and as `pytorch_lightning`, whose classes share no base. Private names may
-go in any release. A fit that can do without one goes on, with one warning that says what is missing:
+Lightning is published as `lightning.pytorch` and as `pytorch_lightning`, whose classes share no base. Any release may
+drop a private name. A fit that can do without the name goes on, and warns of the missing name:
 
 | private name of Lightning | without it |
 |---|---|
@@ -12,11 +12,11 @@ go in any release. A fit that can do without one goes on, with one warning that 
 | `strategy._layer_sync` | `sync_batchnorm` and `BatchNormSync` are not checked |
 | the live dicts `callback_metrics`, `progress_bar_metrics` | callbacks and the progress bar do not see the metrics |
 
-`launcher` and the parsers of LightningCLI are reached by public names alone.
+`launcher` and the parsers of LightningCLI are reached only by public names.
 """
 
 # pyright: reportPrivateImportUsage=false
-# Lightning's documented homes of these names re-export them without saying so.
+# Lightning documents these modules for these names, but does not mark the names as re-exported.
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ rank_zero_only = rank_zero.rank_zero_only
 rank_zero_warn = rank_zero.rank_zero_warn
 
 END_OF_SETUP = "post_setup"
-"""The barrier between the setup of callbacks and modules and what uses it; without the name ranks are not compared."""
+"""The barrier after the setup of callbacks and modules; without this name, ranks are not compared."""
 
 _GONE = object()
 _warned: set[str] = set()
 
 
 def twins(kind: type) -> tuple[type, ...]:
-    """Return a class of `lightning.pytorch`, and its copy if `pytorch_lightning` is in use: for `isinstance`.
+    """Return a class of `lightning.pytorch`, and its copy in `pytorch_lightning` if that is imported: for `isinstance`.
 
     Args:
         kind: The class.
 
     Returns:
-        One class or two; `pytorch_lightning` is never imported for it.
+        A tuple of the class, and of the copy if there is a copy; `pytorch_lightning` itself is never imported here.
     """
     module = sys.modules.get(kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1))
     copy = getattr(module, kind.__name__, kind)
@@ -80,24 +80,24 @@ def twins(kind: type) -> tuple[type, ...]:
 
 
 def overrides(hook: str, module: object) -> bool:
-    """Tell whether a LightningModule of either package has a hook of its own.
+    """Tell whether a LightningModule of either package overrides a hook.
 
     Args:
         hook: Name of the method.
         module: The module.
 
     Returns:
-        Whether it does.
+        Whether it overrides the hook.
     """
     parent = next((kind for kind in twins(LightningModule) if isinstance(module, kind)), LightningModule)
     return is_overridden(hook, module, parent)
 
 
 def adopt(kind: type[Callback]) -> None:
-    """Make a callback a `pytorch_lightning.Callback` too, if `pytorch_lightning` is in use: for its LightningCLI.
+    """Make a callback also a `pytorch_lightning.Callback`, if `pytorch_lightning` is in use, for its LightningCLI.
 
-    A Trainer takes a callback for what it does, a configuration file only for what it is. Methods of
-    `lightning.pytorch` stay the first.
+    A Trainer accepts any object with a callback's methods; LightningCLI checks the class. Methods of
+    `lightning.pytorch` still come first.
 
     Args:
         kind: A class derived from `lightning.pytorch.Callback`.
@@ -114,19 +114,19 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
         trainer: The Trainer.
 
     Returns:
-        Its own list, in the order in which they are called.
+        The Trainer's own list, in the order in which the callbacks are called.
     """
-    return getattr(trainer, "callbacks")  # noqa: B009 # made in a connector, where no type checker looks
+    return getattr(trainer, "callbacks")  # noqa: B009 # a connector sets it, so type checkers do not know it
 
 
 def stepped_batches(trainer: Trainer) -> int:
-    """Return how many batches ended in an optimizer step: the step axis of Lightning's loggers.
+    """Return the number of batches that ended in an optimizer step: the step axis of Lightning's loggers.
 
     Args:
         trainer: The Trainer, in a fit.
 
     Returns:
-        The number; `global_step` counts the steps of every optimizer, so it runs ahead where there are several.
+        The number; `global_step` counts the steps of every optimizer, so it is larger with several optimizers.
     """
     count = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", _GONE)
     if isinstance(count, int):
@@ -142,25 +142,25 @@ def is_logging_step(trainer: Trainer) -> bool:
         trainer: The Trainer, in a fit, before or in a batch.
 
     Returns:
-        Whether it does.
+        Whether Lightning logs.
     """
     wanted = getattr(getattr(trainer, "_logger_connector", None), "should_update_logs", _GONE)
     if wanted is not _GONE:
         return bool(wanted)
     _warn_without("should_update_logs", "batch norm metrics are logged every log_every_n_steps steps")
-    every: int = getattr(trainer, "log_every_n_steps", 50)
+    every: int = getattr(trainer, "log_every_n_steps", 50)  # Lightning's own default
     return bool(every) and ((stepped_batches(trainer) + 1) % every == 0 or trainer.should_stop)
 
 
 def accumulates(trainer: Trainer, batch_idx: int) -> bool:
-    """Tell whether no optimizer step follows the present batch, since gradients are accumulated over several.
+    """Tell whether no optimizer step follows the present batch, because gradients accumulate over several batches.
 
     Args:
         trainer: The Trainer, in a fit, after a batch.
-        batch_idx: Number of the batch in its epoch.
+        batch_idx: Index of the batch in its epoch.
 
     Returns:
-        Whether they are.
+        Whether gradients accumulate.
     """
     ask: Any = getattr(trainer.fit_loop.epoch_loop, "_should_accumulate", None)
     if ask is not None:
@@ -172,18 +172,18 @@ def accumulates(trainer: Trainer, batch_idx: int) -> bool:
 def is_example(module: LightningModule, batch: Any) -> bool:
     """Tell whether a batch is an example input.
 
-    Lightning sends example inputs through the hooks of batches too: for summaries, graphs and exports, on rank 0 alone.
+    Lightning also sends example inputs through batch hooks: for summaries, graphs and exports, on rank 0 only.
 
     Args:
         module: The LightningModule.
-        batch: What a hook was given.
+        batch: The batch that a hook received.
 
     Returns:
-        Whether it is.
+        Whether it is an example input.
     """
     hook = getattr(module, "_current_fx_name", _GONE)
     if hook is not _GONE:
-        return hook != "batch_to_device"  # in which alone a loop's batches come
+        return hook != "batch_to_device"  # a loop passes its batches only in this hook
     _warn_without("_current_fx_name", "a batch counts as the example input if it equals example_input_array")
     example: Any = getattr(module, "example_input_array", None)
     return (
@@ -201,7 +201,7 @@ def layer_sync(strategy: Strategy) -> LayerSync | None:
         strategy: The Trainer's strategy.
 
     Returns:
-        The plugin; None where there is none.
+        The plugin, or None.
     """
     plugin = getattr(strategy, "_layer_sync", _GONE)
     if plugin is not _GONE:
@@ -218,7 +218,7 @@ def logs_hyperparameters(trainer: Trainer) -> bool:
         trainer: The Trainer.
 
     Returns:
-        True unless `enable_autolog_hparams` is off; Lightning 2.5.0 has no such switch.
+        True unless `enable_autolog_hparams` is off; Lightning 2.5.0 does not have this switch.
     """
     return bool(getattr(trainer, "enable_autolog_hparams", True))
 
@@ -228,10 +228,11 @@ def publish(trainer: Trainer, metrics: Mapping[str, float], *, in_progress_bar: 
 
     Args:
         trainer: The Trainer.
-        metrics: Their values by key.
-        in_progress_bar: Keys of those that the progress bar shows too, rounded to four digits.
+        metrics: Values by key.
+        in_progress_bar: Keys of the metrics that the progress bar shows too, rounded to four digits.
     """
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+    # callback_metrics is a property: if it returns a copy, the update above is lost.
     if metrics.keys() - trainer.callback_metrics.keys():
         _warn_without("a live callback_metrics", "callbacks cannot monitor batch norm metrics")
     if in_progress_bar:
@@ -241,7 +242,7 @@ def publish(trainer: Trainer, metrics: Mapping[str, float], *, in_progress_bar: 
 
 
 def _warn_without(name: str, instead: str) -> None:
-    """Say once a process that a private name is gone from Lightning."""
+    """Warn once per process that a private name is gone from Lightning."""
     if name not in _warned:
         _warned.add(name)
         rank_zero_warn(f"this version of Lightning has no {name}: {instead}. Please report it to lightning-revbn")

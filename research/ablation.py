@@ -1,22 +1,22 @@
-"""Which part of a small scale does it? The identity of docs/why.md, taken apart on digits.
+"""Tests on digits which part of a small scale causes its effect, by the identity of docs/why.md.
 
     python research/ablation.py
     python research/ablation.py --scale 0.25 --leave-one-out --seeds 8
 
-Training with all scales at g and their learning rate divided by c equals training at scale 1 with five settings
-changed. Each can be changed without the others:
+Training with all scales at g and their learning rate divided by c equals training at scale 1 with five changed
+settings. Each setting can be changed without the others:
 
 - `logits`: the last linear weights start at g times their values, so the first logits are softer;
-- `head`: these weights learn with lr g^2 (and weight decay / g^2, so that a step decays them as before);
+- `head`: these weights learn with lr g^2, and weight decay / g^2, so that a step decays them as before;
 - `shift`: shifts learn with lr / g^2;
 - `scale`: scales learn with lr / (c g^2);
-- `eps`: it is eps / g^2 in every batch norm layer but the stem's, whose input is the images.
+- `eps`: eps becomes eps / g^2 in every batch norm layer except the stem's, whose input is the images.
 
-`logits` and `head` are the two halves of one fact: the last layer sees an input of another size. With g = 0.1 and
-c = 100, `scale` is a factor of 1 and no part. Every arm has one part alone (or all but one), or one of the two pairs
-`logits` and `head`, `shift` and `eps`; beside them stand the arm with all of them, which is the method in other words,
-and the method itself. An arm is judged against the same baseline by the same paired test as in `paper_protocol.py`,
-whose runs these are: a second call trains only what is missing.
+`logits` and `head` have the same cause: the size of the last layer's input changes. With g = 0.1 and c = 100, the
+factor of `scale` is 1, so `scale` is not among the parts. An arm has a single part, all parts but one, or one of the
+pairs `logits` and `head`, `shift` and `eps`. Two more arms are all parts together, which equals the method, and the
+method itself. Every arm is compared with the same baseline by the same paired test as in `paper_protocol.py`. The runs
+have the form of that script, so a second call trains only missing runs.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ PAIRS = (("logits", "head"), ("shift", "eps"))
 
 
 def parts_of(scale: float, divisor: float) -> tuple[str, ...]:
-    """Return the parts that a scale and a divisor amount to: `scale` is none where divisor * scale^2 is 1."""
+    """Return the parts that equal a scale and a divisor; `scale` is left out if divisor * scale^2 is 1."""
     parts = ("logits", "head", "shift", "scale", "eps")
     return tuple(part for part in parts if part != "scale" or not math.isclose(divisor * scale**2, 1))
 
 
 class ScaleOne(L.Callback):
-    """Trains a `DigitsResNet` at scale 1 with some of the parts that a small scale amounts to.
+    """Trains a `DigitsResNet` at scale 1 with some of the parts that together equal a small scale.
 
-    A learning rate of k lr with weight decay / k is a gradient multiplied by k: SGD is linear in it, and the rate
-    keeps its factor under every schedule.
+    A learning rate of k lr with weight decay / k equals a gradient multiplied by k: SGD is linear in the gradient, and
+    the rate keeps its factor under every schedule.
 
     Args:
-        scale: The scale g that is meant.
-        divisor: The divisor c that is meant.
+        scale: The scale g to imitate.
+        divisor: The divisor c to imitate.
         parts: Some of `parts_of(scale, divisor)`.
     """
 
@@ -64,7 +64,7 @@ class ScaleOne(L.Callback):
         self.factors: list[tuple[nn.Parameter, float]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Change the start and eps, and find the parameters whose learning rate changes."""
+        """Change the initial weights and eps, and find the parameters whose learning rate changes."""
         if stage != "fit":
             return
         assert isinstance(pl_module, DigitsResNet)
@@ -101,8 +101,8 @@ class PartialRun(Run):
     """A run at scale 1 with some of the parts.
 
     Attributes:
-        scale: The scale that is meant.
-        label: What the arm is called behind the scale.
+        scale: The scale to imitate.
+        label: The end of the arm's name, after the scale.
         parts: Some of `parts_of`.
     """
 
@@ -116,12 +116,12 @@ class PartialRun(Run):
         return f"scale_{self.scale:g}_{self.label}"
 
     def callbacks(self) -> list[L.Callback]:
-        """Return the parts in the callback's place."""
+        """Return the callback that trains with the parts."""
         return [ScaleOne(self.scale, PAPERS_DIVISOR, self.parts)]
 
 
 def combinations(parts: tuple[str, ...], leave_one_out: bool) -> dict[str, tuple[str, ...]]:
-    """Return which parts the arms have, by label."""
+    """Return the parts of each arm, by label."""
     arms = {"all": parts, **{f"only_{part}": (part,) for part in parts}}
     arms |= {f"only_{first}_{second}": (first, second) for first, second in PAIRS}
     if leave_one_out:
@@ -155,7 +155,7 @@ def grid(arguments: argparse.Namespace) -> list[Run]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's settings; end the program with one line where a value is wrong."""
+    """Return the settings of the command line; end the program with a single-line error if a value is wrong."""
     parser = argparse.ArgumentParser(description="Takes the parts of a small scale one at a time, over paired seeds.")
     parser.add_argument("--scale", type=float, default=0.1, metavar="G", help="to take apart (default: %(default)s)")
     parser.add_argument("--leave-one-out", action="store_true", help="all parts but one, too")
@@ -168,7 +168,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train what is missing, write one CSV, and print what it says."""
+    """Train the missing runs, write their results as CSV, and print the comparisons."""
     parsed = parse_arguments(arguments)
     console, runs = Console(), grid(parsed)
     try:

@@ -1,4 +1,4 @@
-"""An arm of an experiment by its settings: what the callback is given, and how the input is normalised."""
+"""An arm of an experiment by its settings: the callback's arguments, and the normalisation of the input."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PAPERS_DIVISOR = 100.0
 
 @dataclass(frozen=True)
 class Arm:
-    """The settings in which an arm differs from its baseline; the baseline has none.
+    """The settings in which an arm differs from its baseline; the baseline has only defaults.
 
     Attributes:
-        scale: Where batch norm scales start; None trains without the callback.
-        scale_lr_divisor: What the scales' learning rate is divided by.
-        shift_lr_multiplier: What the shifts' learning rate is multiplied by.
-        eps: Of every batch norm layer; None leaves torch's.
+        scale: Initial value of batch norm scales; None trains without the callback.
+        scale_lr_divisor: Divisor of the scales' learning rate.
+        shift_lr_multiplier: Multiplier of the shifts' learning rate.
+        eps: The eps of every batch norm layer; None leaves torch's default.
         input_norm: `"none"`; `"batch"`, by the online statistics of the mixin; `"dataset"`, by constants of the
             training data.
     """
@@ -34,7 +34,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """The name in tables and directories: every setting that is not the default."""
+        """The name in tables and directories, made of every setting that is not the default."""
         parts = [] if self.input_norm == "none" else [f"input_{self.input_norm}"]
         if self.scale is None:
             return "_".join([*parts, "baseline"])
@@ -49,10 +49,10 @@ class Arm:
         return "_".join(parts) if len(parts) > (self.input_norm != "none") else "_".join([*parts, "neutral"])
 
     def callbacks(self) -> list[L.Callback]:
-        """Return what the Trainer gets beside the network: nothing, or the callback."""
+        """Return the Trainer's callbacks: RevisitedBatchNorm if the arm has a scale, otherwise none."""
         if self.scale is None:
             return []
-        # Nobody reads the statistics of so many runs.
+        # No monitor: nobody reads the statistics of so many runs.
         callback = RevisitedBatchNorm(
             scale=self.scale,
             scale_lr_divisor=self.scale_lr_divisor,
@@ -76,8 +76,8 @@ def parse_arm(text: str) -> Arm:
         The arm.
 
     Raises:
-        ValueError: If a setting is unknown, given twice or has no such value, or the callback has settings without a
-            scale: its default of 0.1 would be easy to overlook.
+        ValueError: If a setting is unknown, is given twice or has an invalid value. Also if settings of the callback
+            lack a scale, since its default of 0.1 would be easy to overlook.
 
     Example:
         >>> parse_arm("scale=1,scale_lr_divisor=1,eps=1e-3,shift_lr_multiplier=10").name
@@ -119,14 +119,15 @@ def _number(text: str, name: str, value: str) -> float:
 
 
 def reference(arm: Arm) -> Arm:
-    """Return the arm that another is compared with.
+    """Return the arm that another arm is compared with.
 
-    An arm with the callback stands against the same input without it, an arm with another input against the baseline.
+    An arm with the callback is compared with the same input without the callback. An arm that changes only the input is
+    compared with the baseline.
 
     Args:
-        arm: Not the baseline.
+        arm: Any arm.
 
     Returns:
-        Its baseline.
+        The arm's baseline; the baseline is its own.
     """
     return BASELINE if arm.scale is None else Arm(input_norm=arm.input_norm)

@@ -17,25 +17,26 @@ from lightning_revbn.compare import least_detectable_effect, paired_t_test
 from lightning_revbn.runs.comparison import POWER, Comparison, compare
 
 MARGIN = 0.2
-"""Points of accuracy that count as no loss; fixed before the runs."""
+"""The largest loss, in points of accuracy, that counts as no loss; fixed before the runs."""
 
 LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm of one grid.
+    """An arm of a grid.
 
     Attributes:
         grid: Name of the grid.
         arm: Name of the arm.
-        baseline: Name of the arm that it is compared with; its own name if it is compared with none.
+        baseline: Name of the arm that it is compared with; its own name for a baseline.
         validation: Mean accuracy on validation data after the last epoch, in %.
         scores: Accuracy on test data after the last epoch, in %, by seed.
         best_epoch: Mean accuracy on test data with the weights of the best validation epoch, in %.
-        comparison: With the baseline, corrected for all arms that have the same; None for a baseline.
-        overtakes: Step from which on it is above the baseline; None for never, and for a baseline.
-        relative_time: Steps to the baseline's final validation accuracy, as a ratio; None for never.
+        comparison: Comparison with the baseline, corrected for all arms of this baseline; None for a baseline.
+        overtakes: Step from which the arm stays above the baseline; None for never, and for a baseline.
+        relative_time: Steps to the baseline's final validation accuracy, relative to the baseline's steps; None for
+            never, and for a baseline.
     """
 
     grid: str
@@ -65,7 +66,7 @@ class Cell:
 
     @property
     def detectable(self) -> float:
-        """The difference that so many pairs, with this spread, find in 80 % of all experiments."""
+        """The difference that this number of pairs, with this spread, detects in 80 % of experiments."""
         assert self.comparison is not None
         test = self.comparison.test
         return least_detectable_effect(test.n, power=POWER) * test.std_difference
@@ -81,11 +82,11 @@ def read_cells(folder: Path, grid: str) -> list[Cell]:
     """Compare the arms of a grid.
 
     Args:
-        folder: Where the CSV files are.
-        grid: Its name.
+        folder: Directory of the CSV files.
+        grid: Name of the grid.
 
     Returns:
-        A cell for each arm, in the order of the file; none if the grid was not run.
+        A cell for each arm, in the order of the file; empty if the grid was not run.
     """
     file = folder / f"{grid}.csv"
     if not file.is_file():

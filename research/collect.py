@@ -1,8 +1,9 @@
-"""Brings finished grids into docs/results: one CSV of runs and one of mean curves each.
+"""Brings finished grids into docs/results, each as a CSV file of runs and a CSV file of mean curves.
 
     python research/collect.py runs
 
-`runs` is the directory that `planned.py` filled. A grid counts when all of its runs are finished: no seed is left out.
+`runs` is the output directory of `planned.py`. A grid is collected only if all of its runs are finished, so no seed is
+left out.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ def collect(name: str, runs: Path, results: Path) -> tuple[int, int]:
     """Write the two files of a grid if it is finished.
 
     Args:
-        name: Of the grid.
-        runs: What `planned.py` filled.
-        results: Where the files go.
+        name: Name of the grid.
+        runs: Output directory of `planned.py`.
+        results: Directory to write to.
 
     Returns:
-        How many runs are finished, and how many are planned.
+        The numbers of finished runs and of planned runs.
     """
     planned = runs_of(name)
     places = [runs / name / run.name / f"seed_{run.seed:02}" for run in planned]
@@ -49,7 +50,7 @@ def collect(name: str, runs: Path, results: Path) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Collect every planned grid and say how many runs each has."""
+    """Collect every planned grid and print the number of its finished runs."""
     parser = argparse.ArgumentParser(description="Brings finished grids into docs/results.")
     parser.add_argument("runs", type=Path, help="the directory that planned.py filled")
     parsed = parser.parse_args(arguments)

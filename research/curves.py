@@ -1,4 +1,4 @@
-"""What learning curves say: when an arm overtakes its baseline for good, and how long it takes to the same accuracy."""
+"""Learning curves: the step from which an arm stays above its baseline, and the time to the same accuracy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from arms import Arm, reference
 
 COLUMNS = ("arm", "step", "train_loss", "val_loss", "val_acc", "test_acc", "gain", "gain_std")
-"""Of the file of a grid; accuracies are in %, `gain` is arm - baseline on test data over the same seeds."""
+"""Columns of a grid's file; accuracies are in %, `gain` is arm - baseline on test data over the same seeds."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Curve:
     """The mean over seeds after every epoch.
 
     Attributes:
-        steps: Optimizer steps taken by then, shape `(epochs,)`, as all that follows.
-        train_loss: Mean over the epoch.
-        val_loss: Cross entropy.
-        val_acc: In %.
-        test_acc: In %.
-        gain: Test accuracy beyond the baseline's of the same seed; 0 for the baseline.
-        gain_std: Over seeds.
+        steps: Optimizer steps after each epoch; shape `(epochs,)`, like every attribute.
+        train_loss: Training loss, mean over the epoch.
+        val_loss: Cross entropy on validation data.
+        val_acc: Validation accuracy in %.
+        test_acc: Test accuracy in %.
+        gain: Test accuracy minus the baseline's at the same seed, in points; 0 for the baseline.
+        gain_std: Standard deviation of the gain over seeds.
     """
 
     steps: tuple[int, ...]
@@ -39,7 +39,7 @@ class Curve:
 
 
 def overtaking_step(steps: Sequence[int], gain: Sequence[float]) -> int | None:
-    """Return the step from which on an arm is above its baseline after every epoch.
+    """Return the step from which an arm is above its baseline after every epoch.
 
     Args:
         steps: Steps taken after each epoch, shape `(epochs,)`.
@@ -54,7 +54,7 @@ def overtaking_step(steps: Sequence[int], gain: Sequence[float]) -> int | None:
     """
     overtaken = None
     for step, difference in zip(reversed(steps), reversed(gain), strict=True):
-        if not difference > 0:
+        if not difference > 0:  # true for NaN too
             break
         overtaken = step
     return overtaken
@@ -65,7 +65,7 @@ def time_to_accuracy(steps: Sequence[int], accuracy: Sequence[float], target: fl
 
     Args:
         steps: Steps taken after each epoch, shape `(epochs,)`.
-        accuracy: After each epoch, mean over seeds, shape `(epochs,)`.
+        accuracy: Accuracy after each epoch, mean over seeds, shape `(epochs,)`.
         target: The accuracy.
 
     Returns:
@@ -79,19 +79,19 @@ def time_to_accuracy(steps: Sequence[int], accuracy: Sequence[float], target: fl
 
 
 def relative_time(arm: Curve, baseline: Curve) -> float | None:
-    """Return how many steps an arm takes to the baseline's final validation accuracy, as a ratio to the baseline's.
+    """Return an arm's steps to the baseline's final validation accuracy, as a ratio to the baseline's own steps.
 
     Args:
-        arm: Of the arm.
-        baseline: Of its baseline.
+        arm: Curve of the arm.
+        baseline: Curve of its baseline.
 
     Returns:
-        Below 1 the arm is faster; None if it never gets there.
+        The ratio, below 1 if the arm is faster; None if the arm never reaches the accuracy.
     """
     target = baseline.val_acc[-1]
     taken = time_to_accuracy(arm.steps, arm.val_acc, target)
     own = time_to_accuracy(baseline.steps, baseline.val_acc, target)
-    assert own is not None  # the last epoch at the latest
+    assert own is not None  # the baseline reaches it at its last epoch at the latest
     return None if taken is None else taken / own
 
 
@@ -99,7 +99,7 @@ def mean_curves(results: Sequence[Mapping[str, Any]], output: Path) -> dict[str,
     """Average the curves of a grid over seeds.
 
     Args:
-        results: Of all its runs, as `paper_protocol.train` returns them.
+        results: Results of all runs of the grid, as `paper_protocol.train` returns them.
         output: Directory of the runs.
 
     Returns:
@@ -142,13 +142,13 @@ def _average(arm: Mapping[int, list[dict[str, float]]], baseline: Mapping[int, l
 
 
 def read_rows(file: Path) -> list[dict[str, float]]:
-    """Return the numbers of a run's `metrics.csv`, a row an epoch."""
+    """Return the numbers of a run's `metrics.csv`, a row per epoch."""
     with file.open(newline="") as opened:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(opened)]
 
 
 def write_curves(curves: Mapping[str, Curve], file: Path) -> None:
-    """Write the curves of a grid, rounded: the page needs no more digits."""
+    """Write the curves of a grid, rounded to the digits that the page needs."""
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
         writer.writerow(COLUMNS)

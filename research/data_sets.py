@@ -19,13 +19,13 @@ from torch import Tensor
 from lightning_revbn import InputNorm, OnlineInputNormMixin
 
 DATA_SETS = ("digits", "mnist1d", "fashion-mnist", "cifar10")
-EVALUATED_AT_ONCE = 500  # images a batch: larger batches leave the caches of a CPU and are slower
+EVALUATED_AT_ONCE = 500  # images per batch: larger batches exceed the caches of a CPU and are slower
 MNIST1D_SAMPLES = 8000
 
 Split = tuple[Tensor, Tensor]
 
 
-@lru_cache(maxsize=1)  # of a process, which trains many runs of one grid
+@lru_cache(maxsize=1)  # a process trains many runs with the same data
 def load(data: str, data_dir: str, train_images: int | None) -> tuple[Split, Split, Split]:
     """Return samples and labels for training, validation and test.
 
@@ -33,7 +33,7 @@ def load(data: str, data_dir: str, train_images: int | None) -> tuple[Split, Spl
 
     Args:
         data: One of `DATA_SETS`.
-        data_dir: Where its files are.
+        data_dir: Directory of the data set's files.
         train_images: Samples for training and validation together; None takes all.
 
     Returns:
@@ -63,10 +63,10 @@ def load(data: str, data_dir: str, train_images: int | None) -> tuple[Split, Spl
 def _mnist1d() -> tuple[Split, Split]:
     """Generate MNIST-1D (Greydanus and Kobak, arXiv 2011.14439) with its own settings and seed.
 
-    The package's data set has 5,000 signals. Of 8,000, half are for training as there, and half rather than 1,000 for
-    testing: accuracies of a run then have half the sampling error.
+    The package's data set has 4,000 signals for training and 1,000 for testing. Here 8,000 signals are split in halves:
+    4,000 test signals halve the sampling error of a run's accuracy.
     """
-    from mnist1d import data  # brings pyplot, and is needed here alone
+    from mnist1d import data  # imported here, as it imports pyplot
 
     settings = data.get_dataset_args()
     settings.num_samples, settings.train_split = MNIST1D_SAMPLES, 0.5
@@ -79,12 +79,12 @@ def _mnist1d() -> tuple[Split, Split]:
 
 
 class Batches:
-    """Slices of tensors that are in memory: nothing is collated or copied between processes.
+    """Slices of tensors in memory, without collating samples or copying them between processes.
 
     Args:
         split: Samples and labels.
-        batch_size: Samples a batch; the last batch may be smaller.
-        order: Shuffles the samples anew in every pass; None keeps their order.
+        batch_size: Samples per batch; the last batch may be smaller.
+        order: Generator that shuffles the samples in every pass; None keeps their order.
     """
 
     def __init__(self, split: Split, batch_size: int, order: torch.Generator | None = None) -> None:
@@ -107,8 +107,8 @@ class Data(L.LightningDataModule):
 
     Args:
         splits: Samples and labels for training, validation and test.
-        batch_size: Samples a batch.
-        seed: Decides the order of the training batches.
+        batch_size: Samples per batch.
+        seed: Seed of the order of the training batches.
         flip: Whether half of the training images are mirrored.
     """
 
@@ -120,7 +120,7 @@ class Data(L.LightningDataModule):
         self.order = torch.Generator().manual_seed(seed)
 
     def train_dataloader(self) -> Batches:
-        """Return the training samples in an order of every epoch's own."""
+        """Return the training samples, in a new order every epoch."""
         return Batches(self.train, self.batch_size, self.order)
 
     def val_dataloader(self) -> list[Batches]:
@@ -128,7 +128,7 @@ class Data(L.LightningDataModule):
         return [Batches(split, EVALUATED_AT_ONCE) for split in self.evaluated]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave a batch on the CPU if that is the device: to look through it takes time."""
+        """Return a batch as it is if the device is the CPU, since Lightning's search for its tensors takes time."""
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -141,7 +141,7 @@ class Data(L.LightningDataModule):
 
 
 class OnlineData(OnlineInputNormMixin, Data):
-    """The same, raw, with the paper's input normalisation."""
+    """The same data, with the paper's input normalisation."""
 
 
 def to_unit(splits: Sequence[Split]) -> list[Split]:
@@ -161,9 +161,9 @@ def make_data(splits: Sequence[Split], input_norm: str, **options: Any) -> Data:
     """Return the data of a run.
 
     Args:
-        splits: From `load`.
+        splits: The result of `load`.
         input_norm: As in `Arm`.
-        options: Of `Data`.
+        options: Other arguments of `Data`.
 
     Returns:
         The data module.

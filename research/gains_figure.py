@@ -1,4 +1,4 @@
-"""Draws how far arms are above or below their baseline while they train, with a band over seeds."""
+"""Draws the differences of arms to their baseline over training, with a band over seeds."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ SHOWN = {
     "shifts_x10": "tab:orange",
     "eps_0.001_shifts_x10": "tab:purple",
 }
-"""The arms that most grids have, and their colours."""
+"""The drawn arms, which most grids have, and their colours."""
 
 FIGURES = {"digits": ("digits", "digits_torch"), "mnist1d": ("mnist1d_20", "mnist1d_100"), "fashion-mnist": None}
-"""Grids by name of the figure; None takes all whose names start so."""
+"""Grids by name of the figure; None takes all grids whose names start with the figure's name."""
 
 
 def draw_gains(folder: Path, grids: Sequence[str]) -> list[Path]:
     """Draw a figure for each data set: a panel for each grid, differences of test accuracy over steps.
 
     Args:
-        folder: Where the CSV files are and the figures go.
+        folder: Directory of the CSV files, where the figures are written too.
         grids: The grids that were run.
 
     Returns:
-        The figures.
+        The paths of the figures.
     """
     written: list[Path] = []
     for name, members in FIGURES.items():
@@ -74,7 +74,7 @@ def _draw(panel: Axes, folder: Path, grid: str) -> None:
             panel.fill_between(curve.steps, low, high, color=colour, alpha=0.18, linewidth=0)
             panel.plot(curve.steps, curve.gain, color=colour, linewidth=1.2, label=arm.replace("_", " "), gid=arm)
     panel.axhline(0, color="black", linewidth=0.8)
-    # Losses of 80 points at the start and gains of half a point at the end are both seen.
+    # symlog shows both losses of 80 points at the start and gains of half a point at the end.
     panel.set_yscale("symlog", linthresh=1, linscale=1.5)
     panel.set_yticks((ticks := (-50, -10, -3, -1, -0.5, 0, 0.5, 1)), [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()

@@ -13,10 +13,10 @@ NETWORKS = ("cnn", "resnet18", "resnet34", "resnet50")
 
 
 class Silent(PaperRecipe):
-    """The recipe without Lightning's logging, which takes as long as a step of so small a network."""
+    """The recipe without Lightning's logging, which takes as long as a step of such a small network."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """Log nothing: a `Recorder` keeps the curves."""
+        """Do not log: a `Recorder` keeps the curves."""
 
 
 class SilentDigitsResNet(Silent, DigitsResNet):
@@ -24,12 +24,12 @@ class SilentDigitsResNet(Silent, DigitsResNet):
 
 
 class CifarResNet(Silent):
-    """A ResNet of torchvision whose stem is made for images of some 32x32 pixels: a 3x3 convolution, no pooling.
+    """A ResNet of torchvision with a stem for images of about 32x32 pixels: a 3x3 convolution, no pooling.
 
     Args:
-        name: Such as "resnet18".
+        name: Name of the model, such as "resnet18".
         channels: Channels of the images.
-        recipe: Of `PaperRecipe`.
+        recipe: Arguments of `PaperRecipe`.
     """
 
     def __init__(self, name: str, channels: int, **recipe: Any) -> None:
@@ -48,8 +48,8 @@ class SignalNet(Silent):
     """Three strided convolutions with batch norm for signals of length 40, `(N, 1, 40)`.
 
     Args:
-        width: Channels.
-        recipe: Of `PaperRecipe`.
+        width: Number of channels.
+        recipe: Arguments of `PaperRecipe`.
     """
 
     def __init__(self, width: int = 32, **recipe: Any) -> None:
@@ -73,7 +73,7 @@ def make_network(name: str, data: str, channels: int, **recipe: Any) -> PaperRec
         name: One of `NETWORKS`; `"cnn"` is the small network for the data.
         data: The data set.
         channels: Channels of a sample.
-        recipe: Of `PaperRecipe`.
+        recipe: Arguments of `PaperRecipe`.
 
     Returns:
         The network.
@@ -85,6 +85,6 @@ def make_network(name: str, data: str, channels: int, **recipe: Any) -> PaperRec
     elif data == "digits":
         network = SilentDigitsResNet(**recipe)
     else:
-        # The demo's network at 28x28 pixels takes ten times as long as at 8x8: strides bring its stages to 7, 4 and 2.
+        # At 28x28 pixels the demo's network takes ten times as long as at 8x8. Strides shrink its stages to 7, 4 and 2.
         network = SilentDigitsResNet(strides=(2, 2, 2, 2), **recipe)
-    return network.to(memory_format=torch.channels_last)  # on a CPU a fifth faster
+    return network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU

@@ -5,9 +5,9 @@
     python research/paper_protocol.py fashion-mnist --train-images 5000 --epochs 30 --seeds 8
     python research/paper_protocol.py cifar10 --network resnet18 --data-dir data --epochs 180 --accelerator gpu
 
-Every run is a directory with its learning curves, `metrics.csv`, and a `result.json`, which is written when the run is
-finished: a second call of the same command trains only what is missing. A run that fails is named at the end and stops
-no other. `lightning-revbn compare` reads the same curves.
+Every run has a directory with its learning curves, `metrics.csv`, and a `result.json`, which is written when the run is
+finished. A second call of the same command trains only missing runs. A failed run is named at the end and stops no
+other run. `lightning-revbn compare` reads the same curves.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ from lightning_revbn.runs.comparison import compare, conclude, table
 ARMS = ("baseline", "scale=1", "scale=0.5", "scale=0.25", "scale=0.1")
 HEAD_INITS = ("paper", "torch")
 OPTIMIZERS = {"sgd": (0.1, 1e-4), "adamw": (1e-3, 1e-2)}
-"""Learning rate and weight decay by default: those of the paper, and those of torch."""
+"""Default learning rate and weight decay: the paper's for SGD, torch's for AdamW."""
 SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a grid have in common.
+    """The settings that all runs of a grid share.
 
     Attributes:
         data: One of `DATA_SETS`.
-        data_dir: Where its files are.
+        data_dir: Directory of the data set's files.
         train_images: Samples for training and validation together; None takes all.
         network: One of `NETWORKS`.
-        epochs: How long to train.
-        batch_size: Samples a batch.
-        accelerator: Of the Trainer.
-        head_init: How the last linear layer starts: `"paper"` or `"torch"`.
+        epochs: Number of epochs.
+        batch_size: Samples per batch.
+        accelerator: Accelerator of the Trainer.
+        head_init: Initialisation of the last linear layer: `"paper"` or `"torch"`.
         optimizer: A key of `OPTIMIZERS`.
-        learning_rate: At the start of the cosine schedule.
-        weight_decay: On the weights of convolutions and linear layers alone.
+        learning_rate: Rate at the start of the cosine schedule.
+        weight_decay: Decay of the weights of convolutions and linear layers only.
     """
 
     data: str
@@ -83,12 +83,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One network to train.
+    """A network to train.
 
     Attributes:
-        settings: What it shares with all others.
-        arm: In which settings it differs from the baseline.
-        seed: The number of the pair that it belongs to, from 1.
+        settings: The settings that it shares with all other runs.
+        arm: The settings in which it differs from the baseline.
+        seed: The number of its pair, from 1.
     """
 
     settings: Settings
@@ -101,16 +101,16 @@ class Run:
         return self.arm.name
 
     def callbacks(self) -> list[L.Callback]:
-        """Return what the Trainer gets beside the network."""
+        """Return the callbacks of the Trainer."""
         return self.arm.callbacks()
 
 
 def train(run: Run, directory: Path) -> dict[str, Any]:
-    """Train one network, score validation and test data after every epoch, and write curves and result.
+    """Train a network, score validation and test data after every epoch, and write curves and result.
 
     Args:
-        run: Which one.
-        directory: Its own; what an unfinished run left there goes.
+        run: The network to train.
+        directory: Directory of the run; files that an unfinished run left there are deleted.
 
     Returns:
         The result.
@@ -149,7 +149,7 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
     )
     with log_level(logging.WARNING):
         trainer.fit(network, data)
-    # Evaluation changes nothing in the network, so the test accuracy after the best epoch is that of its weights.
+    # Evaluation does not change the network, so the best epoch's test accuracy belongs to that epoch's weights.
     last, best = recorder.rows[-1], recorder.best()
     result = {
         **asdict(run),
@@ -163,12 +163,12 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
     }
     directory.mkdir(parents=True)
     write_whole(directory / "metrics.csv", recorder.as_csv())
-    write_whole(directory / "result.json", json.dumps(result, indent=2))
+    write_whole(directory / "result.json", json.dumps(result, indent=2))  # last: it marks the run as finished
     return result
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there completely or not at all."""
+    """Write a file completely or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text)
     part.replace(path)
@@ -178,8 +178,8 @@ def finished(run: Run, directory: Path) -> dict[str, Any] | None:
     """Return the result of a run that is finished.
 
     Args:
-        run: Which one.
-        directory: Its own.
+        run: The run.
+        directory: Directory of the run.
 
     Returns:
         The result, or None.
@@ -191,7 +191,7 @@ def finished(run: Run, directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     result: dict[str, Any] = json.loads(file.read_text())
-    ours = json.loads(json.dumps(asdict(run)))
+    ours = json.loads(json.dumps(asdict(run)))  # as JSON has it, with lists for tuples
     different = [name for name in ours["settings"] if ours["settings"][name] != result["settings"].get(name)]
     if different:
         name = different[0]
@@ -203,16 +203,16 @@ def finished(run: Run, directory: Path) -> dict[str, Any] | None:
 
 
 def train_missing(runs: Sequence[Run], output: Path, jobs: int, console: Console) -> list[dict[str, Any]]:
-    """Train every run that is not finished yet, several at a time, with one progress bar over all.
+    """Train every run that is not finished yet, several at a time, with a single progress bar.
 
     Args:
         runs: The grid.
         output: Directory of all runs.
-        jobs: How many processes; each trains one run after another.
-        console: Where the progress and the runs that failed are shown.
+        jobs: Number of processes; each trains one run after another.
+        console: The console that shows the progress and the failed runs.
 
     Returns:
-        The results in the order of the runs; those that failed are left out.
+        The results in the order of the runs, without failed runs.
     """
     places = {run: output / run.name / f"seed_{run.seed:02}" for run in runs}
     results = {run: result for run in runs if (result := finished(run, places[run])) is not None}
@@ -237,7 +237,7 @@ def train_missing(runs: Sequence[Run], output: Path, jobs: int, console: Console
 
 
 def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write one row a run; the same file however often the grid was interrupted."""
+    """Write a row per run; interruptions of the grid do not change the file."""
     scores = ("val_acc", "test_acc", "best_epoch", "best_val_acc", "best_test_acc")
     rows = [
         {
@@ -256,7 +256,7 @@ def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def by_arm(results: Sequence[dict[str, Any]], score: str) -> dict[str, dict[int, float]]:
-    """Return the scores of every seed that all arms have, by name of the arm."""
+    """Return the scores by name of the arm, for the seeds that all arms share."""
     scores: dict[str, dict[int, float]] = {}
     for result in results:
         scores.setdefault(result["name"], {})[result["seed"]] = result[score]
@@ -268,9 +268,9 @@ def report(results: Sequence[dict[str, Any]], title: str, console: Console) -> N
     """Print every arm against its baseline, after the last epoch.
 
     Args:
-        results: Of the whole grid.
-        title: What they have in common.
-        console: Where to.
+        results: Results of the whole grid.
+        title: The settings that all runs share.
+        console: The console to print to.
     """
     names = {result["name"]: reference(Arm(**result["arm"])).name for result in results}
     found, validation = by_arm(results, "test_acc"), by_arm(results, "val_acc")
@@ -290,7 +290,7 @@ def report(results: Sequence[dict[str, Any]], title: str, console: Console) -> N
 
 
 def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> None:
-    """Add what every grid of runs has."""
+    """Add the options that every grid of runs has."""
     parser.add_argument("--epochs", type=int, default=100, metavar="N", help="epochs of a run (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="of a batch (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=15, metavar="N", help="pairs to train (default: %(default)s)")
@@ -308,14 +308,14 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> None:
 
 
 def check_run_options(parser: argparse.ArgumentParser, settings: argparse.Namespace) -> None:
-    """End the program with one line where a number of these is wrong."""
+    """End the program with a single-line error if a number among these options is wrong."""
     for option in ("epochs", "batch_size", "seeds", "jobs"):
         if getattr(settings, option) < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {getattr(settings, option)}")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's settings; end the program with one line where a value is wrong."""
+    """Return the settings of the command line; end the program with a single-line error if a value is wrong."""
     parser = argparse.ArgumentParser(description="Trains a baseline and arms with other settings over paired seeds.")
     parser.add_argument("data", choices=DATA_SETS, help="the data set")
     parser.add_argument("--data-dir", type=Path, default=DEBIAN, metavar="DIR", help="its files (default: %(default)s)")
@@ -369,14 +369,14 @@ def grid(arguments: argparse.Namespace) -> list[Run]:
 
 
 def finish(runs: Sequence[Run], results: Sequence[dict[str, Any]], output: Path, title: str, console: Console) -> None:
-    """Write the CSV of a grid and print what it says; end the program with an error if runs are missing.
+    """Write the CSV of a grid and print the comparisons; end the program with an error if runs are missing.
 
     Args:
         runs: The grid.
-        results: Of the runs that did not fail.
+        results: Results of the runs that did not fail.
         output: Directory of all runs.
-        title: What the runs have in common.
-        console: Where to.
+        title: The settings that all runs share.
+        console: The console to print to.
     """
     if results:
         write_results(results, output / "results.csv")
@@ -387,7 +387,7 @@ def finish(runs: Sequence[Run], results: Sequence[dict[str, Any]], output: Path,
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train what is missing, write one CSV, and print what it says."""
+    """Train the missing runs, write their results as CSV, and print the comparisons."""
     parsed = parse_arguments(arguments)
     console, runs = Console(), grid(parsed)
     try:

@@ -1,9 +1,9 @@
-"""The experiments of docs/results.md, planned before the first was run: grids of runs by name.
+"""The experiments of docs/results.md, planned before the first run: grids of runs by name.
 
-    python research/planned.py --output-dir runs                 # all of them, in this order
+    python research/planned.py --output-dir runs                 # all grids, in this order
     python research/planned.py digits mnist1d_20 --jobs 2 --output-dir runs
 
-Each grid is the command that its name stands for here. A second call trains what is missing.
+Each name of a grid stands for a command. A second call trains only missing runs.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ GRIDS: dict[str, list[str]] = {
     **{f"fashion-mnist_{images}_{epochs}": _fashion(images, epochs) for images, epochs in FASHION_CELLS[4:]},
     "ablation_0.25": ["ablation", "--scale", "0.25", "--leave-one-out"],
 }
-"""Arguments of `paper_protocol.py`, or of `ablation.py` behind that word, by name."""
+"""Arguments by name of the grid: of `ablation.py` after the word `ablation`, otherwise of `paper_protocol.py`."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the grids that are named, one after another; a grid with failed runs stops no other."""
+    """Run the named grids in turn; a grid with failed runs stops no other grid."""
     parser = argparse.ArgumentParser(description="Runs the planned experiments.")
     parser.add_argument("grids", nargs="*", metavar="GRID", help=f"{', '.join(GRIDS)} (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs side by side")

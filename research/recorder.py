@@ -20,8 +20,8 @@ class Score:
 
     Attributes:
         loss: Sum of the losses.
-        correct: Samples that were classified rightly.
-        samples: How many there were.
+        correct: Number of samples classified correctly.
+        samples: Number of samples.
     """
 
     loss: float = 0.0
@@ -37,12 +37,13 @@ class Score:
 
 @dataclass
 class Recorder(L.Callback):
-    """Keeps a row for every epoch, named as in `CURVES`; accuracies are shares of 1.
+    """Keeps a row for every epoch with the columns of `CURVES`; accuracies are between 0 and 1.
 
-    The first validation loader holds validation data, the second test data. `validation_step` returns logits.
+    The first validation loader must hold validation data, the second test data, and `validation_step` must return
+    logits.
 
     Attributes:
-        rows: One an epoch; `epoch` and `step` count what is finished.
+        rows: A row per epoch; `epoch` and `step` count finished epochs and steps.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Recorder(L.Callback):
     _evaluated: tuple[Score, Score] = field(default_factory=lambda: (Score(), Score()))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the sums of an epoch."""
+        """Reset the sums at the start of an epoch."""
         self._train, self._evaluated = Score(), (Score(), Score())
 
     def on_train_batch_end(
@@ -74,7 +75,7 @@ class Recorder(L.Callback):
         self._evaluated[dataloader_idx].add(outputs, batch[1])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the epoch; its validation is over by now."""
+        """Add the row of an epoch; Lightning calls this hook after the epoch's validation."""
         val, test = self._evaluated
         self.rows.append(
             {
@@ -89,11 +90,11 @@ class Recorder(L.Callback):
         )
 
     def best(self) -> dict[str, float]:
-        """Return the first epoch of the best validation accuracy, whose weights the paper tests."""
+        """Return the first epoch with the best validation accuracy; the paper tests the weights of this epoch."""
         return max(self.rows, key=lambda row: row["val_acc"])
 
     def as_csv(self) -> str:
-        """Return the curves as `metrics.csv` of a CSVLogger has them, which `lightning-revbn compare` reads."""
+        """Return the curves in the form of CSVLogger's `metrics.csv`, which `lightning-revbn compare` reads."""
         text = io.StringIO()
         writer = csv.DictWriter(text, CURVES, lineterminator="\n")
         writer.writeheader()

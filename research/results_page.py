@@ -3,8 +3,8 @@
     python research/collect.py runs        # brings finished grids into docs/results
     python research/results_page.py
 
-A row of a table is an arm. Where it says `p (Holm)`, the p-values of all arms with the same baseline are corrected
-together. A planned grid without runs is named as such.
+A row of a table is an arm. `p (Holm)` corrects the p-values of all arms with the same baseline together. A planned grid
+without runs is listed as not run.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ HEADER = (
     "time",
 )
 PREFIXES = ("digits", "mnist1d", "fashion-mnist", "ablation", "adamw_rate")
-"""Of the grids' names; each has a table of its own."""
+"""Prefixes of the grids' names; each prefix has its own table."""
 
 
 def read_all(folder: Path) -> dict[str, list[Cell]]:
-    """Return the cells of every planned grid by name; a grid that was not run has none."""
+    """Return the cells of every planned grid by name; a grid that was not run has an empty list."""
     return {name: read_cells(folder, name) for name in GRIDS}
 
 
@@ -53,7 +53,7 @@ def tables(grids: dict[str, list[Cell]]) -> dict[str, str]:
 
 
 def _markdown(header: Sequence[str], left: int, rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose first columns are aligned left and whose others are aligned right."""
+    """Return a table whose first `left` columns are aligned left, and the others right."""
     align = ["---"] * left + ["--:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, align, *rows))
 
@@ -89,7 +89,7 @@ def _row(cell: Cell) -> list[str]:
 
 
 def compared(grids: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
-    """Return the cells of every arm that stands against a plain baseline, by name of the arm; no parts of ablations."""
+    """Return the cells of every compared arm, by name of the arm, without ablations."""
     arms: dict[str, list[Cell]] = {}
     for name, cells in grids.items():
         for cell in cells:
@@ -102,11 +102,11 @@ def judge(cells: Sequence[Cell]) -> str:
     """Say whether an arm gains on digits and loses nowhere.
 
     Args:
-        cells: All of its cells.
+        cells: All cells of the arm.
 
     Returns:
-        `"no"` if it does not gain on digits after Holm's correction, or a loss of the margin is not excluded in a cell;
-        `"not everywhere"` if it has no cell on some data set; else `"yes"`.
+        `"no"` if the arm does not gain on digits after Holm's correction, or a cell does not exclude a loss of the
+        margin; `"not everywhere"` if some data set has no cell of the arm; otherwise `"yes"`.
     """
     on_digits = [cell for cell in cells if cell.grid == "digits"]
     gains = any(cell.comparison is not None and cell.comparison.corrected <= LEVEL for cell in on_digits)
@@ -117,7 +117,7 @@ def judge(cells: Sequence[Cell]) -> str:
 
 
 def _arm_table(grids: dict[str, list[Cell]]) -> str:
-    """Return each arm's worst and best cell, and in how many cells a loss of more than the margin is excluded."""
+    """Return each arm's worst and best cell, and the number of its cells that exclude a loss above the margin."""
     header = [
         "Arm",
         "Worst cell",
@@ -183,7 +183,7 @@ SUMMARY_COLUMNS = (
 
 
 def summary(grids: dict[str, list[Cell]]) -> str:
-    """Return one row an arm, as CSV; what does not exist is empty."""
+    """Return a row for each arm of each grid, as CSV; undefined values are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(SUMMARY_COLUMNS)
@@ -208,7 +208,7 @@ def _summary_row(cell: Cell) -> Iterator[str]:
 
 
 def fill(page: str, found: dict[str, str]) -> str:
-    """Return the page with its tables in place of those between the marks."""
+    """Return the page with the text between each pair of marks replaced by the mark's table."""
     for name, table in found.items():
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         page, count = marked.subn(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", page)

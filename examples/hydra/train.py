@@ -1,8 +1,8 @@
-"""The digits network trained from a tree of Hydra configurations: `revbn=default` switches revisited batch norm on.
+"""Trains the digits network from Hydra configurations: `revbn=default` switches revisited batch norm on.
 
 `python examples/hydra/train.py` trains the baseline, `python examples/hydra/train.py revbn=default revbn.scale=0.25`
-the revisited network, and `-m revbn=default revbn.scale=0.1,0.25 seed=1,2,3` one network for each combination. Nothing
-here knows about revisited batch norm: it is an entry of `callbacks`, which `conf/revbn` fills.
+the revisited network. `-m revbn=default revbn.scale=0.1,0.25 seed=1,2,3` trains a network for each combination. This
+script has no code for revisited batch norm: `conf/revbn` adds it as an entry of `callbacks`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from digits import derive_seed, log_level, prepare_process
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(config: DictConfig) -> float:
-    """Train one network.
+    """Train a network.
 
     Args:
-        config: What Hydra made of `conf/` and the command line.
+        config: Hydra's configuration from `conf/` and the command line.
 
     Returns:
-        Accuracy on the validation images: what the sweepers of Hydra choose a scale by.
+        Accuracy on the validation images, by which Hydra's sweepers choose a scale.
     """
     prepare_process()
     L.seed_everything(derive_seed(config.seed), verbose=False)

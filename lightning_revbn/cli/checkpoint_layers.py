@@ -1,4 +1,4 @@
-"""The batch norm layers that a state dict shows, and the reason why a layer cannot be judged where it is an odd one."""
+"""Finds the batch norm layers of a state dict, and the reason why an odd layer cannot be judged."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["BatchNorm", "Modules", "OddLayer", "from_state_dict", "known_layers"
 
 
 class Modules(nn.Module):
-    """Modules by name. They make no tree, since names of a checkpoint may be names that no tree takes.
+    """Modules by name, without a tree: a tree of modules refuses some names that a checkpoint may hold.
 
-    A tree of modules takes no part called `type` or `train`, none without a name as in `a..b`, and no 5,000 levels.
+    A tree refuses a part called `type` or `train`, an empty part as in `a..b`, and a name of 5,000 levels.
 
     Args:
         modules: Any modules by dotted name.
@@ -35,13 +35,14 @@ class Modules(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """A batch norm layer of a checkpoint, which does not tell whether it is for 1, 2 or 3 dimensions.
+    """A batch norm layer of a checkpoint; a checkpoint does not tell whether the layer has 1, 2 or 3 dimensions.
 
-    It holds the tensors of the checkpoint themselves. Those that repeat one number are held as this number alone.
+    The layer holds the checkpoint's own tensors. Of a tensor that repeats a number, it holds the number once.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], eps: float | None) -> None:
         super().__init__(1, affine=False, track_running_stats=False)  # pyright: ignore[reportUnknownMemberType] # torch types it in part
+        # Torch's own tensors would take memory, and the checkpoint's replace them.
         self.num_features = tensors["running_mean"].numel()
         self.eps = eps  # pyright: ignore[reportAttributeAccessIssue] # unknown, as no state dict has it
         for name, tensor in tensors.items():
@@ -50,11 +51,11 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class OddLayer:
-    """What looks like a batch norm layer of a checkpoint, and cannot be judged.
+    """A part of a checkpoint that looks like a batch norm layer, and cannot be judged.
 
     Args:
-        channels: How many it seems to have.
-        reason: Why not.
+        channels: The number of channels that it seems to have.
+        reason: The reason why it cannot be judged.
     """
 
     def __init__(self, channels: int, reason: str) -> None:
@@ -65,14 +66,14 @@ class OddLayer:
 def from_state_dict(
     tensors: Mapping[str, Tensor], eps: Mapping[str, float] | None = None
 ) -> dict[str, BatchNorm | OddLayer]:
-    """Find the batch norm layers that a state dict shows.
+    """Find the batch norm layers of a state dict.
 
-    A layer is known by its running statistics; one without them cannot be told from other norms, and a frozen layer
-    or an instance norm with running statistics looks the same.
+    Running statistics identify a layer. A batch norm without them looks like any other norm, so it is not found. A
+    frozen layer, or an instance norm with running statistics, looks like a batch norm, so it is found.
 
     Args:
         tensors: The model's tensors by name.
-        eps: The eps of layers by name, where it is known.
+        eps: The known eps of layers by name.
 
     Returns:
         The layers by name, in the order of the state dict.
@@ -92,10 +93,10 @@ def from_state_dict(
 
 
 def known_layers(layers: Mapping[str, BatchNorm | OddLayer]) -> Modules:
-    """Return the layers that can be judged, as `find_batch_norms` takes them.
+    """Return the layers that can be judged, as a module for `find_batch_norms`.
 
     Args:
-        layers: What `from_state_dict` has returned.
+        layers: The result of `from_state_dict`.
 
     Returns:
         A module without the odd layers.
@@ -113,7 +114,7 @@ _PARTS = {
 
 
 def _oddity(tensors: Mapping[str, Tensor]) -> str | None:
-    """Say why tensors are not those of a batch norm layer with values to judge by; None if they are."""
+    """Say why the tensors are not a batch norm layer that can be judged; None if they are."""
     for part, tensor in tensors.items():
         fault = _fault(tensor, is_count=part == "num_batches_tracked")
         if fault is not None:
@@ -129,7 +130,7 @@ def _oddity(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _fault(tensor: Tensor, *, is_count: bool) -> str | None:
-    """Say why a tensor has no numbers to look at, or others than those of a batch norm layer; None if it has."""
+    """Say why a tensor has no readable numbers, or numbers that no batch norm layer has; None if it is sound."""
     if tensor.is_meta:
         return "has no values: it was saved on the meta device"
     if tensor.is_quantized:
@@ -148,10 +149,12 @@ def _fault(tensor: Tensor, *, is_count: bool) -> str | None:
 
 
 def _numbers(tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor, one where a dimension repeats it, in a precision that torch computes in."""
+    """Return the numbers of a tensor, a repeated number once, in a precision that torch computes in."""
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        # An expanded tensor in a small file can stand for gigabytes of equal numbers.
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dim, 0, 1)
+    # torch cannot compute in float8.
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 

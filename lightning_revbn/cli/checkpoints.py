@@ -16,11 +16,11 @@ from lightning_revbn.core.printable import shortened
 __all__ = ["TargetError", "as_dict", "is_whole", "load_state_dict", "read_checkpoint", "tensors_of"]
 
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
-"""Where checkpoints keep the model: Lightning's and timm's, torch tutorials', torchvision's references'."""
+"""The keys of the model in checkpoints of Lightning and timm, of torch's tutorials, of torchvision's references."""
 
 
 class TargetError(CommandError):
-    """A target that cannot be read."""
+    """A target cannot be read."""
 
 
 def read_checkpoint(path: Path) -> dict[Any, Any]:
@@ -30,21 +30,21 @@ def read_checkpoint(path: Path) -> dict[Any, Any]:
         path: The file.
 
     Returns:
-        What it holds, tensors on the CPU.
+        The content of the file, tensors on the CPU.
 
     Raises:
-        TargetError: If the file is damaged, is no checkpoint, or holds anything but plain data.
+        TargetError: If the file is damaged, is not a checkpoint, or holds anything but plain data.
     """
     try:
-        path.open("rb").close()  # what torch raises of damaged files may be an OSError too
+        path.open("rb").close()  # torch may raise OSError for damaged files too
     except OSError as error:
         raise TargetError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols and kinds of tensors; what fails is told below
-            # Never without weights_only: a pickle can run code.
+            warnings.simplefilter("ignore")  # about pickle protocols and kinds of tensors; failures are reported below
+            # weights_only: a pickle can run code.
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make torch's unpickler raise whatever they happen to spell
+    except Exception as error:  # on damaged bytes, torch's unpickler may raise any error
         if re.search(r"Unsupported (global|class)|GLOBAL", str(error)):
             raise TargetError(
                 f"{path} holds pickled objects besides tensors; refused, and none of its code was run. "
@@ -68,7 +68,7 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         The model's tensors by name, on the CPU.
 
     Raises:
-        TargetError: If the file is damaged, is no checkpoint, or holds anything but plain data.
+        TargetError: If the file is damaged, is not a checkpoint, or holds anything but plain data.
     """
     return tensors_of(read_checkpoint(path), path)
 
@@ -77,14 +77,14 @@ def tensors_of(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
     """Find the tensors of the model in a checkpoint.
 
     Args:
-        content: What the checkpoint holds.
-        path: Where it is, for messages.
+        content: The content of the checkpoint.
+        path: The path of the file, for messages.
 
     Returns:
         The tensors by name.
 
     Raises:
-        TargetError: If there are none.
+        TargetError: If the checkpoint holds no tensors by name.
     """
     inner = (as_dict(content.get(key)) for key in _STATE_DICT_KEYS)
     named = next((found for found in inner if found is not None), content)
@@ -109,15 +109,15 @@ def as_dict(value: object) -> dict[Any, Any] | None:
 
 
 def is_whole(value: object) -> bool:
-    """Tell whether a value is a tensor of plain real numbers, each of which is in the file.
+    """Tell whether a value is a tensor of plain real numbers that are all stored in the file.
 
-    An expanded tensor is not: a file of 2 kB can hold one of 10^8 equal numbers, which take gigabytes in sums.
+    An expanded tensor is not: a file of 2 kB can hold a tensor of 10^8 equal numbers, whose sums take gigabytes.
 
     Args:
         value: Anything that a checkpoint holds.
 
     Returns:
-        True if so.
+        True if it is such a tensor.
     """
     return (
         isinstance(value, Tensor)

@@ -23,19 +23,19 @@ from lightning_revbn.runs.names import one_line, suffixes
 __all__ = ["CompareError", "add_parser"]
 
 _MOST_WARNINGS = 5
-_MOST_ARMS = 24  # that can be told apart in a figure
+_MOST_ARMS = 24  # in a figure; readers cannot tell more arms apart
 _SIGNS = {"greater": "proposed > baseline", "less": "proposed < baseline", "two-sided": "either direction"}
 
 
 class CompareError(CommandError):
-    """Runs that cannot be compared as asked; the message is one line and says why."""
+    """Runs cannot be compared as asked; the message gives the reason in a single line."""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: The result of `add_subparsers`.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         "compare",
@@ -103,13 +103,13 @@ def _add_curves(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Compare the runs and print what came of it.
+    """Compare the runs and print the result.
 
     Args:
         arguments: The command line.
 
     Returns:
-        The exit code: 0, whatever the answer is.
+        The exit code: 0, whatever the result is.
 
     Raises:
         CompareError: If an option is wrong, or the runs cannot be compared.
@@ -142,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _tell_damage(runs: Sequence[FinishedRun]) -> None:
-    """Say what of the logs was left out: a score may be missing its last value."""
+    """Report the parts of the logs that were left out: without them, a score may not be the run's last value."""
     warnings = [warning for run in runs for warning in run.warnings]
     for warning in warnings[:_MOST_WARNINGS]:
         tell(warning)
@@ -151,8 +151,8 @@ def _tell_damage(runs: Sequence[FinishedRun]) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse options that cannot be followed, before anything is read."""
-    if not 0 < arguments.alpha < POWER:
+    """Refuse options that cannot be followed, before any log is read."""
+    if not 0 < arguments.alpha < POWER:  # without any effect, a test has a power of alpha
         raise CompareError(f"--alpha {arguments.alpha} must be above 0 and below {POWER}")
     if arguments.metric is None and arguments.curves is None:
         raise CompareError("name what to compare: --metric KEY, such as test_acc, or --curves KEY, such as val_loss")
@@ -195,7 +195,7 @@ def _compare_curves(
     lower_is_better = _lower_is_better(arguments)
     comparisons = [curves.compare_curves(baseline, runs, label, key) for label, runs in proposed.items()]
     save_figure(curves_figure.draw(comparisons, key, lower_is_better), arguments.output)
-    if not arguments.json:
+    if not arguments.json:  # stdout holds the JSON alone
         for comparison in comparisons:
             say(curves.conclude(comparison, key, lower_is_better))
 
@@ -203,13 +203,14 @@ def _compare_curves(
 def _lower_is_better(arguments: argparse.Namespace) -> bool:
     if arguments.curves_direction is not None:
         return arguments.curves_direction == "less"
+    # --direction has already told which side of this key is better.
     if arguments.curves == arguments.metric and arguments.direction != "two-sided":
         return arguments.direction == "less"
     return any(word in arguments.curves.lower() for word in ("loss", "err"))
 
 
 def _labels(arguments: argparse.Namespace, found: Sequence[str]) -> list[str]:
-    """Return what to call the proposed arms: as the user says, or as they were found."""
+    """Return the names of the proposed arms: the user's labels, or the labels that were found."""
     labels = list(arguments.labels or found)
     if len(labels) != len(found):
         raise CompareError(f"--labels has {len(labels)} names for {len(found)} arms ({_named(arguments, found)})")
@@ -245,6 +246,7 @@ def _read_arms(arguments: argparse.Namespace) -> list[tuple[str, dict[int, Finis
         sorted_runs = [arm.runs for arm in arms]
     else:
         paths: list[list[Path]] = arguments.against
+        # An arm may have several paths; their common folder names it.
         labels = _labels(arguments, suffixes([Path(os.path.commonpath([p.absolute() for p in arm])) for arm in paths]))
         sorted_runs = _read([find_logs(arm) for arm in (arguments.baseline, *paths)], wanted)
     return [(label, by_seed(runs)) for label, runs in zip(["baseline", *labels], sorted_runs, strict=True)]

@@ -1,4 +1,4 @@
-"""The file that a command draws into: checked before the work, written after it, without matplotlib until then."""
+"""Checks the file of a figure before a command's work, and writes it afterwards; imports matplotlib only to write."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class PlotError(CommandError):
-    """A figure that cannot be drawn as asked."""
+    """A figure cannot be drawn as asked."""
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file that cannot be written before the work is done.
+    """Refuse a file that cannot be written, before the work begins.
 
     Args:
-        path: Of the figure.
+        path: The path of the figure.
 
     Raises:
-        PlotError: If the suffix is unknown, or the directory does not exist.
+        PlotError: If the suffix is unknown, the directory does not exist, or the path is a directory.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise PlotError(f"{one_line(path)} must end in one of {', '.join(_SUFFIXES)}")
@@ -41,10 +41,10 @@ def check_output(path: Path) -> None:
 
 @contextmanager
 def matplotlib_needed() -> Generator[None, None, None]:
-    """Say how to install matplotlib where an import of `lightning_revbn.plots` fails.
+    """Say how to install matplotlib if an import of `lightning_revbn.plots` fails.
 
     Yields:
-        Nothing; import inside.
+        Nothing; import inside the block.
 
     Raises:
         PlotError: If the import fails.
@@ -60,7 +60,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
     Args:
         figure: The figure.
-        path: A file that `check_output` lets through.
+        path: A file that `check_output` accepts.
 
     Raises:
         PlotError: If the file cannot be written.

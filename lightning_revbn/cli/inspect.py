@@ -1,4 +1,4 @@
-"""`lightning-revbn inspect`: the batch norm layers of a model or checkpoint, and what a run did with them."""
+"""`lightning-revbn inspect`: the batch norm layers of a model or checkpoint, and how a run treated them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to a parser.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: The result of `add_subparsers`.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect",
@@ -57,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments: The command line.
 
     Returns:
-        The exit code: 0, also for a model without batch norm.
+        The exit code: 0, even for a model without batch norm.
 
     Raises:
         TargetError: If the target cannot be read.
@@ -90,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _sort(layers: list[dict[str, Any]], key: str) -> None:
-    """Sort layers in place: names and verdicts ascend, numbers descend, layers without the number come last."""
+    """Sort layers in place: names and verdicts ascend, numbers descend, and layers without the number come last."""
     if key in ("name", "verdict"):
         layers.sort(key=lambda layer: layer[key])
     elif key == "channels":

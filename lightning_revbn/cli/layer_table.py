@@ -1,4 +1,4 @@
-"""The text that `inspect` prints: a table of layers, and below it what a checkpoint tells of its run."""
+"""The text that `inspect` prints: a table of layers, and below it the facts about a checkpoint's run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_revbn.core.printable import shortened
 __all__ = ["show_layers", "tell_run"]
 
 _TORCH_EPS = 1e-5
-_MOST_CHANNELS = 4  # whose mean and standard deviation are listed one by one
+_MOST_CHANNELS = 4  # up to this number, every mean and standard deviation is listed
 _SPARE = (
     ("Shift min", "Shift max"),
     ("Scale min", "Scale max"),
@@ -26,16 +26,16 @@ _SPARE = (
     ("Shift",),
     ("Shift drift",),
 )
-"""Columns that a narrow terminal does without, the first group first."""
+"""Columns that a narrow terminal leaves out, starting with the first group."""
 
 
 def show_layers(layers: Sequence[Mapping[str, Any]], target: str) -> None:
-    """Print a row for each layer, and how many got which verdict.
+    """Print a row for each layer, and the number of layers with each verdict.
 
     Args:
-        layers: The layers as `lightning_revbn.cli.layer_values` describes them, each with `"run"`: what the run of a
-            checkpoint did with it, or None.
-        target: What was asked for.
+        layers: The layers as `lightning_revbn.cli.layer_values` describes them. `"run"` of a layer tells how a
+            checkpoint's run treated it, or is None.
+        target: The target as the user named it.
     """
     columns = _columns(layers)
     counted = Counter(_verdict(layer) for layer in layers)
@@ -47,12 +47,12 @@ def show_layers(layers: Sequence[Mapping[str, Any]], target: str) -> None:
 
 
 def tell_run(run: SavedRun, layers: Sequence[Mapping[str, Any]], drifts: Mapping[str, float | None]) -> None:
-    """Print what a checkpoint tells of its run.
+    """Print the facts that a checkpoint holds about its run.
 
     Args:
         run: The run.
         layers: The layers, as in `show_layers`.
-        drifts: How far all scales and all shifts are from their start, by kind.
+        drifts: Distance of all scales and of all shifts from their start, by kind.
     """
     outcomes = dict.fromkeys(layer["run"]["outcome"] for layer in layers if layer["run"])
     for outcome in outcomes:
@@ -82,7 +82,7 @@ def _verdict(layer: Mapping[str, Any]) -> str:
 
 def _columns(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Return the cells of every column by its name."""
-    # Most layers have torch's eps, and the table is wide without it.
+    # Most layers have torch's eps, and the table is wide enough without this column.
     shows_eps = any(layer["eps"] not in (None, _TORCH_EPS) for layer in layers)
     shows_run = any(layer["run"] for layer in layers)
     columns: dict[str, list[str]] = {

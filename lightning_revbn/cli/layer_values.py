@@ -1,4 +1,4 @@
-"""The layers of a target as plain values: what is found, the verdict, and statistics of scale and shift."""
+"""Describes the layers of a target as plain values: the facts, the verdict, and statistics of scale and shift."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_revbn.core.module_names import unwrapped
 __all__ = ["SHOWN", "UNKNOWN", "counts", "describe_checkpoint", "describe_model"]
 
 SHOWN = ("mean", "std", "min", "max")
-"""The statistics of a scale or shift that are shown."""
+"""The statistics shown for a scale or shift."""
 UNKNOWN = "unknown"
 """The verdict on a layer that cannot be judged."""
 _ATTRIBUTES = {"scale": "weight", "shift": "bias"}
@@ -35,7 +35,7 @@ def describe_model(model: nn.Module) -> list[dict[str, Any]]:
     """
     try:
         records = find_batch_norms(model)
-    except Exception:  # an odd layer, or more levels of modules than Python can walk
+    except Exception:  # of an odd layer, or of more levels of modules than Python's recursion can walk
         return [layer for name, module in _walk(model) for layer in _describe_alone(name, module)]
     return [_describe(record) for record in records]
 
@@ -47,7 +47,7 @@ def describe_checkpoint(layers: Mapping[str, BatchNorm | OddLayer]) -> list[dict
         layers: The layers by name.
 
     Returns:
-        As `describe_model`; odd layers are among them.
+        The same as `describe_model` returns, with odd layers among them.
     """
     found = {record.module: _describe(record) for record in find_batch_norms(known_layers(layers))}
     return [
@@ -63,7 +63,7 @@ def counts(layers: list[dict[str, Any]]) -> dict[str, int]:
         layers: The layers.
 
     Returns:
-        How many got each; layers that could not be judged are counted where there are any.
+        The number of layers by verdict; `UNKNOWN` is a key only if some layer could not be judged.
     """
     verdicts = [layer["verdict"] for layer in layers]
     found = {verdict: verdicts.count(verdict) for verdict in get_args(Verdict)}
@@ -71,9 +71,9 @@ def counts(layers: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module once, in the order of `named_modules`, however many levels there are."""
+    """Yield every module once, in the order of `named_modules`, for any number of levels."""
     seen: set[int] = set()
-    waiting = [("", model)]
+    waiting = [("", model)]  # a stack: modules may nest deeper than Python recurses
     while waiting:
         name, module = waiting.pop()
         if id(module) in seen:
@@ -85,11 +85,11 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _describe_alone(name: str, module: nn.Module) -> list[dict[str, Any]]:
-    """Describe a module of a model in which some layer cannot be judged; nothing of what is no batch norm."""
+    """Describe a module of a model in which some layer cannot be judged; return [] if it is not batch norm."""
     try:
         return [_describe(record) for record in find_batch_norms(Modules({name: module}))]
     except Exception as error:
-        # Whatever tensors of an odd kind raise is the reason that is shown.
+        # Tensors of an odd kind may raise any error, and the error is the reason that is shown.
         return [_odd(unwrapped(name), type(module).__name__, _channels(module), _text(error))]
 
 
@@ -99,7 +99,7 @@ def _describe(record: BatchNormRecord) -> dict[str, Any]:
     if any(_has_no_values(getattr(record.module, attribute, None)) for attribute in _ATTRIBUTES.values()):
         return layer
     try:
-        # Layer by layer: tensors of a checkpoint may share memory, and all together would need much more of it.
+        # Layer by layer: tensors of a checkpoint may share memory, and copies of all at once would need much more.
         values = AffineStatistics((record,)).compute()
     except Exception as error:
         return layer | {"reason": f"{layer['reason']}; its values cannot be read: {_text(error)}"}

@@ -19,8 +19,8 @@ from lightning_revbn.runs.scalars import LogError
 __all__ = ["main"]
 
 _OUTPUT_CLOSED = 141
-"""What a shell reports of a program that the end of its reader has ended: 128 + SIGPIPE."""
-_INTERRUPTED = 130
+"""The exit code of a program whose output nobody reads any more, as shells report it: 128 + SIGPIPE."""
+_INTERRUPTED = 130  # 128 + SIGINT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,23 +35,23 @@ class _Parser(argparse.ArgumentParser):
         if file is None or file is not sys.stdout:
             super()._print_message(message, file)
         else:
-            file.write(message)  # argparse says nothing where help cannot be written
+            file.write(message)  # argparse would ignore a failure to write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: The command line; None takes the process's own.
+        arguments: The command line; None takes the command line of the process.
 
     Returns:
-        The exit code: 0 if it did what was asked, 1 if the target or the logs could not be read, the
-        runs not be compared, the figure not be drawn or the result not be written; 141 if whoever read the result has
-        gone. Wrong usage exits with 2.
+        The exit code: 0 on success. 1 if the target or logs cannot be read, the runs cannot be compared, or the figure
+        or result cannot be written. 130 after an interrupt, 141 if nobody reads the output any more. Wrong usage exits
+        with 2.
     """
     with any_encoding():
         try:
-            with writing():  # of help, version and completion
+            with writing():  # parsing may print help, version and completion
                 parsed = _parser().parse_args(arguments)
             return parsed.run(parsed)
         except (CommandError, LogError) as error:

@@ -1,4 +1,4 @@
-"""`lightning-revbn plot`: a figure of how the scales and shifts of batch norm layers went in one run or several."""
+"""`lightning-revbn plot`: draws the scales and shifts of batch norm layers over training, for one or more runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to a parser.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: The result of `add_subparsers`.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         "plot",
@@ -78,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
         PlotError: If the figure cannot be drawn or written.
     """
     output: Path = arguments.output
+    # Both checks come before the logs are read, which may take long.
     check_output(output)
     with matplotlib_needed():
         from lightning_revbn.plots import layer_rows, layers_figure
@@ -102,6 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _read_runs(logs: Sequence[Log], prefix: str | None) -> tuple[list[Run], list[str]]:
+    # Several runs take long to read, so the bar shows at once.
     with progress_bar("Reading logs", sum(log.size for log in logs), wait=0 if len(logs) > 1 else 1) as advance:
         return read_runs(logs, prefix, advance)
 
@@ -111,13 +113,13 @@ def _label_runs(runs: Sequence[Run], labels: Sequence[str]) -> list[Run]:
 
     Args:
         runs: The runs.
-        labels: As many names.
+        labels: A name for each run.
 
     Returns:
         The runs with their names.
 
     Raises:
-        PlotError: If there are more or fewer.
+        PlotError: If the numbers of names and runs differ.
     """
     if len(labels) != len(runs):
         found = ", ".join(one_line(run.label) for run in runs)
@@ -136,7 +138,8 @@ def _choose_layers(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
         The runs with these layers.
 
     Raises:
-        PlotError: If a pattern matches no layer of any run, or no pattern a layer of some run.
+        PlotError: If a pattern matches no layer of any run, no pattern matches a layer of some run, or a run logged
+            only the whole model.
     """
     for run in runs:
         if run.whole_model:
@@ -155,13 +158,13 @@ def _choose_layers(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    """Say how much is in a figure.
+    """Count the runs and layers of a figure.
 
     Args:
-        runs: What was drawn.
+        runs: The drawn runs.
 
     Returns:
-        For example "2 runs, 20 layers".
+        A text such as "2 runs, 20 layers".
     """
     counts = sorted({0 if run.whole_model else len(run.layers) for run in runs})
     layers = " and ".join("the whole model" if not count else f"{count} layer{'s' * (count > 1)}" for count in counts)

@@ -1,4 +1,4 @@
-"""What a checkpoint tells of the run that saved it: settings, epoch, where scales and shifts started, the input."""
+"""Reads the run that saved a checkpoint: its settings, epoch, start of scales and shifts, and input statistics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OUTCOMES = {
     "start unknown": "the settings select it, and no monitor has noted where its scale started",
     "baseline": "the run has a monitor and no RevisitedBatchNorm",
 }
-"""What a run did with a layer, and what that means."""
+"""The ways in which a run can treat a layer, and their meanings."""
 
 _SELECTING = ("scale", "include", "exclude", "zero_scale", "trained")
 _LEARNING = ("scale_lr_divisor", "shift_lr_multiplier", "eps", "weight_decay_exempt")
@@ -39,7 +39,7 @@ _ATTRIBUTES = {"scale": "weight", "shift": "bias"}
 
 @dataclass(frozen=True)
 class _Callback:
-    """The state of a RevisitedBatchNorm: its arguments, and the layers that it left at zero on purpose."""
+    """The state of a RevisitedBatchNorm: its arguments, and the layers that it kept at zero on purpose."""
 
     settings: dict[str, Any]
     selection: Selection
@@ -48,15 +48,15 @@ class _Callback:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a checkpoint of Lightning tells of its run.
+    """The facts that a checkpoint of Lightning holds about its run.
 
     Attributes:
-        epoch: The epoch in which it was saved, the first being 0; None where it does not tell.
-        step: How many optimizer steps were done.
+        epoch: The epoch in which it was saved, counted from 0; None if the checkpoint does not tell.
+        step: Number of optimizer steps; None if the checkpoint does not tell.
         callbacks: The RevisitedBatchNorm callbacks of the run.
-        starts: Scales and shifts at the start of training, by kind and layer, as a monitor noted them.
-        inputs: Mean, standard deviation and count a channel of every input that was standardised, by where it is from.
-        problems: What is there and cannot be read.
+        starts: Scales and shifts at the start of training, by kind and layer, as a monitor recorded them.
+        inputs: Mean, standard deviation and count per channel of every standardised input, by its DataModule and key.
+        problems: The parts that the checkpoint holds and that cannot be read.
     """
 
     epoch: int | None
@@ -72,14 +72,14 @@ class SavedRun:
         return [callback.settings for callback in self.callbacks]
 
     def tell_layers(self, layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Tell what the run did with layers.
+        """Tell how the run treated layers.
 
         Args:
-            layers: The layers of the checkpoint by name; odd ones are left out.
+            layers: The layers of the checkpoint by name; odd layers are left out.
 
         Returns:
-            By the layer's name, where the scale started (`"start"`, None where it is not known), the drift of scale
-            and shift, and what was done (`"outcome"`, one of `OUTCOMES`).
+            By the layer's name: the range in which the scale started (`"start"`, None if unknown), the drifts of scale
+            and shift, and the treatment (`"outcome"`, a key of `OUTCOMES`).
         """
         if not self.callbacks and not self.starts:
             return {}
@@ -92,15 +92,16 @@ class SavedRun:
         return {name: self._tell(name, layer, targets.get(name)) for name, layer in known.items()}
 
     def drift(self, layers: Mapping[str, Any], kind: str) -> float | None:
-        """Measure how far all scales or shifts are from where they started.
+        """Measure the distance of all scales, or all shifts, from their start.
 
         Args:
             layers: The layers of the checkpoint by name.
             kind: `"scale"` or `"shift"`.
 
         Returns:
-            The root mean square over all channels; None where no start is known.
+            The root mean square over all channels; None if no start is known.
         """
+        # Each layer's mean square counts by its channels, so that the result is a mean over channels.
         squares = [
             (own * own * layer.num_features, layer.num_features)
             for name, layer in layers.items()
@@ -126,7 +127,7 @@ class SavedRun:
             return "left out"
         if bounds is None:
             return "start unknown"
-        rounded = all(math.isclose(bound, target, rel_tol=5e-3) for bound in bounds)  # to 16 bits
+        rounded = all(math.isclose(bound, target, rel_tol=5e-3) for bound in bounds)  # bf16 rounds by up to 0.4 %
         return "revisited" if rounded else "not rewritten"
 
     def _drift(self, name: str, layer: BatchNorm, kind: str) -> float | None:
@@ -138,13 +139,13 @@ class SavedRun:
 
 
 def read_run(content: Mapping[Any, Any]) -> SavedRun | None:
-    """Read what a checkpoint tells of its run.
+    """Read the facts that a checkpoint holds about its run.
 
     Args:
-        content: What the file holds.
+        content: The content of the file.
 
     Returns:
-        The run; None where the file is no checkpoint of a Trainer.
+        The run; None if the file is not a checkpoint of a Trainer.
     """
     states = [*(as_dict(content.get("callbacks")) or {}).values()]
     if "callbacks" not in content and "pytorch-lightning_version" not in content:
@@ -157,6 +158,7 @@ def read_run(content: Mapping[Any, Any]) -> SavedRun | None:
                 run.problems.append("the settings of RevisitedBatchNorm in it cannot be read")
             else:
                 run.callbacks.append(callback)
+        # The state of a monitor is inside the state of a RevisitedBatchNorm, or stands alone.
         monitor = as_dict(state.get("monitor")) or state
         run.starts.update(_starts(as_dict(monitor.get("start")) or {}))
     for where, state in _input_states(content):
@@ -179,7 +181,7 @@ def _callback(state: Mapping[Any, Any]) -> _Callback | None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of scales above 1, which the run was warned of
+            warnings.simplefilter("ignore")  # the run itself warned of scales above 1
             selection = Selection(**{name: value for name, value in settings.items() if name in _SELECTING})
     except (TypeError, ValueError):
         return None
@@ -187,13 +189,14 @@ def _callback(state: Mapping[Any, Any]) -> _Callback | None:
 
 
 def _starts(saved: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """Yield where each layer's scale and shift started, from the state of an `AffineStatistics`."""
+    """Yield the start of each layer's scale and shift, from the state of an `AffineStatistics`."""
     for kind in AFFINE_KINDS:
         part = as_dict(saved.get(kind)) or {}
         names, channels, values = part.get("layers"), part.get("channels"), part.get("values")
         if not (isinstance(names, list) and isinstance(channels, list) and is_whole(values)):
             continue
         names, channels = cast("list[Any]", names), cast("list[Any]", channels)
+        # A damaged file may hold any value under these names.
         whole = all(type(count) is int and count > 0 for count in channels)
         if len(names) != len(channels) or not whole or not all(isinstance(name, str) for name in names):
             continue
@@ -203,7 +206,7 @@ def _starts(saved: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, str], Tensor]
 
 
 def _input_states(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield the states of standardisers, which their keys tell, with the names of where DataModules keep them."""
+    """Yield the states of standardisers, identified by their keys, with the names of their DataModules and inputs."""
     for name, part in content.items():
         for state in filter(None, map(as_dict, (as_dict(part) or {}).values())):
             several = {key: own for key, inner in state.items() if (own := as_dict(inner)) and isinstance(key, str)}
@@ -213,7 +216,8 @@ def _input_states(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any
 
 
 def _input_statistics(state: Mapping[Any, Any]) -> dict[str, Any] | None:
-    """Return mean, standard deviation and count a channel; nothing before the first batch; None if unreadable."""
+    """Return mean, standard deviation and count per channel; empty before the first batch; None if unreadable."""
+    # Sums over an expanded tensor would take gigabytes.
     if not all(is_whole(value) for value in state.values() if isinstance(value, Tensor)):
         return None
     try:
@@ -227,18 +231,18 @@ def _input_statistics(state: Mapping[Any, Any]) -> dict[str, Any] | None:
         statistics: Any = standardizer.statistics()
         per_channel = {name: getattr(statistics, name).tolist() for name in ("mean", "std", "count")}
         return {**per_channel, "samples": standardizer.samples, "scale": standardizer.scale}
-    except Exception:  # a file may hold anything under these names
+    except Exception:  # a file may hold any value under these names
         return None
 
 
 def saved_eps(content: Mapping[Any, Any]) -> dict[str, float]:
-    """Return the eps that RevisitedBatchNorm set, by layer, as its state in a checkpoint of Lightning has it.
+    """Return the eps that RevisitedBatchNorm set, from its state in a checkpoint of Lightning.
 
     Args:
-        content: What the file holds.
+        content: The content of the file.
 
     Returns:
-        eps by the layer's name; nothing in a file without such a state.
+        eps by the layer's name; empty for a file without such a state.
     """
     states = (as_dict(state) or {} for state in (as_dict(content.get("callbacks")) or {}).values())
     found = (item for state in states for item in (as_dict(state.get(EPS_KEY)) or {}).items())

@@ -1,4 +1,4 @@
-"""Finds what a user names on the command line: a checkpoint file, a library's model, or a callable that makes one."""
+"""Finds the target that a user names: a checkpoint file, a library's model, or a callable that makes a model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lightning_revbn.core.printable import shortened
 __all__ = ["Checkpoint", "resolve"]
 
 _FORMS = "a model is named as torchvision:NAME, timm:NAME or module:callable"
-_LONGEST = 100  # characters of a target, or of an error of others, in a message
+_LONGEST = 100  # characters of a target in a message
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
-        content: Everything.
+        content: All of the content.
         tensors: The tensors of the model by name.
     """
 
@@ -38,7 +38,7 @@ class Checkpoint:
 
 
 def resolve(target: str) -> nn.Module | Checkpoint:
-    """Find what a target names.
+    """Find the model or checkpoint that a target names.
 
     Args:
         target: A checkpoint file; `torchvision:NAME` or `timm:NAME`, built without weights; or
@@ -68,15 +68,15 @@ def resolve(target: str) -> nn.Module | Checkpoint:
 def _is(kind: Callable[[Path], bool], path: Path) -> bool:
     try:
         return kind(path)
-    except (OSError, ValueError):  # a name that no file can have, as one of 300 characters
+    except (OSError, ValueError):  # no file can have such a name, for example 300 characters
         return False
 
 
 def _refuse_other_paths(target: str, path: Path) -> None:
-    """Raise if a target is meant for a file and none that is read.
+    """Refuse a target that is meant as a file but is not a readable file.
 
     Raises:
-        TargetError: If so, with what to give instead.
+        TargetError: If it is such a target; the message says what to name instead.
     """
     quoted = _quoted(target)
     if target and _is(Path.is_dir, path):
@@ -85,7 +85,7 @@ def _refuse_other_paths(target: str, path: Path) -> None:
         raise TargetError(f"{quoted} is no regular file")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", target):
         raise TargetError(f"{quoted} is an address, and only local files are read: download it, and name the file")
-    if re.match(r"[A-Za-z]:[\\/]", target):
+    if re.match(r"[A-Za-z]:[\\/]", target):  # a Windows path, whose drive looks like a scheme
         raise TargetError(f"there is no file {quoted}")
     script, found, name = target.partition(".py:")
     if found:
@@ -101,13 +101,14 @@ def _torchvision(name: str) -> nn.Module:
     _check_name("torchvision", name, models.list_models())
     builder: Callable[..., nn.Module] = models.get_model_builder(name)
     accepted = inspect.signature(builder).parameters
-    # A backbone's weights would be downloaded by default.
+    # By default, torchvision would download the weights of a backbone.
     unset = {key: None for key in ("weights", "weights_backbone") if key in accepted}
     return _made(f"torchvision:{name}", lambda: builder(**unset))
 
 
 def _timm(name: str) -> nn.Module:
     library = _library("timm")
+    # A name such as resnet50.a1_in1k has an architecture and weights, and list_models() has architectures.
     _check_name("timm", name.partition(".")[0], library.list_models())
     return _made(f"timm:{name}", lambda: library.create_model(name, pretrained=False))
 
@@ -128,7 +129,7 @@ def _check_name(library: str, name: str, known: list[str]) -> None:
 
 def _call(module: str, name: str) -> nn.Module:
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a module beside the user, as with python -m
+        sys.path.insert(0, "")  # finds modules in the working directory, as python -m does
 
     def make() -> Any:
         found: Any = importlib.import_module(module)
@@ -143,23 +144,23 @@ def _call(module: str, name: str) -> nn.Module:
 
 
 def _made(target: str, make: Callable[[], Any]) -> Any:
-    """Run code of others, and tell in one line what it raises.
+    """Run the code of a library or user, and report its error in a single line.
 
     Args:
-        target: What was asked for.
+        target: The target as the user named it.
         make: The code.
 
     Returns:
-        What it returns.
+        The result of the code.
 
     Raises:
-        TargetError: If it raises anything.
+        TargetError: If the code raises an error or exits.
     """
     try:
-        # What it prints is no result of ours.
+        # stdout holds only the command's result, which may be JSON: prints of other code go to stderr.
         with redirect_stdout(sys.stderr):
             return make()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a script may call sys.exit() when it is imported
         text = " ".join(str(error)[:1000].split())
         raise TargetError(f"{_short(target)} failed with {type(error).__name__}: {shortened(text, 300)}") from error
 

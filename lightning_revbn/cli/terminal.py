@@ -1,4 +1,4 @@
-"""What commands write: results to stdout as text or JSON, messages and a progress bar to stderr, never a traceback."""
+"""Writes the output of commands: results to stdout as text or JSON, messages and a bar to stderr, no traceback."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ _LONGEST_MESSAGE = 2000
 
 
 class CommandError(Exception):
-    """A command that cannot do what was asked; the message is one line and says why."""
+    """A command cannot do its work; the message gives the reason in a single line."""
 
 
 class OutputClosedError(Exception):
-    """Whoever read stdout has gone, such as `head` after its lines."""
+    """The reader of stdout has closed it, as `head` does after its lines."""
 
 
 def tell(message: object) -> None:
     """Print a message to stderr, under the name of the command.
 
     Args:
-        message: The message; what does not print in it is escaped.
+        message: The message; characters that cannot be printed are escaped.
     """
-    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison] # in a process that was started without it
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison] # a process may have no stderr
         return
     try:
         print(f"lightning-revbn: {shortened(message, _LONGEST_MESSAGE)}", file=sys.stderr, flush=True)  # noqa: T201
-    except OSError:  # nobody is left to be told
+    except OSError:  # stderr is closed, so the failure cannot be reported
         _discard(sys.stderr)
 
 
@@ -57,7 +57,7 @@ def say(line: str) -> None:
     """Print a line to stdout.
 
     Args:
-        line: The line; what does not print in it is escaped.
+        line: The line; characters that cannot be printed are escaped.
     """
     with writing():
         print(printable(line))  # noqa: T201
@@ -71,18 +71,18 @@ def show_table(
     Args:
         header: Names of the columns.
         rows: The cells.
-        summary: A sentence to close with.
-        spare: Groups of columns that a narrow terminal does without.
+        summary: A sentence below the table.
+        spare: Groups of columns that a narrow terminal leaves out.
     """
     with writing():
         print_table(header, rows, summary, spare)
 
 
 def print_json(value: Any) -> None:
-    """Print a value to stdout as JSON that every reader takes: numbers that are not finite become null.
+    """Print a value to stdout as strict JSON, which every reader accepts: NaN and infinity become null.
 
     Args:
-        value: Made of dicts, lists, tuples, texts, numbers, booleans and None.
+        value: A value of dicts, lists, tuples, texts, numbers, booleans and None.
     """
     with writing():
         print(json.dumps(_strict(value), indent=2, allow_nan=False))  # noqa: T201
@@ -91,7 +91,7 @@ def print_json(value: Any) -> None:
 def _strict(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, str):  # a path may hold bytes that are no text, which Python reads as lone surrogates
+    if isinstance(value, str):  # a path may hold bytes that Python reads as lone surrogates
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, Mapping):
         return {_strict(key): _strict(item) for key, item in cast("Mapping[str, Any]", value).items()}
@@ -102,20 +102,20 @@ def _strict(value: Any) -> Any:
 
 @contextmanager
 def writing() -> Generator[None, None, None]:
-    """Write to stdout in a `with` block, whose end sends off what was written.
+    """Write to stdout in a `with` block, and flush stdout at its end.
 
     Yields:
         Nothing.
 
     Raises:
-        OutputClosedError: If nobody reads stdout any more.
-        CommandError: If stdout cannot be written, as on a full disk.
+        OutputClosedError: If the reader of stdout has closed it.
+        CommandError: If stdout cannot be written, for example on a full disk.
     """
     try:
         try:
             yield
         finally:
-            if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison] # started without it
+            if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison] # a process may have no stdout
                 sys.stdout.flush()
     except BrokenPipeError as error:
         _discard(sys.stdout)
@@ -126,8 +126,8 @@ def writing() -> Generator[None, None, None]:
 
 
 def _discard(stream: Any) -> None:
-    """Send to nowhere what a stream still holds, which Python would try to write again at its end."""
-    with suppress(OSError):  # a stream of a test has no file
+    """Send a stream's remaining output to the null device; otherwise Python would write it again at exit, and fail."""
+    with suppress(OSError):  # a test's stream has no file
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
@@ -135,7 +135,7 @@ def _discard(stream: Any) -> None:
 
 @contextmanager
 def any_encoding() -> Generator[None, None, None]:
-    """Let stdout and stderr of any encoding take every text in a `with` block, with escapes for what they lack.
+    """Let stdout and stderr take every text in a `with` block: characters that their encoding lacks are escaped.
 
     Yields:
         Nothing.
@@ -153,15 +153,15 @@ def any_encoding() -> Generator[None, None, None]:
 
 @contextmanager
 def progress_bar(task: str, total: int, wait: float = 1.0) -> Generator[Advance, None, None]:
-    """Show a bar on stderr if stderr is a terminal and rich is installed, and leave nothing behind.
+    """Show a bar on stderr if stderr is a terminal and rich is installed, and remove it at the end.
 
     Args:
-        task: What is done.
-        total: The length of it.
-        wait: Seconds until the bar shows, since nobody needs to see a bar for work that is over at once.
+        task: The name of the work.
+        total: The size of the work, such as a number of bytes.
+        wait: Seconds until the bar shows: short work needs no bar.
 
     Yields:
-        Call it with what was done since the last call.
+        A function to call with the amount of work done since its last call.
     """
     if not use_rich(sys.stderr):
         yield lambda size: None

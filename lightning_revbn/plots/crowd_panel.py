@@ -1,7 +1,7 @@
-"""Draws a quantity of many layers as their median and bands: one number over all layers would hide most of them."""
+"""Draws a quantity of many layers as median and bands: a single line over all layers would hide most of them."""
 
 # pyright: reportUnknownMemberType=false
-# Matplotlib leaves the keyword arguments of most of its functions untyped.
+# Most functions of matplotlib have untyped keyword arguments.
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_revbn.runs.batch_norm_runs import Run
 __all__ = ["CROWD_TITLE", "choose_crowd_axis", "draw_crowd"]
 
 CROWD_TITLE = "median of layers, middle\n80 %, and all (pale)"
-"""What follows the title of a row."""
+"""The text below the title of a row."""
 
 _COLOUR = "#31688e"
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -27,7 +27,7 @@ def draw_crowd(panel: Axes, run: Run, row: Row) -> None:
     """Draw the layers of a run.
 
     Args:
-        panel: Where.
+        panel: The axes to draw into.
         run: The run.
         row: The quantity.
     """
@@ -54,10 +54,10 @@ def choose_crowd_axis(runs: list[Run], row: Row) -> Axis:
 
 
 def _quantiles(run: Run, row: Row) -> tuple[Floats, Floats]:
-    """Return the steps, shape `(N,)`, and quantiles of the layers at each, shape `(5, N)`."""
+    """Return the steps, shape `(N,)`, and the quantiles over the layers at each step, shape `(5, N)`."""
     steps, table = values_by_layer(run, row)
     if not len(steps):
         return steps, np.empty((len(_QUANTILES), 0))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # a step at which no layer has a value
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # a step may have no value of any layer
         return steps, np.nanquantile(table, _QUANTILES, axis=0)

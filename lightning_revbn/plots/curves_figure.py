@@ -1,7 +1,7 @@
 """Draws a scalar over training: mean and interval of every arm, and the paired differences below."""
 
 # pyright: reportUnknownMemberType=false
-# Matplotlib leaves the keyword arguments of most of its functions untyped.
+# Most functions of matplotlib have untyped keyword arguments.
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["draw"]
 
 _BASELINE = "0.25"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, which colour-blind readers tell apart."""
+"""The colours of Okabe and Ito, which colour-blind readers can tell apart."""
 
 
-_MOST_INSIDE = 6  # arms whose names leave the curves visible
-_MOST_ROWS = 13  # of names beside them
+_MOST_INSIDE = 6  # arms; the names of more arms would cover the curves
+_MOST_ROWS = 13  # of names beside the curves
 _NAME_WIDTH = 2.0  # in inches
 
 
@@ -39,8 +39,8 @@ def draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: bool
 
     Args:
         comparisons: The arms, each against the same baseline.
-        key: What the scalar is called.
-        lower_is_better: Whether it is, as for a loss.
+        key: The key of the scalar.
+        lower_is_better: Whether lower values are better, as for a loss.
 
     Returns:
         The figure.
@@ -85,7 +85,7 @@ def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: boo
     shown = [wrapped(name, _NAME_WIDTH, lines=_MOST_ROWS) for name in names] if alike else short
     for text, name, band in zip(legend.get_texts(), shown, bands, strict=True):
         nothing = "" if _drawn(band).any() else f"\n({NOTHING_FINITE})"
-        # Given as a label, a name with a leading underscore would be left out.
+        # Set as a text, since matplotlib leaves out labels with a leading underscore.
         text.set_text(name + nothing)
     figure.suptitle(
         f"Mean of {first.pairs} runs and its 95 % interval at each step; below: paired differences,\n"
@@ -96,7 +96,7 @@ def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: boo
 
 
 def _draw_band(panel: Any, steps: Any, band: Band, colour: Any) -> None:
-    """Draw a mean and its interval; where a run has no finite value there is a gap, and a cross on its edge."""
+    """Draw a mean and its interval, with a gap where a run has no finite value, and a cross where a gap begins."""
     good = _drawn(band)
     low, mean, high = (np.where(good, values, np.nan) for values in (band.low, band.mean, band.high))
     panel.plot(steps, mean, color=colour, linewidth=1.5, marker="o", markersize=4, markevery=lone(good))

@@ -1,4 +1,4 @@
-"""Fits names into the room of a figure: measures them, leaves out their middle, breaks them into lines."""
+"""Fits names into the space of a figure: measures them, leaves out their middle, breaks them into lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def text_width(text: str, size: float) -> float:
 
     Args:
         text: The text.
-        size: Of its letters, in points.
+        size: Font size in points.
 
     Returns:
         The width in inches.
@@ -45,9 +45,9 @@ def wrapped(text: str, width: float, lines: int = 3) -> str:
     """Break a name into lines, after a slash or dash if possible, and drop its beginning if it is too long.
 
     Args:
-        text: The name, in letters of the normal size.
-        width: Of a line, in inches.
-        lines: How many there may be.
+        text: The name, drawn at the normal font size.
+        width: Width of a line in inches.
+        lines: Largest number of lines.
 
     Returns:
         The lines.

@@ -1,4 +1,4 @@
-"""Chooses the axis of a row: linear, logarithmic or both, its limits and its ticks, the same for all runs."""
+"""Chooses the axis of a row, the same for all runs: linear, logarithmic or both, with limits and ticks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Axis", "choose_axes", "choose_axis"]
 
 @dataclass(frozen=True)
 class Axis:
-    """How values become positions or colours, the same for all runs.
+    """The mapping from values to positions or colours, the same for all runs.
 
     Args:
-        kind: `"symlog"` is linear up to a threshold, and logarithmic beyond.
-        low: Least value.
-        high: Greatest.
-        ticks: Where to put numbers.
-        threshold: Of `"symlog"`.
+        kind: `"symlog"` is linear up to a threshold, and logarithmic beyond it.
+        low: Smallest value.
+        high: Largest value.
+        ticks: The values that get a number.
+        threshold: The threshold of `"symlog"`.
     """
 
     kind: Literal["linear", "log", "symlog"]
@@ -36,7 +36,7 @@ class Axis:
     threshold: float = 1.0
 
     def norm(self) -> Normalize:
-        """Return what turns values into places in a colour map."""
+        """Return matplotlib's norm, which maps values to positions in a colour map."""
         if self.kind == "log":
             return LogNorm(self.low, self.high)
         if self.kind == "symlog":
@@ -50,7 +50,7 @@ def choose_axes(runs: Sequence[Run], rows: Sequence[Row], margin: bool) -> list[
     Args:
         runs: The runs, all on the same axes.
         rows: The quantities.
-        margin: Whether to leave room around, for lines.
+        margin: Whether to leave space around the values, for lines.
 
     Returns:
         An axis for each row.
@@ -68,8 +68,8 @@ def choose_axis(row: Row, values: Sequence[Floats], margin: bool) -> Axis:
 
     Args:
         row: The quantity.
-        values: Of each layer of each run, those that can be drawn, in the drawn unit.
-        margin: Whether to leave room around, for lines.
+        values: The drawable values of each layer of each run, in the drawn unit.
+        margin: Whether to leave space around the values, for lines.
 
     Returns:
         The axis.
@@ -119,7 +119,7 @@ def _log(low: float, high: float, margin: bool) -> Axis:
 
 
 def _symlog(low: float, high: float, start: float, margin: bool) -> Axis:
-    """Return an axis that is linear around 0 and logarithmic over the decades above `start`, at most six."""
+    """Return an axis that is linear around 0, and logarithmic over at most six decades above `start`."""
     top = math.floor(math.log10(max(-low, high)))
     bottom = max(math.floor(math.log10(start)), top - 6)
     decades = [10.0**k for k in range(top, bottom - 1, -math.ceil((top - bottom + 1) / (4 if low == 0 else 2)))]

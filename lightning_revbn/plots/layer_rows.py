@@ -1,4 +1,4 @@
-"""The quantities of a layer that are drawn, a row of panels for each."""
+"""The quantities of a layer that a figure shows, a row of panels for each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Floats: TypeAlias = NDArray[np.float64]
 NOTHING_FINITE = "all NaN or infinite"
 
 HUGE = 1e30
-"""From here on a value is as good as infinite: nothing else could be seen beside it."""
+"""Values from here on count as infinite and are not drawn: no other value would be visible beside them."""
 
 _NORMAL_OVER_3 = 100 * math.erfc(3 / math.sqrt(2))  # % of a normal distribution beyond three deviations: 2 (1 - Phi(3))
 _X_HAT = "|x\N{COMBINING CIRCUMFLEX ACCENT}|"
@@ -53,17 +53,18 @@ class Row:
     """A quantity to draw.
 
     Args:
-        quantity: Its key.
-        title: What it is, in two short lines at most.
-        factor: From the logged unit to the drawn one.
-        signed: Whether 0 is the middle.
-        ratios: Whether equal factors are equally far apart, as for scales: 0.1 to 0.2 is like 1 to 2.
+        quantity: The key of the quantity.
+        title: The title, in at most two short lines.
+        factor: Factor from the logged unit to the drawn unit.
+        signed: Whether 0 is in the middle.
+        ratios: Whether equal ratios are drawn equally far apart, as for scales: 0.1 to 0.2 like 1 to 2.
         from_zero: Whether 0 is always shown.
-        spread: How many times less a tenth of the layers may move than the others before a linear axis would show them
-            as lying at 0.
+        spread: Largest ratio of the highest peak to the peak of the quietest tenth of layers. Above this ratio a linear
+            axis would show these layers as 0, so the axis becomes `"symlog"`.
         reference: A value to mark.
-        is_crowd: Whether many layers are drawn as their median and bands, since single values are mostly noise.
-        relative: The row of a heat map, where colours tell scales at 1 from scales at 0.1 better than either's changes.
+        is_crowd: Whether many layers are drawn as median and bands, since single values are mostly noise.
+        relative: The row of a heat map: with plain values, colours would show the difference of 1 to 0.1, and hide
+            smaller changes.
     """
 
     quantity: str
@@ -102,13 +103,13 @@ ROWS = (
 
 
 def logged_rows(runs: Sequence[Run]) -> list[Row]:
-    """Return what there is to draw.
+    """Return the quantities that can be drawn.
 
     Args:
         runs: The runs.
 
     Returns:
-        The quantities that a layer of any run has.
+        The quantities that some layer of some run has.
     """
     return [row for row in ROWS if any((layer, row.quantity) in run.series for run in runs for layer in run.layers)]
 
@@ -120,7 +121,7 @@ def gaps(run: Run) -> str:
         run: The run.
 
     Returns:
-        A line; empty if all can.
+        A line; empty if all values can be drawn.
     """
     bad: dict[str, int] = {}
     for layer in run.layers:
@@ -142,7 +143,7 @@ def first_gap(run: Run, row: Row) -> int | None:
         row: The quantity.
 
     Returns:
-        The step; None where all can be drawn.
+        The step; None if all values can be drawn.
     """
     known = [run.series[layer, row.quantity] for layer in run.layers if (layer, row.quantity) in run.series]
     firsts = [series.steps[~drawable(series.values)][:1] for series in known]
@@ -150,13 +151,13 @@ def first_gap(run: Run, row: Row) -> int | None:
 
 
 def relative_to_start(run: Run) -> Run:
-    """Put log2 of the ratio to its first value in the place of every scale.
+    """Replace every mean scale by log2 of its ratio to the layer's first mean scale.
 
     Args:
         run: The run.
 
     Returns:
-        The run; NaN where a ratio is not above 0.
+        The run; NaN where a ratio is not positive and finite.
     """
     series = dict(run.series)
     for (layer, quantity), scale in run.series.items():
@@ -175,8 +176,8 @@ def values_by_layer(run: Run, row: Row) -> tuple[Floats, Floats]:
         row: The quantity.
 
     Returns:
-        The steps at which it was logged, shape `(N,)`, and the values in the drawn unit, shape `(layers, N)`, NaN where
-        there is none that can be drawn.
+        The steps at which the quantity was logged, shape `(N,)`, and the values in the drawn unit, shape
+        `(layers, N)`, NaN where a layer has no drawable value.
     """
     of_layers = [run.series.get((layer, row.quantity)) for layer in run.layers]
     known = [series.steps for series in of_layers if series is not None]
@@ -190,13 +191,13 @@ def values_by_layer(run: Run, row: Row) -> tuple[Floats, Floats]:
 
 
 def lone(good: NDArray[np.bool_]) -> list[int]:
-    """Find the points that a line cannot show, since it needs two.
+    """Find the points that a line cannot show, since a line needs two points.
 
     Args:
         good: Which values can be drawn, shape `(N,)`.
 
     Returns:
-        The positions of those between two that cannot.
+        The positions of drawable values without a drawable neighbour.
 
     Example:
         >>> lone(np.array([True, False, True, True, False, True]))
@@ -212,6 +213,6 @@ def drawable(values: Floats) -> NDArray[np.bool_]:
         values: Shape `(N,)`.
 
     Returns:
-        Where they are neither NaN nor as good as infinite, shape `(N,)`.
+        True where a value is not NaN and its absolute value is below `HUGE`, shape `(N,)`.
     """
-    return np.abs(values) < HUGE  # not so for NaN
+    return np.abs(values) < HUGE  # False for NaN

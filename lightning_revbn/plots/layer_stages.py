@@ -12,10 +12,10 @@ __all__ = ["Stage", "choose_labels", "common_prefix", "find_stages", "name_rows"
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers in succession whose names begin alike.
+    """Consecutive layers whose names share a beginning.
 
     Args:
-        name: What they have in common; a layer's own name if it is alone.
+        name: The shared beginning; the layer's own name for a single layer.
         first: The first row.
         stop: The row after the last.
     """
@@ -26,7 +26,7 @@ class Stage:
 
     @property
     def middle(self) -> float:
-        """Where to label it; rows are centred at whole numbers."""
+        """The position of its label; rows are centred at whole numbers."""
         return (self.first + self.stop - 1) / 2
 
 
@@ -35,7 +35,7 @@ def find_stages(layers: Sequence[str], apart: int) -> list[Stage]:
 
     Args:
         layers: Dotted names in order.
-        apart: How many rows a label needs. A stage is divided while its parts are large enough for labels.
+        apart: Number of rows that a label needs. A stage is divided while its parts are large enough for labels.
 
     Returns:
         The stages, from the first layer to the last.
@@ -57,7 +57,7 @@ def choose_labels(stages: Sequence[Stage], apart: float) -> list[Stage]:
 
     Args:
         stages: All stages.
-        apart: How many rows a label needs.
+        apart: Number of rows that a label needs.
 
     Returns:
         Stages whose middles are far enough from each other, in order.
@@ -70,14 +70,14 @@ def choose_labels(stages: Sequence[Stage], apart: float) -> list[Stage]:
 
 
 def name_rows(layers: Sequence[str], apart: int) -> tuple[list[Stage], list[Stage]]:
-    """Divide a network for its labels: into stages, or into layers where fewer than three stages could be named.
+    """Divide a network for its labels: into layers if all fit or fewer than three stages can be labelled, else stages.
 
     Args:
         layers: Dotted names in order.
-        apart: How many rows a label needs.
+        apart: Number of rows that a label needs.
 
     Returns:
-        The parts, and those to label.
+        The parts, and the parts to label.
 
     Example:
         >>> blocks = [f"blocks.{i}.bn" for i in range(90)]
@@ -93,13 +93,13 @@ def name_rows(layers: Sequence[str], apart: int) -> tuple[list[Stage], list[Stag
 
 
 def common_prefix(layers: Sequence[str]) -> str:
-    """Return the leading parts that all names share, so that they need not be repeated.
+    """Return the leading parts that all names share, so that labels can leave them out.
 
     Args:
         layers: Dotted names.
 
     Returns:
-        The parts; empty if there are none.
+        The parts, each with its dot; empty if the names share no part, or there is a single name.
 
     Example:
         >>> common_prefix(["model.layer1.bn1", "model.layer2.bn1"])
@@ -110,7 +110,7 @@ def common_prefix(layers: Sequence[str]) -> str:
 
 
 def _parts_of_stage(stage: Stage, names: Sequence[Sequence[str]], depth: int, apart: int) -> list[Stage]:
-    """Divide a stage by one more part of the names, unless its parts would be too small for labels."""
+    """Divide a stage by the next part of the names, unless its parts would be too small for labels."""
     heads = [".".join(names[row][: depth + 1]) for row in range(stage.first, stage.stop)]
     begins = [i for i, head in enumerate(heads) if not i or head != heads[i - 1]]
     size = len(heads)

@@ -1,7 +1,7 @@
 """Draws runs side by side: a column for each run, a row for each quantity, the same axes across a row."""
 
 # pyright: reportUnknownMemberType=false
-# Matplotlib leaves the keyword arguments of most of its functions untyped.
+# Most functions of matplotlib have untyped keyword arguments.
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ __all__ = ["NOTHING_FINITE", "NOT_LOGGED", "Style", "draw"]
 
 Style: TypeAlias = Literal["auto", "lines", "heatmap"]
 
-_MOST_LINES = 24  # layers up to which lines can be told apart
-_FEW_LINES = 8  # layers up to which every line is dashed in another way than its neighbours
+_MOST_LINES = 24  # layers; with more layers, lines cannot be told apart
+_FEW_LINES = 8  # layers up to which every line has another dash pattern than its neighbours
 
 _LABEL_HEIGHT = 1.2 * SMALL / 72  # inches, as all lengths below
 _PANEL_WIDTH, _NARROW_PANEL_WIDTH = 2.6, 2.1
@@ -54,7 +54,7 @@ _LINES_HEIGHT, _HEAT_HEIGHT = 1.4, 1.75
 
 _LINE_STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 _PALE = 0.82  # the end of viridis is pale on white
-_STEPS = 64  # of a colour map: more than an eye can tell, and a quarter of the file
+_STEPS = 64  # colours of a map: more than an eye can tell apart, in a quarter of the file size
 _GAP = "0.8"
 _FIRST_GAP = "#E8000B"
 NOT_LOGGED = "not logged"
@@ -64,8 +64,8 @@ def draw(runs: Sequence[Run], style: Style = "auto") -> Figure:
     """Draw runs.
 
     Args:
-        runs: The runs; there is something to draw of one.
-        style: Lines, or heat maps with a row for each layer; `"auto"` takes lines for up to 24 layers.
+        runs: The runs; at least one run has a quantity to draw.
+        style: Lines, or heat maps with a row for each layer; `"auto"` draws lines for up to 24 layers.
 
     Returns:
         The figure.
@@ -81,10 +81,10 @@ def _draw_lines(runs: Sequence[Run], rows: Sequence[Row]) -> Figure:
     alike = _alike(runs)
     if alike or deep:
         beside, below, width = 1.0 + _names_width(runs[0]), 0.0, 0.0
-    else:  # legends are below each run's panels, and as wide as they need to be
+    else:  # each run's legend is below its panels, and the panels are as wide as the widest legend
         beside, below = 0.3, 0.6 + 1.4 * _LABEL_HEIGHT * max(len(run.layers) for run in runs)
         width = 0.7 + max(_names_width(run) for run in runs)
-    # Beside a single row of panels the legend of many layers is the higher of the two.
+    # The legend of many layers is higher than a single row of panels beside it.
     legend = 0.0 if deep or not alike else 0.4 + 1.4 * _LABEL_HEIGHT * (1 + len(runs[0].layers))
     height = max(_LINES_HEIGHT, (legend - 0.6) / len(rows))
     figure, panels = _panels(runs, rows, height, beside, below, width)
@@ -113,7 +113,7 @@ def _draw_lines(runs: Sequence[Run], rows: Sequence[Row]) -> Figure:
 
 
 def _draw_heat(given: Sequence[Run], rows: Sequence[Row]) -> Figure:
-    # Scales of layers and runs that start from other values are alike only as ratios.
+    # Scales that start at different values can be compared only as ratios to their start.
     runs, rows = [relative_to_start(run) for run in given], [row.relative or row for row in rows]
     alike = _alike(runs)
     deep = max(len(run.layers) for run in runs) > _MOST_LINES
@@ -166,7 +166,7 @@ def _draw_crowds(line: Sequence[Axes], runs: Sequence[Run], row: Row) -> None:
 
 
 def _all_steps(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[float, float]:
-    """Return the ends of the axis: a run that diverges is shown to its last step, though there is nothing to draw."""
+    """Return the ends of the axis: a diverged run is shown to its last step, although it has no value to draw."""
     steps = np.concatenate([values_by_layer(run, row)[0] for run in runs for row in rows])
     first, last = float(steps.min()), float(steps.max())
     pad = 0.05 * (last - first) or 0.5
@@ -239,7 +239,7 @@ def _draw_map(panel: Axes, run: Run, row: Row, norm: Normalize, colours: Colorma
     steps, table = values_by_layer(run, row)
     rows = np.arange(len(run.layers) + 1) - 0.5
     if len(steps):
-        # A drawing program would have to handle every cell of a mesh that is not rasterised.
+        # In an SVG or PDF, every cell of a mesh that is not rasterised would be an object of its own.
         panel.pcolormesh(_edges(steps), rows, table, norm=norm, cmap=colours, rasterized=True, label=HEAT_MAP)
     panel.set_ylim(len(run.layers) - 0.5, -0.5)
 
@@ -266,10 +266,10 @@ def _edges(steps: Floats) -> Floats:
 
 
 def _looks(run: Run) -> list[tuple[Any, Any]]:
-    """Return colour and line style of every layer.
+    """Return the colour and the line style of every layer.
 
-    Colours tell the depth, and become lighter with it in print too. Styles tell neighbours apart if there are few
-    layers, and what a layer is for in its block (bn1, bn2, downsample) if there are more; a crowd is all solid.
+    Colours show the depth: deeper layers are lighter, also in grey print. Up to 8 layers, styles tell neighbours
+    apart. Up to 24 layers, styles show a layer's role in its block (bn1, bn2, downsample). More layers are all solid.
     """
     colours = _depth_colours()(np.linspace(0, 1, max(2, len(run.layers))))
     if len(run.layers) <= _FEW_LINES:
@@ -307,7 +307,7 @@ def _add_legend(run: Run, where: Figure | Axes, **options: Any) -> None:
         **options,
     )
     for text, name in zip(legend.get_texts(), _shown(run), strict=True):
-        text.set_text(elided(name))  # given as a label, a name with a leading underscore would be left out
+        text.set_text(elided(name))  # matplotlib leaves out labels with a leading underscore
 
 
 def _add_depth_bar(figure: Figure, runs: Sequence[Run], panels: Sequence[Axes]) -> None:

@@ -1,7 +1,7 @@
-"""Writes a figure to a file, the same bytes for the same figure, whatever matplotlib's settings are."""
+"""Writes a figure to a file: the same bytes for the same figure, whatever the user's settings of matplotlib are."""
 
 # pyright: reportUnknownMemberType=false
-# Matplotlib and numpy leave the arguments of some of their functions untyped.
+# Some functions of matplotlib and numpy have untyped arguments.
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL, NORMAL = 8, 9
 """Sizes of text, in points."""
 
 HEAT_MAP = "heat map"
-"""Label of a mesh whose colours a reduced picture keeps."""
+"""Label of a mesh whose colours are kept when a picture is reduced to 256 colours."""
 
 _SETTINGS: dict[str, Any] = {
     "font.size": SMALL,
@@ -42,9 +42,9 @@ _SETTINGS: dict[str, Any] = {
     "ytick.major.width": 0.6,
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
-    "text.parse_math": False,  # names of runs and layers are no formulas
-    "svg.hashsalt": "lightning-revbn",  # the same file from the same logs
-    "pdf.fonttype": 42,  # text of a PDF stays text
+    "text.parse_math": False,  # a $ in the name of a run or layer is not a formula
+    "svg.hashsalt": "lightning-revbn",  # ids are random otherwise, and the same logs would give different files
+    "pdf.fonttype": 42,  # keeps text in a PDF as text
 }
 
 
@@ -53,9 +53,10 @@ def save(figure: Figure, path: Path) -> None:
 
     Args:
         figure: The figure.
-        path: Its suffix says which format.
+        path: The file; its suffix names the format.
     """
     kind = path.suffix.lower()[1:]
+    # With the date of writing, the same figure would give different bytes.
     undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     content = io.BytesIO()
     with settings():
@@ -66,12 +67,12 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Put a whole file in the place of another: a full disk, or the end of the process, leaves the old one."""
+    """Replace a file as a whole: a full disk, or the end of the process, leaves the old file intact."""
     target = path.resolve()  # a link stays a link
     if target.exists() and not target.is_file():
-        path.write_bytes(content)  # a pipe or a device: a file in its place would be no help to who reads it
+        path.write_bytes(content)  # a pipe or a device: its reader would never see a file that replaced it
         return
-    new = target.with_name(f".figure.{os.getpid()}")  # a name beside one of 255 bytes has no room for that one
+    new = target.with_name(f".figure.{os.getpid()}")  # not the target's name: it may have 255 bytes already
     try:
         new.write_bytes(content)
         if target.exists():
@@ -83,22 +84,22 @@ def _replace(path: Path, content: bytes) -> None:
 
 @contextmanager
 def settings() -> Generator[None, None, None]:
-    """Draw with matplotlib's own settings and ours, whatever the user's are.
+    """Draw with matplotlib's defaults and this module's settings, whatever the user's settings are.
 
     Yields:
-        Nothing; draw inside.
+        Nothing; draw inside the block.
     """
     with style.context(["default", _SETTINGS]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)  # a box stands for it
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)  # a box replaces the glyph
         yield
 
 
 def _with_palette(png: io.BytesIO, maps: Sequence[Colormap]) -> bytes:
-    """Return a picture in 256 colours, which takes a third of the space and looks the same.
+    """Return a picture reduced to 256 colours, which look the same in a third of the file size.
 
     Args:
         png: The picture.
-        maps: Colour maps whose colours must stay as they are, however few cells have them.
+        maps: Colour maps whose colours stay exact, even if few cells have them.
     """
     picture = Image.open(png)
     rgb = picture.convert("RGB")
@@ -109,7 +110,7 @@ def _with_palette(png: io.BytesIO, maps: Sequence[Colormap]) -> bytes:
 
 
 def _nearest(picture: Image.Image, maps: Sequence[Colormap]) -> Image.Image:
-    """Return a picture in the colours of maps, and greys for the text."""
+    """Return a picture reduced to the colours of the maps, and greys for the text."""
     greys = np.repeat(np.arange(0, 256, 5)[:, None], 3, axis=1)
     shades = [np.asarray([*own(np.arange(own.N)), own.get_bad()], dtype=np.float64)[:, :3] for own in maps]
     exact: NDArray[np.int64] = np.rint(255 * np.concatenate(shades)).astype(np.int64)

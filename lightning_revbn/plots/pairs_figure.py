@@ -18,7 +18,7 @@ __all__ = ["draw", "draw_pairs"]
 _MOST_IN_A_ROW = 6
 _LABEL_WIDTH = 1.2  # in inches
 
-_HIGHER, _LOWER, _TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: told apart by colour-blind readers too
+_HIGHER, _LOWER, _TIE = "#0072B2", "#D55E00", "#8C8C8C"  # blue, vermilion, grey: safe for colour-blind readers
 
 
 def draw(
@@ -29,13 +29,13 @@ def draw(
     Args:
         baseline: Scores of the baseline, shape `(n,)`.
         arms: Scores of the same seeds by label, each of shape `(n,)`.
-        metric: What the scores are called.
-        notes: What the test of an arm says, by label: two short lines above its panel.
+        metric: The key of the scores.
+        notes: The result of an arm's test by label, in two short lines above its panel.
 
     Returns:
         The figure.
     """
-    with settings():  # labels of runs and metrics are no formulas
+    with settings():  # labels of runs and metrics are not formulas
         return _draw(baseline, arms, metric, notes or {})
 
 
@@ -47,7 +47,7 @@ def _draw(
     figure: Any = Figure(figsize=(1.2 + 2.6 * columns, 0.4 + 3.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     short = [wrapped(label, _LABEL_WIDTH) for label in arms]
-    lines = 3 if len(set(short)) == len(short) else 20  # where the ends of labels do not tell arms apart
+    lines = 3 if len(set(short)) == len(short) else 20  # if the ends of the labels do not tell the arms apart
     for panel, (label, scores) in zip(panels.flat, arms.items(), strict=False):
         draw_pairs(panel, baseline, scores, label, lines)
         panel.set_title(notes.get(label, ""), fontsize=SMALL)
@@ -60,16 +60,16 @@ def _draw(
 
 
 def draw_pairs(panel: Axes, baseline: Sequence[float], proposed: Sequence[float], label: str, lines: int = 3) -> None:
-    """Draw the pairs of one arm.
+    """Draw the pairs of an arm.
 
     Args:
-        panel: Where.
+        panel: The axes to draw into.
         baseline: Scores of the baseline, shape `(n,)`.
         proposed: Scores of the same seeds, shape `(n,)`.
-        label: What the arm is called.
-        lines: How many its name may take.
+        label: The name of the arm.
+        lines: Largest number of lines for the name.
     """
-    axes: Any = panel  # matplotlib types its keyword arguments in part
+    axes: Any = panel  # matplotlib types only a part of its keyword arguments
     for before, after in zip(baseline, proposed, strict=True):
         colour = _TIE if before == after else _HIGHER if after > before else _LOWER
         axes.plot((0, 1), (before, after), color=colour, alpha=0.6, linewidth=1.2, marker="o", markersize=4)

@@ -10,10 +10,10 @@ def step_label(value: float, position: int | None = None) -> str:
 
     Args:
         value: The step.
-        position: Which tick it is, as matplotlib's formatters are told.
+        position: The index of the tick, which matplotlib passes to its formatters.
 
     Returns:
-        Thousands with a k where that is no longer.
+        The step; multiples of 100 from 1,000 on as thousands with a k.
 
     Example:
         >>> step_label(12_000), step_label(450)

@@ -1,4 +1,4 @@
-"""Lightning plugins: thin, the work is done in `lightning_revbn.core`."""
+"""Lightning plugins: thin wrappers of functions in `lightning_revbn.core`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ __all__ = ["BatchNormSync"]
 def __getattr__(name: str) -> object:
     if name != "BatchNormSync":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lightning_revbn.plugins.batch_norm_sync import BatchNormSync  # the entry point beside it needs no Lightning
+    from lightning_revbn.plugins.batch_norm_sync import BatchNormSync  # imported on use: it needs Lightning
 
     return BatchNormSync

@@ -1,4 +1,4 @@
-"""The plugin: synchronises batch norm layers while the Trainer fits; and what to say of `sync_batchnorm=True`."""
+"""The plugin that synchronises batch norm layers while the Trainer fits, and checks of `sync_batchnorm=True`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ _SHOWN = 3
 class BatchNormSync(LayerSync):
     """Normalise by the batch of all ranks while the Trainer fits, without replacing layers.
 
-    In place of `sync_batchnorm=True`, whose `SyncBatchNorm` layers drop what subclasses of batch norm do (activation,
-    dropout and auxiliary layers of timm's, hooks, overridden methods). Works on CPUs and is undone after the fit; the
-    checkpoint is that of a run without it. See `lightning_revbn.core.batch_norm_sync.synchronize_batch_norms` for what
-    is synchronised. Like `sync_batchnorm`, it has an effect under the strategies of Lightning that apply layer
-    synchronisation, which are DDP and FSDP; with others, call that function in `configure_model`.
+    Use it instead of `sync_batchnorm=True`, whose `SyncBatchNorm` layers drop the extras of batch norm's subclasses:
+    activation, dropout and auxiliary layers of timm, hooks, overridden methods. The plugin works on CPUs and is undone
+    after the fit, and checkpoints equal the checkpoints of a run without it. The layers that are synchronised are
+    listed in `lightning_revbn.core.batch_norm_sync.synchronize_batch_norms`. Like `sync_batchnorm`, the plugin has an
+    effect under the strategies of Lightning that apply layer synchronisation, which are DDP and FSDP. With other
+    strategies, call that function in `configure_model`.
 
     Args:
         process_group: The ranks that share a batch; None is the default group. Or a function that makes the group,
             called on every rank once the ranks can communicate.
-        exclude: `fnmatch` patterns on dotted names of layers to leave alone.
+        exclude: `fnmatch` patterns for dotted names of layers to leave alone.
 
     Raises:
-        TypeError: If a pattern is no string.
+        TypeError: If a pattern is not a string.
 
     Example::
 
@@ -54,7 +55,7 @@ class BatchNormSync(LayerSync):
             model: The LightningModule, changed in place.
 
         Returns:
-            The same.
+            The same model.
 
         Raises:
             MisconfigurationException: If a pattern of `exclude` matches no layer.
@@ -74,22 +75,23 @@ class BatchNormSync(LayerSync):
             model: The LightningModule, changed in place.
 
         Returns:
-            The same.
+            The same model.
         """
         return restore_batch_norms(model)
 
 
 def refuse_damage(strategy: Strategy, model: nn.Module) -> None:
-    """Raise if the strategy is about to convert layers to torch's, and these would lose something.
+    """Refuse a conversion to torch's SyncBatchNorm in which layers would lose behaviour.
 
     Args:
         strategy: The Trainer's strategy.
         model: The LightningModule.
 
     Raises:
-        MisconfigurationException: If so, with the layers and the remedy.
+        MisconfigurationException: If layers would lose behaviour; the message names them and the remedy.
     """
     plugin = layer_sync(strategy)
+    # A subclass of TorchSyncBatchNorm with its own `apply` may convert without a loss.
     converters: list[object] = [vars(kind)["apply"] for kind in twins(TorchSyncBatchNorm)]
     if _ignores_layer_sync(strategy) or inspect.getattr_static(plugin, "apply", None) not in converters:
         return
@@ -105,7 +107,7 @@ def refuse_damage(strategy: Strategy, model: nn.Module) -> None:
 
 
 def warn_if_ignored(strategy: Strategy) -> None:
-    """Warn if layer synchronisation was asked for, and the strategy ignores it in silence.
+    """Warn if the user asked for layer synchronisation and the strategy silently ignores it.
 
     Args:
         strategy: The Trainer's strategy.
@@ -120,6 +122,6 @@ def warn_if_ignored(strategy: Strategy) -> None:
 
 
 def _ignores_layer_sync(strategy: Strategy) -> bool:
-    # DeepSpeed and XLA derive from DDP, with a setup of their own.
+    # DeepSpeed and XLA derive from DDP, but their own setup does not apply layer synchronisation.
     ignoring = (ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
     return any(isinstance(strategy, twins(kind)) for kind in ignoring)

@@ -16,7 +16,7 @@ __all__ = ["Arm", "confounders", "sort_runs"]
 _Settings: TypeAlias = tuple[tuple[str, Any], ...]
 
 _ACTIVE = ("scale", "scale_lr_divisor", "shift_lr_multiplier", "eps", "weight_decay_exempt")
-"""The settings that change training; the others say where and when."""
+"""The settings that change training. The other settings choose the layers."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ def sort_runs(runs: Sequence[FinishedRun]) -> list[Arm]:
         runs: All runs.
 
     Returns:
-        The baseline, and the others in the order of their settings.
+        The baseline first, then the other arms in the order of their settings.
 
     Raises:
-        LogError: If there is no baseline, or nothing else, or the settings of a run cannot be read.
+        LogError: If the baseline or every other arm is missing, or the settings of a run cannot be read.
     """
     unread = next((run.unread for run in runs if run.unread), "")
     if unread:
@@ -51,6 +51,7 @@ def sort_runs(runs: Sequence[FinishedRun]) -> list[Arm]:
     for run in runs:
         sorted_runs.setdefault(_settings(run.hyperparameters), []).append(run)
     baseline = sorted_runs.pop((), [])
+    # A single arm differs from no other arm in any setting, and its label still needs the scale.
     names = [name for name in _names(sorted_runs) if name == "scale" or _differ(sorted_runs, name)]
     arms = {settings: _label(dict(settings), names) for settings in sorted_runs}
     ordered = sorted(arms, key=lambda settings: [_order(dict(settings).get(name)) for name in names])
@@ -71,7 +72,7 @@ def sort_runs(runs: Sequence[FinishedRun]) -> list[Arm]:
 
 
 def confounders(baseline: Mapping[int, FinishedRun], proposed: Mapping[int, FinishedRun]) -> list[str]:
-    """Find what else differs between two arms: a comparison answers for all of it together.
+    """Find the other differences between two arms, whose effects a comparison cannot tell apart.
 
     Args:
         baseline: Runs by seed.
@@ -89,11 +90,12 @@ def confounders(baseline: Mapping[int, FinishedRun], proposed: Mapping[int, Fini
         for seed, before in baseline.items()
     ]
     names = set[str].intersection(*differ) if differ else set[str]()
+    # The arms differ in the callback's own settings by design.
     return sorted((name for name in names if not name.startswith((SETTINGS_PREFIX, "_"))), key=natural)
 
 
 def _settings(hyperparameters: Mapping[str, Any]) -> _Settings:
-    """Return the settings, those that an older version did not log at their neutral values; none for a baseline."""
+    """Return the settings of a run, empty for a baseline; settings that were not logged get their neutral values."""
     logged = {
         name[len(SETTINGS_PREFIX) :]: value
         for name, value in hyperparameters.items()
@@ -101,6 +103,7 @@ def _settings(hyperparameters: Mapping[str, Any]) -> _Settings:
     }
     if all(name not in logged or logged[name] == BASELINE_SETTINGS[name] for name in _ACTIVE):
         return ()
+    # Older versions did not log every setting, and trained as the neutral values of the missing settings do.
     neutral = {name: BASELINE_SETTINGS[name] for name in _ACTIVE if name not in logged}
     return tuple(sorted({**logged, **neutral}.items()))
 

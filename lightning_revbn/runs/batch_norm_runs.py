@@ -15,15 +15,15 @@ __all__ = ["Run", "batch_norm_run", "find_prefix", "read_runs"]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What BatchNormMonitor logged in a run.
+    """The scalars that BatchNormMonitor logged in a run.
 
     Args:
-        label: What the run is called.
-        layers: Names of the layers from input to output; `("",)` for a model that is one batch norm layer itself,
-            and for a run that logged the whole model only.
-        series: By layer and quantity (`"scale_mean"`).
-        by_depth: Whether the order of layers is known; otherwise they are sorted by name.
-        whole_model: Whether single layers were not logged.
+        label: The name of the run.
+        layers: Names of the layers from input to output; `("",)` if the model itself is a batch norm layer, or if the
+            run logged only the whole model.
+        series: Scalars by layer and quantity (`"scale_mean"`).
+        by_depth: Whether the order of the layers is known; otherwise they are sorted by name.
+        whole_model: Whether the run logged only the whole model, and no single layer.
     """
 
     label: str
@@ -34,25 +34,25 @@ class Run:
 
     @property
     def unnamed(self) -> str:
-        """How to call the layer whose name is empty."""
+        """The text shown for the layer whose name is empty."""
         return "(all layers)" if self.whole_model else "(the model)"
 
 
 def read_runs(
     logs: Sequence[Log], prefix: str | None = None, advance: Advance = lambda size: None
 ) -> tuple[list[Run], list[str]]:
-    """Read runs; a run below a named directory that holds nothing of BatchNormMonitor is left out.
+    """Read runs; below a named directory, leave out runs without scalars of BatchNormMonitor.
 
     Args:
-        logs: Where they are.
-        prefix: The monitor's; None looks for it.
-        advance: Called with the number of bytes whenever some were read.
+        logs: The logs of the runs.
+        prefix: The monitor's prefix; None finds it in the keys.
+        advance: Called with the number of bytes after every read.
 
     Returns:
-        The runs, called by the ends of their paths, and warnings.
+        The runs, named by the ends of their paths, and warnings.
 
     Raises:
-        LogError: If a run that was named cannot be read, or none can.
+        LogError: If a run that the user named cannot be read, or no run can be read.
     """
     labels = suffixes([log.path for log in logs])
     read = [_read(log, label, prefix, advance) for log, label in zip(logs, labels, strict=True)]
@@ -64,18 +64,18 @@ def read_runs(
 
 
 def batch_norm_run(label: str, scalars: Scalars, prefix: str | None = None) -> Run:
-    """Pick what BatchNormMonitor logged.
+    """Pick the scalars that BatchNormMonitor logged.
 
     Args:
-        label: What to call the run.
+        label: The name of the run.
         scalars: All scalars of the run.
-        prefix: The monitor's; None looks for it.
+        prefix: The monitor's prefix; None finds it in the keys.
 
     Returns:
         The run.
 
     Raises:
-        LogError: If there is nothing of BatchNormMonitor, or the prefix is ambiguous.
+        LogError: If no scalar is from BatchNormMonitor, or the prefix is ambiguous.
     """
     prefix = find_prefix(scalars.series) if prefix is None else prefix
     first = first_part(prefix)
@@ -107,10 +107,10 @@ def find_prefix(keys: Iterable[str]) -> str:
         keys: All keys of a run.
 
     Returns:
-        `"revbn"` if the keys do not tell.
+        The prefix; `"revbn"` if no key is from BatchNormMonitor.
 
     Raises:
-        LogError: If several monitors logged, and none under `revbn`.
+        LogError: If several monitors logged, and `revbn` is not among their prefixes.
 
     Example:
         >>> find_prefix(["train_loss", "bn/affine/scale_mean", "bn/affine/layer1.bn/scale_mean"])
@@ -122,14 +122,14 @@ def find_prefix(keys: Iterable[str]) -> str:
         return DEFAULT_PREFIX
     if len(tops) == 1:
         return tops[0]
-    common = shared_parts([top.split("/") for top in tops])  # without the keys of the model, layers are at the top
+    common = shared_parts([top.split("/") for top in tops])  # without the model's own keys, layers are at the top
     if not common:
         raise LogError(f"keys of BatchNormMonitor under {', '.join(map(one_line, tops[:5]))}: choose by --prefix")
     return "/".join(common)
 
 
 def _read(log: Log, label: str, prefix: str | None, advance: Advance) -> tuple[Run | None, tuple[str, ...]]:
-    """Return a run and warnings; no run, and the reason, where a run that was not named cannot be read."""
+    """Return a run and warnings; if a run that the user did not name cannot be read, return None and the reason."""
     try:
         scalars = read_scalars(log, advance)
         return batch_norm_run(label, scalars, prefix), scalars.warnings
@@ -140,7 +140,7 @@ def _read(log: Log, label: str, prefix: str | None, advance: Advance) -> tuple[R
 
 
 def _layers(heads: Collection[tuple[str, str]]) -> list[str]:
-    """Return the layers in the order of the quantity that most of them have: some have no scale, for example."""
+    """Return the layers in the order of the quantity that most layers have: a layer may lack a scale, for example."""
     by_quantity: dict[str, list[str]] = {}
     for layer, quantity in heads:
         if layer:

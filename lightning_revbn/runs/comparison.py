@@ -1,4 +1,4 @@
-"""Compares arms with a baseline over the same seeds: the tests, and in words what they show and cannot show."""
+"""Compares arms with a baseline over the same seeds: tests them, and describes the results and their limits."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ POWER = 0.8
 """Share of experiments in which a test finds the least detectable effect."""
 
 _FEWEST = 5
-"""With fewer pairs Wilcoxon's test cannot reach p = 0.05, and the t-test leans on a spread that is hardly known."""
+"""With fewer pairs Wilcoxon's test cannot reach p = 0.05, and the t-test rests on a poor estimate of the spread."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One proposed arm against the baseline.
+    """A proposed arm against the baseline.
 
     Args:
-        label: What the arm is called.
-        seeds: The pairs, shape `(n,)`.
+        label: The name of the arm.
+        seeds: The seed of each pair, shape `(n,)`.
         baseline: Scores of the baseline, shape `(n,)`.
         proposed: Scores of the same seeds, shape `(n,)`.
         test: The paired t-test.
@@ -57,11 +57,11 @@ def compare(
 
     Args:
         baseline: Scores by seed.
-        arms: Scores by seed, of the same seeds, by label.
-        direction: What is claimed.
+        arms: Scores of the same seeds by seed, for each arm's label.
+        direction: The claim that is tested.
 
     Returns:
-        A comparison for each arm, corrected for their number.
+        A comparison for each arm, corrected for the number of arms.
     """
     seeds = tuple(baseline)
     before = tuple(baseline.values())
@@ -69,7 +69,7 @@ def compare(
     for label, scores in arms.items():
         after = tuple(scores[seed] for seed in seeds)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of equal differences: `conclude` says it
+            warnings.simplefilter("ignore", UserWarning)  # equal differences: `conclude` reports them
             test = paired_t_test(after, before, alternative=direction)
         wilcoxon = wilcoxon_p_value(after, before, alternative=direction)
         found.append(Comparison(label, seeds, before, after, test, wilcoxon))
@@ -78,13 +78,13 @@ def compare(
 
 
 def table(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
-    """Return what is printed of the comparisons.
+    """Return the table of the comparisons as text.
 
     Args:
         comparisons: All arms.
 
     Returns:
-        The header, and a row for the baseline and each arm.
+        The header, and a row for the baseline and for each arm.
     """
     header = ["Arm", "n", "Mean", "std", "Difference", "95 % interval", "d_z", "p", "p (Wilcoxon)", "p (Holm)"]
     rows = [_cells("baseline", comparisons[0].baseline) + [""] * 6]
@@ -102,13 +102,13 @@ def table(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]
                 f"{comparison.corrected:.3g}",
             ]
         )
-    if len(comparisons) == 1:  # one question needs no correction
+    if len(comparisons) == 1:  # a single test needs no correction
         return header[:-1], [row[:-1] for row in rows]
     return header, rows
 
 
 def conclude(comparisons: Sequence[Comparison], alpha: float) -> list[str]:
-    """Say in words what the comparisons show, and what they cannot show.
+    """Describe the results of the comparisons, and the smallest effect that they can detect.
 
     Args:
         comparisons: All arms.
@@ -136,14 +136,14 @@ def conclude(comparisons: Sequence[Comparison], alpha: float) -> list[str]:
 
 
 def note(comparison: Comparison, is_corrected: bool) -> str:
-    """Say what a figure of an arm's pairs needs beside them.
+    """Write the note beside an arm's pairs in a figure.
 
     Args:
         comparison: The arm.
         is_corrected: Whether p is corrected for several arms.
 
     Returns:
-        Two lines: the difference with its interval, and number of pairs and p-value.
+        Two lines: the difference with its interval; the number of pairs and the p-value.
     """
     test = comparison.test
     if math.isnan(test.p_value):
@@ -155,7 +155,7 @@ def note(comparison: Comparison, is_corrected: bool) -> str:
 
 
 def to_dict(comparisons: Sequence[Comparison], metric: str, alpha: float) -> dict[str, Any]:
-    """Return everything as plain values, numbers that do not exist as None.
+    """Return every result as plain values, undefined numbers as None.
 
     Args:
         comparisons: All arms.
@@ -163,7 +163,7 @@ def to_dict(comparisons: Sequence[Comparison], metric: str, alpha: float) -> dic
         alpha: Level of the tests.
 
     Returns:
-        What `--json` prints.
+        The content that `--json` prints.
     """
     test = comparisons[0].test
     effect = least_detectable_effect(test.n, level=alpha, power=POWER, alternative=test.alternative)

@@ -20,13 +20,13 @@ def read_csv(path: Path, advance: Advance) -> Scalars:
 
     Args:
         path: The file.
-        advance: Called with the number of bytes whenever some were read.
+        advance: Called with the number of bytes after every read.
 
     Returns:
         The scalars, sorted by name: CSVLogger sorts its columns.
 
     Raises:
-        LogError: If it is no file of CSVLogger, or holds no values.
+        LogError: If CSVLogger did not write the file, or the file holds no values.
     """
     if not path.stat().st_size:
         raise LogError(f"{one_line(path)} is empty")
@@ -56,19 +56,19 @@ def read_csv(path: Path, advance: Advance) -> Scalars:
 def _complete_lines(file: Iterable[str], warnings: list[str], advance: Advance) -> Iterator[str]:
     for line in file:
         advance(len(line))
-        if not line.endswith(("\n", "\r")):  # its last number may have lost digits, or its exponent
+        if not line.endswith(("\n", "\r")):  # the last number of a cut line may lack digits, or its exponent
             warnings.append("ends in the middle of a line, which was left out")
             return
         yield line
 
 
 def _collect(rows: Iterable[list[str]], header: Sequence[str], columns: Columns) -> int:
-    """Add the cells of all rows; return how many rows had values but no step."""
+    """Add the cells of all rows; return the number of rows with values but no step."""
     at = header.index("step")
     skipped = 0
     for row in rows:
         step = _number(row[at]) if at < len(row) else None
-        if step is None or not abs(step) <= MAX_STEP:
+        if step is None or not abs(step) <= MAX_STEP:  # true for NaN too
             skipped += any(row)
             continue
         for key, cell in zip(header, row, strict=False):

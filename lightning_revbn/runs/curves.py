@@ -1,4 +1,4 @@
-"""Compares a scalar over all steps of paired runs: means with their intervals, and from which step an arm is ahead."""
+"""Compares a scalar over all steps of paired runs: means, their intervals, and the step from which an arm is ahead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Band", "CurveComparison", "ahead_for_good", "clear_for_good", "compa
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """A mean over runs at every step, and its 95 % interval, each step by itself.
+    """A mean over runs at every step, and its pointwise 95 % interval.
 
     Args:
         mean: Shape `(N,)`; NaN where a run has no finite value.
@@ -33,15 +33,15 @@ class Band:
 
 @dataclass(frozen=True, eq=False)
 class CurveComparison:
-    """One arm against the baseline, at the steps that all runs of both logged.
+    """An arm against the baseline, at the steps that every run of both sides logged.
 
     Args:
-        label: What the arm is called.
-        pairs: How many there are.
+        label: The name of the arm.
+        pairs: Number of pairs.
         steps: Ascending, shape `(N,)`.
-        baseline: Of the baseline's runs.
-        proposed: Of the arm's runs.
-        difference: Of the paired differences, proposed - baseline.
+        baseline: Band of the baseline's runs.
+        proposed: Band of the arm's runs.
+        difference: Band of the paired differences, proposed - baseline.
     """
 
     label: str
@@ -60,8 +60,8 @@ def compare_curves(
     Args:
         baseline: Runs by seed, each with its curve.
         proposed: Runs of the same seeds.
-        label: What the arm is called.
-        key: What the curve is called.
+        label: The name of the arm.
+        key: The key of the curve.
 
     Returns:
         The comparison.
@@ -76,17 +76,17 @@ def compare_curves(
     if not len(steps):
         raise LogError(f"the runs of the baseline and of {one_line(label)} logged {one_line(key)} at no step in common")
     before, after = (np.stack([one.values[np.searchsorted(one.steps, steps)] for one in side]) for side in sides)
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):  # diverged runs have infinite values: inf - inf is NaN
         bands = [_band(values) for values in (before, after, after - before)]
     return CurveComparison(label, len(baseline), steps, *bands)
 
 
 def ahead_for_good(comparison: CurveComparison, lower_is_better: bool) -> int | None:
-    """Find the step from which an arm's mean is on the better side at every step to the end.
+    """Find the step from which an arm's mean stays on the better side to the end.
 
     Args:
         comparison: The arm.
-        lower_is_better: Whether it is, as for a loss.
+        lower_is_better: Whether lower values are better, as for a loss.
 
     Returns:
         The step; None if the arm is not ahead at the last step.
@@ -103,14 +103,14 @@ def ahead_for_good(comparison: CurveComparison, lower_is_better: bool) -> int | 
 
 
 def clear_for_good(comparison: CurveComparison, lower_is_better: bool) -> int | None:
-    """Find the step from which the interval of the difference is on the better side at every step to the end.
+    """Find the step from which the interval of the difference stays on the better side to the end.
 
     Args:
         comparison: The arm.
-        lower_is_better: Whether it is, as for a loss.
+        lower_is_better: Whether lower values are better, as for a loss.
 
     Returns:
-        The step; None if the interval holds 0 at the last step.
+        The step; None if the interval is not on the better side at the last step.
     """
     band = comparison.difference
     return _first_of_the_end(comparison.steps, band.high < 0 if lower_is_better else band.low > 0)
@@ -121,8 +121,8 @@ def conclude(comparison: CurveComparison, key: str, lower_is_better: bool) -> st
 
     Args:
         comparison: The arm.
-        key: What the curve is called.
-        lower_is_better: Whether it is, as for a loss.
+        key: The key of the curve.
+        lower_is_better: Whether lower values are better, as for a loss.
 
     Returns:
         A line of text.
@@ -143,7 +143,7 @@ def conclude(comparison: CurveComparison, key: str, lower_is_better: bool) -> st
 
 
 def _lost(comparison: CurveComparison, key: str) -> str:
-    """Say which side has a run without a finite value at the last step, and since when."""
+    """Say which side has a run without a finite value at the last step, and since which step."""
     sides = {"the baseline": comparison.baseline.mean, "this arm": comparison.proposed.mean}
     since = {name: _first_of_the_end(comparison.steps, np.isnan(mean)) for name, mean in sides.items()}
     told = [f"{name} from step {step:,} on" for name, step in since.items() if step is not None]
@@ -157,13 +157,14 @@ def _curve(run: FinishedRun) -> Series:
 
 
 def _band(values: NDArray[np.float64]) -> Band:
-    """Return mean and interval over runs, shape `(runs, N)`: Student's t at each step."""
+    """Return the mean and Student's t interval over runs at each step, from values of shape `(runs, N)`."""
     from scipy import special
 
     runs = len(values)
     finite = np.where(np.isfinite(values).all(axis=0), values, np.nan)
     mean = finite.mean(axis=0)
     spread = finite.std(axis=0, ddof=1) if runs > 1 else np.full_like(mean, np.nan)
+    # A single run has no spread, so its interval is NaN.
     half = float(cast("Any", special).stdtrit(max(1, runs - 1), 0.975)) * spread / np.sqrt(runs)
     return Band(mean, mean - half, mean + half)
 

@@ -1,4 +1,4 @@
-"""Reads the event files of Lightning's TensorBoardLogger, damaged files as far as they go."""
+"""Reads the event files of Lightning's TensorBoardLogger, a damaged file up to its damage."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["first_steps", "read_events"]
 
 
 def read_events(directory: Path, files: Sequence[Path], advance: Advance) -> Scalars:
-    """Read every scalar of a run; from the step on where a later file begins, its values replace the earlier ones'.
+    """Read every scalar of a run; a later file replaces earlier values of a key from its own first step on.
 
     Args:
-        directory: The run's.
-        files: Its event files, the oldest first.
-        advance: Called with the number of bytes whenever some were read.
+        directory: The run's directory.
+        files: The run's event files, oldest first.
+        advance: Called with the number of bytes after every read.
 
     Returns:
         The scalars in the order they were logged in.
@@ -45,19 +45,19 @@ def read_events(directory: Path, files: Sequence[Path], advance: Advance) -> Sca
 
 
 def first_steps(files: Iterable[Path], keys: Collection[str], advance: Advance) -> dict[str, int]:
-    """Find the step where each key begins, and read no further than needed.
+    """Find the first step of each key, and stop reading when every key is found.
 
     Args:
-        files: The event files of a run, the oldest first.
+        files: The event files of a run, oldest first.
         keys: The keys.
-        advance: Called with the number of bytes whenever some were read.
+        advance: Called with the number of bytes after every read.
 
     Returns:
         The steps by key, in the order the keys were logged in; keys that the files do not hold are missing.
     """
     first: dict[str, int] = {}
     for file in files:
-        for key, step, _ in _until_damage(file, advance, damage=[]):  # the order is known as far as it can be read
+        for key, step, _ in _until_damage(file, advance, damage=[]):  # only the order matters here
             if key in keys and key not in first:
                 first[key] = step
                 if len(first) == len(keys):
@@ -77,7 +77,7 @@ def _resumed(before: Series, after: Series) -> Series:
 
 
 def _until_damage(path: Path, advance: Advance, damage: list[str]) -> Iterator[tuple[str, int, float]]:
-    """Yield what can be read of an event file, and note what cannot."""
+    """Yield the scalars of an event file up to its damage, and note the damage."""
     try:
         yield from _events(path, advance)
     except _DamagedError as error:
@@ -86,9 +86,9 @@ def _until_damage(path: Path, advance: Advance, damage: list[str]) -> Iterator[t
 
 def _events(path: Path, advance: Advance) -> Iterator[tuple[str, int, float]]:
     """Yield key, step and value of every scalar in an event file."""
-    # tensorboard's EventAccumulator computes the checksum of every record in Python, which takes fifteen times as long,
-    # and stops at damage without saying so. Here, as in TensorBoard's own server, lengths have to have the right
-    # checksum, and records to make sense.
+    # tensorboard's EventAccumulator computes the checksum of every record in Python, which takes fifteen times as
+    # long, and it silently stops at damage. TensorBoard's own server, and this code, check only the checksum of each
+    # length, and parse each record.
     try:
         parse: Callable[[bytes], Any] = import_module("tensorboard.compat.proto.event_pb2").Event.FromString
     except ImportError as error:
@@ -111,9 +111,10 @@ def _events(path: Path, advance: Advance) -> Iterator[tuple[str, int, float]]:
 
 
 def _records(file: IO[bytes], path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
-    """Yield where each record starts, and its content."""
-    # A record is the length of its content and the checksum of that (8 and 4 bytes), the content, and its checksum (4).
-    start, end = 0, path.stat().st_size  # a run may go on writing meanwhile
+    """Yield the position and the content of each record."""
+    # A record holds the length of its content (8 bytes), the checksum of the length (4), the content, and the
+    # checksum of the content (4).
+    start, end = 0, path.stat().st_size  # the end is fixed here, as a run may still write to the file
     while start < end:
         head = file.read(12)
         length = _length(head)
@@ -125,9 +126,9 @@ def _records(file: IO[bytes], path: Path, advance: Advance) -> Iterator[tuple[in
         advance(length + 16)
 
 
-@functools.lru_cache(maxsize=4096)  # few lengths are different
+@functools.lru_cache(maxsize=4096)  # lengths repeat, and tensorboard's checksum is slow Python
 def _length(head: bytes) -> int | None:
-    """Return the length of a record; None if its checksum is another."""
+    """Return the length of a record; None if the checksum does not match."""
     checksum = import_module("tensorboard.compat.tensorflow_stub.pywrap_tensorflow").masked_crc32c
     if len(head) < 12 or struct.pack("<I", checksum(head[:8])) != head[8:]:
         return None

@@ -20,18 +20,18 @@ __all__ = ["FinishedRun", "Wanted", "by_seed", "check_pairs", "read_finished"]
 _SEED_IN_PATH = re.compile(r"(?:^|[^a-z])seed[^0-9a-z]{0,2}([0-9]+)(?![0-9])", re.IGNORECASE)
 _SEED_NAMES = ("seed", "seed_everything")
 _GREATEST = 1e150
-"""Scores up to here have squares, whose sums a test takes."""
+"""A test sums squares of scores; up to here the sums stay within float64."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is read of every run.
+    """The values to read from every run.
 
     Args:
-        metric: The key whose last value is the score; None for no score.
-        curve: A key that is read over all steps; None for none.
-        seed_pattern: Finds the seed in a run's path, by its first group; None looks for it in the hyperparameters, and
-            then in the path.
+        metric: The key whose last value is the score; None reads no score.
+        curve: The key of a scalar to read over all steps; None reads no curve.
+        seed_pattern: A pattern whose first group finds the seed in a run's path; None searches the hyperparameters,
+            then the path.
     """
 
     metric: str | None
@@ -41,17 +41,17 @@ class Wanted:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The end of one run.
+    """The end of a run.
 
     Args:
-        path: Where its log is.
-        seed: Its seed, or the number of its pair.
-        score: The last value of the metric; NaN where none was wanted.
+        path: The path of the run's log.
+        seed: The run's seed, or the number of its pair.
+        score: The last value of the metric; NaN if no metric was asked for.
         last_step: The last step at which anything was logged.
-        curve: The scalar that was wanted over all steps.
+        curve: The scalar over all steps, if a curve was asked for.
         hyperparameters: Single values by key.
-        unread: Why the hyperparameters are not known, if they could not be read.
-        warnings: What of the log was left out or could not be read.
+        unread: The reason, if the hyperparameters could not be read.
+        warnings: The parts of the log that were left out or could not be read.
     """
 
     path: Path
@@ -68,9 +68,9 @@ def read_finished(logs: Sequence[Log], wanted: Wanted, advance: Advance) -> list
     """Read runs to their ends.
 
     Args:
-        logs: Where they are.
-        wanted: What to read of each.
-        advance: Called with the number of bytes whenever some were read.
+        logs: The logs of the runs.
+        wanted: The values to read from each run.
+        advance: Called with the number of bytes after every read.
 
     Returns:
         The runs, in the order of the logs.
@@ -114,16 +114,16 @@ def by_seed(runs: Sequence[FinishedRun]) -> dict[int, FinishedRun]:
 def check_pairs(
     baseline: Mapping[int, FinishedRun], proposed: Mapping[int, FinishedRun], label: str, any_length: bool
 ) -> None:
-    """Refuse what is no pair by pair comparison of finished runs.
+    """Refuse runs that cannot be compared pair by pair.
 
     Args:
         baseline: Runs by seed.
         proposed: Runs by seed.
-        label: What the proposed arm is called.
+        label: The name of the proposed arm.
         any_length: Whether runs may end at different steps.
 
     Raises:
-        LogError: If a seed is on one side only, or a run is shorter than the longest.
+        LogError: If a seed has a run on one side only, or a run is shorter than the longest run.
     """
     for side, other, missing in (("baseline", label, baseline), (label, "baseline", proposed)):
         alone = sorted({*baseline, *proposed} - {*missing})
@@ -185,10 +185,11 @@ def _seed(path: Path, seed_pattern: re.Pattern[str] | None, hyperparameters: Map
         [hyperparameters.get(SEED_KEY)],
         [value for name, value in hyperparameters.items() if name.rpartition("/")[2] in _SEED_NAMES],
     ):
+        # Two different seeds in a group leave open which seed the run had.
         seeds = {str(value) for value in group if isinstance(value, (int, str)) and str(value).isdecimal()}
         if len(seeds) == 1:
             return _number(seeds.pop(), path)
-    for part in reversed(path.absolute().parts):
+    for part in reversed(path.absolute().parts):  # the directory nearest to the run decides
         match = _SEED_IN_PATH.search(part)
         if match is not None:
             return _number(match[1], path)
@@ -205,7 +206,7 @@ def _seed_by_pattern(path: Path, seed_pattern: re.Pattern[str]) -> int:
         raise LogError(f"--seed-pattern {quoted} finds nothing in {one_line(path)}")
     try:
         return int(match[1])
-    except (TypeError, ValueError) as error:  # an optional group that matches nothing, or too many digits
+    except (TypeError, ValueError) as error:  # the group is optional and empty, or has too many digits
         found = one_line(match[1] or "nothing", 60)
         raise LogError(f"--seed-pattern {quoted} finds no number in {one_line(path)}: {found}") from error
 
@@ -213,6 +214,6 @@ def _seed_by_pattern(path: Path, seed_pattern: re.Pattern[str]) -> int:
 def _number(digits: str, where: Path) -> int:
     try:
         return int(digits)
-    except ValueError as error:  # Python reads no number of more than 4,300 digits
+    except ValueError as error:  # Python refuses numbers of more than 4,300 digits
         many = f"{len(digits):,} digits"
         raise LogError(f"the seed in {one_line(where)} has {many}: name it by --seed-pattern") from error

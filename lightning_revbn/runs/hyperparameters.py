@@ -14,10 +14,10 @@ from lightning_revbn.runs.wandb_files import read_wandb_settings
 
 __all__ = ["read_hyperparameters"]
 
-_FILES = ("config.yaml", "hparams.yaml")  # of LightningCLI and of the loggers; the last one counts
+_FILES = ("config.yaml", "hparams.yaml")  # from LightningCLI and from the loggers; the later file wins
 _MOST_BYTES = 4_000_000
 _MOST_ENTRIES = 10_000
-"""Aliases of YAML can make a short file stand for more entries than any memory holds."""
+"""YAML aliases can make a short file expand to more entries than memory holds."""
 _WORDS = {"None": None, "null": None, "True": True, "true": True, "False": False, "false": False}
 
 
@@ -28,11 +28,11 @@ def read_hyperparameters(log: Log) -> dict[str, Any]:
         log: The run.
 
     Returns:
-        Single values by key, nested keys joined by `/`. A number or a word such as `None` is the same whether
-        the logger kept it as a text or not.
+        Single values by key, nested keys joined by `/`. Texts that stand for a number, or a word such as `None`,
+        become that value: some loggers keep only texts.
 
     Raises:
-        LogError: If they cannot be read.
+        LogError: If the hyperparameters cannot be read.
     """
     if log.mlflow is not None:
         held: Mapping[str, Any] = read_mlflow_settings(log.mlflow, log.path)
@@ -49,7 +49,7 @@ def _in_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Makes nothing but plain values: a file may name any class of Python."""
+        """Builds plain values only: a file may name any Python class."""
 
     def nothing(loader: object, suffix: str, node: object) -> None:
         return None
@@ -57,28 +57,28 @@ def _in_yaml(file: Path) -> dict[str, Any]:
     def whole(loader: Any, node: Any) -> Any:
         try:
             return loader.construct_yaml_int(node)
-        except ValueError:  # Python reads no number of more than 4,300 digits
+        except ValueError:  # Python refuses numbers of more than 4,300 digits
             return str(node.value)
 
     cast("Any", Loader).add_multi_constructor("", nothing)
     cast("Any", Loader).add_constructor("tag:yaml.org,2002:int", whole)
     try:
         with file.open("rb") as content:
-            text = content.read(_MOST_BYTES + 1)
+            text = content.read(_MOST_BYTES + 1)  # the extra byte shows that a file is too long
         if len(text) > _MOST_BYTES:
             raise LogError(f"{one_line(file)} is no file of hyperparameters: it has more than {_MOST_BYTES:,} bytes")
         held: object = yaml.load(text, Loader)
     except OSError as error:
         raise LogError(f"{one_line(file)} cannot be read: {error.strerror or error}") from error
-    # Beside its own errors YAML lets those of the values through: dates, keys.
+    # YAML also passes on errors from building values, such as impossible dates and unhashable keys.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise LogError(f"{one_line(file)} cannot be read: {one_line(error, 200)}") from error
     return {str(key): value for key, value in held.items()} if isinstance(held, dict) else {}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] # from a file
 
 
 def _flat(held: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield single values by their keys, lists as texts."""
-    waiting: list[tuple[str, Any]] = [*held.items()][::-1]
+    """Yield single values by their keys; a list becomes a text with its length."""
+    waiting: list[tuple[str, Any]] = [*held.items()][::-1]  # no recursion: YAML aliases may nest a mapping in itself
     for _ in range(_MOST_ENTRIES):
         if not waiting:
             return
@@ -95,7 +95,7 @@ def _flat(held: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(text: str) -> Any:
-    """Return the value that a text stands for, where a logger keeps texts alone."""
+    """Return the value that a text stands for: some loggers keep only texts."""
     if text in _WORDS:
         return _WORDS[text]
     try:

@@ -1,4 +1,4 @@
-"""Logs of runs: finds what Lightning's loggers for CSV, TensorBoard, W&B and MLflow wrote, and reads every scalar."""
+"""Finds the logs that Lightning's loggers for CSV, TensorBoard, W&B and MLflow wrote, and reads every scalar."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lightning_revbn.runs.wandb_files import WANDB_SUFFIX, read_wandb
 
 __all__ = ["Log", "find_logs", "read_scalars"]
 
-_EVENTS_MARK = "tfevents"  # TensorBoard knows event files by it: it is in all their names
+_EVENTS_MARK = "tfevents"  # in the name of every event file; TensorBoard finds the files by it
 _DATABASES = (".db", ".sqlite", ".sqlite3")
 
 
 @dataclass(frozen=True)
 class Log:
-    """The files of one run.
+    """The files of a run.
 
     Args:
-        path: The run's directory; or the file, if a CSV file was named that is not called metrics.csv; or the
-            SQLite file of MLflow and the run's name.
-        csv: The file of its CSVLogger.
-        events: The files of its TensorBoardLogger, the oldest first: a resumed run begins another.
-        named: Whether the user named it, rather than a directory above.
-        wandb: The file of its offline WandbLogger.
+        path: The run's directory; the file itself, if the user named a CSV file not called metrics.csv; for MLflow,
+            the SQLite file and the run's name.
+        csv: The file of the run's CSVLogger.
+        events: The files of the run's TensorBoardLogger, oldest first: a resumed run begins a new file.
+        named: Whether the user named this run, not a directory above it.
+        wandb: The file of the run's offline WandbLogger.
         mlflow: The run in the local store of its MLFlowLogger.
     """
 
@@ -50,7 +50,7 @@ class Log:
 
     @property
     def size(self) -> int:
-        """How many bytes there are to read, at most; unknown of MLflow's stores."""
+        """The largest number of bytes to read; 0 for MLflow's stores, whose size is unknown."""
         return sum(file.stat().st_size for file in (self.csv, self.wandb, *self.events) if file is not None)
 
 
@@ -59,10 +59,10 @@ def find_logs(paths: Iterable[Path]) -> list[Log]:
 
     Args:
         paths: Each a metrics.csv, an event file, a `.wandb` file, a SQLite file of MLflow, the directory of a run, or a
-            directory above several. What is below the directory of a run belongs to it.
+            directory above several runs. Everything below the directory of a run belongs to that run.
 
     Returns:
-        The runs in the order of the paths, each once; those below one directory in natural order (2 before 10).
+        The runs in the order of the paths, each once; runs below a directory in natural order (2 before 10).
 
     Raises:
         LogError: If a path does not exist or holds no log.
@@ -87,18 +87,18 @@ def find_logs(paths: Iterable[Path]) -> list[Log]:
 def read_scalars(log: Log, advance: Advance = lambda size: None) -> Scalars:
     """Read every scalar that was logged in a run.
 
-    Where a run has both kinds of files, values are those of metrics.csv and the order is that of the event files. If
-    the event files begin earlier, the values are theirs too: CSVLogger deletes its file when a run is resumed.
+    If a run has a metrics.csv and event files, the values come from metrics.csv and the order from the event files.
+    If the event files begin earlier, the values come from them too: CSVLogger deletes its file when a run is resumed.
 
     Args:
         log: The run.
-        advance: Called with the number of bytes whenever some were read.
+        advance: Called with the number of bytes after every read.
 
     Returns:
-        The scalars. If a step was logged twice, the last one counts.
+        The scalars. If a step was logged twice, the last value counts.
 
     Raises:
-        LogError: If nothing can be read.
+        LogError: If no file can be read.
     """
     try:
         if log.mlflow is not None:
@@ -121,6 +121,7 @@ def _logs_of(path: Path) -> Iterator[Log]:
         for directory, below, files in os.walk(path):
             here = Path(directory)
             log = _in_directory(here, [*files, *below], named=here == path)
+            # MLflow moves deleted experiments to `.trash`.
             below[:] = [] if log else sorted((name for name in below if name != ".trash"), key=natural)
             if log:
                 yield log
@@ -141,6 +142,7 @@ def _named_file(path: Path) -> Iterator[Log]:
     elif path.name != CSV_NAME:
         yield Log(path, csv=path)
     else:
+        # Event files beside it hold the order of the keys, and steps before a resume.
         beside = _in_directory(path.parent, [file.name for file in path.parent.iterdir()], named=True)
         yield beside or Log(path.parent, csv=path)
 
@@ -154,7 +156,7 @@ def _in_directory(directory: Path, names: Collection[str], named: bool) -> Log |
     events = sorted((name for name in names if _EVENTS_MARK in name), key=natural)
     files = [directory / name for name in events if (directory / name).is_file()]
     table = directory / CSV_NAME if CSV_NAME in names and (directory / CSV_NAME).is_file() else None
-    # A process that logged nothing, or was killed, leaves empty files behind.
+    # A process that logged nothing, or was killed, leaves empty files.
     filled = [file for file in files if file.stat().st_size] or ([] if table else files[:1])
     if table or filled:
         return Log(directory, table, tuple(filled), named)
@@ -168,7 +170,7 @@ def _in_directory(directory: Path, names: Collection[str], named: bool) -> Log |
 
 def _joined_log(one: Log, other: Log) -> Log:
     events = {file.resolve(): file for file in (*other.events, *one.events)}
-    ordered = sorted(events.values(), key=lambda file: natural(file.name))
+    ordered = sorted(events.values(), key=lambda file: natural(file.name))  # event files are named by their time
     named = one.named or other.named
     return Log(one.path, one.csv or other.csv, tuple(ordered), named, one.wandb or other.wandb, one.mlflow)
 
@@ -179,7 +181,7 @@ def _read_both(log: Log, table: Path, advance: Advance) -> Scalars:
     except LogError as error:
         other = read_events(log.path, log.events, advance)
         return Scalars(other.series, other.in_order, (f"{error}; read the event files instead", *other.warnings))
-    if find_spec("tensorboard") is None:
+    if find_spec("tensorboard") is None:  # metrics.csv has every value, only the order is unknown
         return scalars
     first = first_steps(log.events, scalars.series, advance)
     if any(step < scalars.series[key].steps[0] for key, step in first.items()):

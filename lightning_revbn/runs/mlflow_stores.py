@@ -1,4 +1,4 @@
-"""Reads the local stores of MLflow: a SQLite file, or a directory `mlruns`, by MLflow's own client."""
+"""Reads MLflow's local stores, a SQLite file or a directory `mlruns`, through MLflow's own client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["MlflowRun", "find_in_database", "is_database", "is_run_directory", "
 _SQLITE = b"SQLite format 3\0"
 _TABLES = {"experiments", "runs", "metrics", "params"}
 _SWITCH = "MLFLOW_ALLOW_FILE_STORE"
-"""MLflow 3 refuses directories without it, for reading too."""
+"""Without this variable MLflow 3 refuses to write or read a store of directories."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MlflowRun:
 
     Args:
         store: The SQLite file, or the directory `mlruns`.
-        run_id: The run's.
+        run_id: The id of the run.
     """
 
     store: Path
@@ -37,7 +37,7 @@ class MlflowRun:
 
     @property
     def uri(self) -> str:
-        """How MLflow names the store."""
+        """The address by which MLflow opens the store."""
         return f"sqlite:///{self.store.absolute()}" if self.store.is_file() else self.store.absolute().as_uri()
 
 
@@ -48,7 +48,7 @@ def is_database(path: Path) -> bool:
         path: Any file.
 
     Returns:
-        Whether MLflow's tables are in it; looked up without MLflow, which would make those that are missing.
+        Whether the file holds MLflow's tables. MLflow is not used here: it would create missing tables.
     """
     with path.open("rb") as file:
         if file.read(len(_SQLITE)) != _SQLITE:
@@ -56,23 +56,23 @@ def is_database(path: Path) -> bool:
     try:
         with _connected(path) as connection:
             return {str(name) for (name,) in connection.execute("select name from sqlite_master")} >= _TABLES
-    except (sqlite3.Error, UnicodeDecodeError):  # SQLite quotes a damaged file in its errors
+    except (sqlite3.Error, UnicodeDecodeError):  # SQLite's errors quote bytes of a damaged file
         return False
 
 
 def find_in_database(path: Path) -> list[tuple[str, MlflowRun]]:
-    """List the runs of a SQLite file, but for those that were deleted.
+    """List the runs of a SQLite file, without deleted runs.
 
     Args:
         path: A file that `is_database`.
 
     Returns:
-        Names, each once, and runs; in natural order of the names, then of the start.
+        Unique names with their runs, in natural order of the names, then of the start.
 
     Raises:
         LogError: If the file cannot be read.
     """
-    # MLflow takes ten seconds to import on a busy machine, and is needed only for runs that are read.
+    # Plain SQL avoids the import of MLflow, which takes ten seconds on a busy machine, until a run is read.
     query = "select run_uuid, name from runs where lifecycle_stage = 'active' order by start_time, run_uuid"
     try:
         with _connected(path) as connection:
@@ -82,7 +82,7 @@ def find_in_database(path: Path) -> list[tuple[str, MlflowRun]]:
     names = [name for _, name in rows]
     named = [(name if names.count(name) == 1 else f"{name}-{run_id[:8]}", run_id) for run_id, name in rows]
     return [
-        (name.replace("/", "_"), MlflowRun(path, run_id))
+        (name.replace("/", "_"), MlflowRun(path, run_id))  # the name becomes the end of the run's path
         for name, run_id in sorted(named, key=lambda row: natural(row[0]))
     ]
 
@@ -92,10 +92,10 @@ def is_run_directory(directory: Path, names: Collection[str]) -> bool:
 
     Args:
         directory: The directory.
-        names: What is in it.
+        names: Names of the files and directories in it.
 
     Returns:
-        Whether it is, and the run was not deleted.
+        Whether the directory is a run that was not deleted.
     """
     if not {"meta.yaml", "metrics", "params"} <= {*names}:
         return False
@@ -108,14 +108,14 @@ def read_mlflow(run: MlflowRun, path: Path, advance: Advance) -> Scalars:
 
     Args:
         run: The run.
-        path: How errors name it.
-        advance: Called with the number of bytes whenever some were read.
+        path: The path that errors name.
+        advance: Called after the last read, with 0: the size of the store is unknown.
 
     Returns:
-        The scalars, sorted by name: the store does not tell an order.
+        The scalars, sorted by name: the store does not keep an order.
 
     Raises:
-        LogError: If the run has no values, or MLflow cannot read it or is missing.
+        LogError: If the run has no values, or MLflow is missing or cannot read the run.
     """
     columns = Columns()
     with _client(run, path) as client:
@@ -134,13 +134,13 @@ def read_mlflow_settings(run: MlflowRun, path: Path) -> dict[str, Any]:
 
     Args:
         run: The run.
-        path: How errors name it.
+        path: The path that errors name.
 
     Returns:
         Texts by key, as MLflow keeps them.
 
     Raises:
-        LogError: If MLflow cannot read it or is missing.
+        LogError: If MLflow is missing or cannot read the run.
     """
     with _client(run, path) as client:
         return dict(client.get_run(run.run_id).data.params)
@@ -148,24 +148,25 @@ def read_mlflow_settings(run: MlflowRun, path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _connected(path: Path) -> Generator[sqlite3.Connection, None, None]:
+    # Read-only: a run may still write to the store.
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-        connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # of a damaged file
+        connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # for damaged files
         yield connection
 
 
 @contextmanager
 def _client(run: MlflowRun, path: Path) -> Generator[Any, None, None]:
-    """Give MLflow's client of a store, and turn its errors into one line.
+    """Open MLflow's client for a store, and turn MLflow's errors into a LogError.
 
     Yields:
         The client.
 
     Raises:
-        LogError: If it is missing, or fails.
+        LogError: If MLflow is missing, or fails.
     """
     try:
         tracking = import_module("mlflow.tracking")
-        if run.store.is_file():
+        if run.store.is_file():  # mlflow-skinny comes without the packages for SQLite
             import_module("sqlalchemy")
             import_module("alembic")
     except ImportError as error:
@@ -176,7 +177,7 @@ def _client(run: MlflowRun, path: Path) -> Generator[Any, None, None]:
     os.environ[_SWITCH] = "true"
     try:
         yield tracking.MlflowClient(tracking_uri=run.uri)
-    except Exception as error:  # of a damaged store MLflow lets errors of every package below it through
+    except Exception as error:  # on a damaged store, MLflow passes on any error of its dependencies
         raise LogError(f"{one_line(path)} cannot be read by MLflow: {one_line(error)}") from error
     finally:
         if before is None:

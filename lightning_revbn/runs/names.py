@@ -1,6 +1,6 @@
-"""Names of runs, layers and metrics: in natural order, without shared beginnings, short enough for an error's line.
+"""Sorts names of runs, layers and metrics in natural order, and shortens them to their ends or to a line.
 
-Nothing is imported here but Python's own library.
+Imports only Python's standard library.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["natural", "one_line", "shared_parts", "suffixes"]
 
 
 def one_line(text: object, limit: int = 400) -> str:
-    """Return a text from outside such that it fits into an error's one line.
+    """Fit a text from outside into the single line of an error.
 
     Args:
-        text: A path, or a key out of a file.
-        limit: Characters at most; what is longer loses its middle.
+        text: A path, or a key from a file.
+        limit: Characters at most; a longer text loses its middle.
 
     Returns:
-        The text without characters that do not print.
+        The text, with `?` for characters that cannot be printed.
     """
     line = "".join(char if char.isprintable() else "?" for char in str(text))
     return line if len(line) <= limit else f"{line[: limit // 2 - 1]}...{line[2 - limit // 2 :]}"
@@ -41,7 +41,7 @@ def natural(text: str) -> tuple[tuple[int, str], ...]:
         ['layer9', 'layer10']
     """
     parts = re.split(r"([0-9]+)", text)
-    # A number is compared by its length first, which no limit on the digits of an int can stop.
+    # Numbers compare by length, then digit by digit: int() would refuse more than 4,300 digits.
     return tuple((len(part.lstrip("0")), part.lstrip("0")) if i % 2 else (0, part) for i, part in enumerate(parts))
 
 
@@ -49,7 +49,7 @@ def shared_parts(names: Sequence[Sequence[str]]) -> list[str]:
     """Return the leading parts that all names share.
 
     Args:
-        names: Names in parts.
+        names: Names, each split into parts.
 
     Returns:
         The parts.
@@ -65,15 +65,16 @@ def suffixes(paths: Sequence[Path]) -> list[str]:
     """Name paths by their ends.
 
     Args:
-        paths: All different.
+        paths: Different paths.
 
     Returns:
-        As many of the last parts of each as it takes to tell them apart.
+        The last parts of each path, as many for all as are needed to tell the paths apart.
 
     Example:
         >>> suffixes([Path("/logs/baseline/version_0"), Path("/logs/revisited/version_0")])
         ['baseline/version_0', 'revisited/version_0']
     """
+    # resolve() follows links, which would replace names that the user knows.
     parts = [(path.resolve() if ".." in path.parts else path.absolute()).parts for path in paths]
     longest = max(map(len, parts))
     names = [["/".join(part[-count:]) for part in parts] for count in range(1, longest + 1)]

@@ -1,4 +1,4 @@
-"""Scalars of a run over training, whichever kind of file holds them."""
+"""Scalars of a run over training, independent of the file format."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 __all__ = ["MAX_STEP", "Advance", "Columns", "LogError", "Scalars", "Series"]
 
 MAX_STEP = 2**53
-"""No run is longer, and up to here steps are exact on a figure's axis too."""
+"""The largest step: no run is longer, and float64, as on a figure's axis, holds steps exactly up to here."""
 
 Advance: TypeAlias = Callable[[int], object]
-"""Readers call it with the number of bytes whenever they have read some."""
+"""A function that readers call with the number of bytes after every read."""
 
 
 class LogError(Exception):
-    """Logs that cannot be read; the message is one line and says why."""
+    """A log cannot be read, or runs cannot be compared; the message gives the reason in a single line."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # arrays compare to arrays, not to True or False
 class Series:
-    """One scalar over training.
+    """A scalar over training.
 
     Args:
-        steps: Ascending, each once, shape `(N,)`.
-        values: As they were logged, NaN and infinity too, shape `(N,)`.
+        steps: Strictly ascending, shape `(N,)`.
+        values: The values as logged, including NaN and infinity, shape `(N,)`.
     """
 
     steps: NDArray[np.int64]
@@ -41,9 +41,9 @@ class Scalars:
     """All scalars of a run.
 
     Args:
-        series: By key; in the order they were logged in as far as that is known, then by name.
-        in_order: The keys whose order is known. A metrics.csv does not tell: its columns are sorted.
-        warnings: What is missing or was left out, a line each.
+        series: Series by key: first the keys whose order is known, as they were logged, then the others by name.
+        in_order: The keys whose order is known. A metrics.csv does not keep the order: its columns are sorted.
+        warnings: A line for each part of the log that is missing or was left out.
     """
 
     series: Mapping[str, Series]
@@ -52,18 +52,18 @@ class Scalars:
 
 
 class Columns:
-    """Collects the points of a file by key, and makes series of them."""
+    """Collects the points of a file by key, and turns them into series."""
 
     def __init__(self) -> None:
         self._points: dict[str, tuple[array[int], array[float]]] = {}
 
     def add(self, key: str, step: int, value: float) -> None:
-        """Add a point, unless no run can reach its step.
+        """Add a point, unless its step is beyond MAX_STEP.
 
         Args:
-            key: The scalar's.
-            step: When it was logged.
-            value: What was logged.
+            key: The key of the scalar.
+            step: The step at which it was logged.
+            value: The logged value.
         """
         if abs(step) > MAX_STEP:
             return
@@ -74,10 +74,11 @@ class Columns:
         values.append(value)
 
     def series(self) -> dict[str, Series]:
-        """Return the series by key, in the order of their first points."""
+        """Return the series by key, in the order of their first points; the last value of a step counts."""
         made: dict[str, Series] = {}
         for key, (steps, values) in self._points.items():
             all_steps = np.array(steps, dtype=np.int64)
+            # np.unique returns the first place of each step, which is the last in the reversed steps.
             unique, from_end = np.unique(all_steps[::-1], return_index=True)
             made[key] = Series(unique, np.array(values, dtype=np.float64)[len(values) - 1 - from_end])
         return made

@@ -1,4 +1,4 @@
-"""Reads the file that an offline run of Weights & Biases leaves, a damaged file as far as it goes."""
+"""Reads the file of an offline run of Weights & Biases, a damaged file up to its damage."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["WANDB_SUFFIX", "read_wandb", "read_wandb_settings"]
 WANDB_SUFFIX = ".wandb"
 
 _MARK = b":W&B"
-_HEAD = 7  # bytes of the file before its first block; and of what stands before each piece of a record
+_HEAD = 7  # bytes of the file's own header, and of the header before each piece of a record
 _BLOCK = 32768
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _STEP = "trainer/global_step"
-"""Under this key Lightning's WandbLogger hands over the step."""
+"""The key under which Lightning's WandbLogger logs the Trainer's step."""
 
 
 def read_wandb(path: Path, advance: Advance) -> Scalars:
@@ -30,11 +30,11 @@ def read_wandb(path: Path, advance: Advance) -> Scalars:
 
     Args:
         path: The file, `run-ID.wandb`.
-        advance: Called with the number of bytes whenever some were read.
+        advance: Called with the number of bytes after every read.
 
     Returns:
-        The scalars in the order they were logged in; at the steps of the Trainer where Lightning's logger wrote them,
-        else at W&B's own.
+        The scalars in the order they were logged in. Their steps are the Trainer's if Lightning's logger wrote them,
+        otherwise W&B's own.
 
     Raises:
         LogError: If the file holds no value, or wandb is missing.
@@ -46,10 +46,11 @@ def read_wandb(path: Path, advance: Advance) -> Scalars:
             continue
         row = dict(_items(record.history.item))
         step = _number(row.get(_STEP, record.history.step.num))
-        if step is None or step != step // 1:
+        if step is None or step != step // 1:  # not whole, or not finite
             continue
         for key, value in row.items():
             number = _number(value)
+            # W&B's own keys begin with an underscore: _step, _runtime, _timestamp.
             if number is not None and not key.startswith("_") and key != _STEP:
                 columns.add(key, int(step), number)
     series = columns.series()
@@ -65,7 +66,7 @@ def read_wandb_settings(path: Path) -> dict[str, Any]:
         path: The file.
 
     Returns:
-        The last values by key; nested ones as they are.
+        The last values by key; nested values stay nested.
 
     Raises:
         LogError: If wandb is missing.
@@ -79,7 +80,7 @@ def read_wandb_settings(path: Path) -> dict[str, Any]:
 
 
 def _items(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield key and value of a record's items; a value that cannot be read is None."""
+    """Yield the key and the value of a record's items; an unreadable value is None."""
     for item in items:
         try:
             value = json.loads(item.value_json)
@@ -89,7 +90,7 @@ def _items(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _number(value: object) -> float | None:
-    """Return a value as a number, None where it is none; JSON has no NaN and infinity, so W&B may write their names."""
+    """Return a value as a number, or None; W&B may write NaN and infinity as names, which JSON lacks as numbers."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     if isinstance(value, str) and value not in ("NaN", "Infinity", "-Infinity"):
@@ -101,7 +102,7 @@ def _number(value: object) -> float | None:
 
 
 def _until_damage(path: Path, advance: Advance, damage: list[str]) -> Iterator[Any]:
-    """Yield the records that can be read, and note where the others begin."""
+    """Yield the records up to the damage of a file, and note the damage."""
     try:
         parse: Callable[[bytes], Any] = import_module("wandb.proto.wandb_internal_pb2").Record.FromString
     except ImportError as error:
@@ -125,16 +126,16 @@ def _until_damage(path: Path, advance: Advance, damage: list[str]) -> Iterator[A
 
 
 def _contents(data: bytes) -> Iterator[tuple[int, bytes | None]]:
-    """Yield where each record starts, and its content; None, and no more, where the file is damaged.
+    """Yield the position and the content of each record; at damage, yield None as the content and stop.
 
-    The frame around the records is LevelDB's log format, of which wandb's Python code has no reader any more
-    (https://github.com/google/leveldb/blob/main/doc/log_format.md): blocks of 32 KiB, and pieces that no block cuts.
+    The file has LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md): blocks of 32 KiB,
+    and records in pieces that never cross a block. wandb's Python code no longer has a reader for it.
     """
     position = start = _HEAD
     pending: list[bytes] = []
     while position < len(data):
         left = _BLOCK - position % _BLOCK
-        if left < _HEAD:  # zeros fill a block that has no room for another head
+        if left < _HEAD:  # zeros fill the end of a block that has no room for a header
             position += left
             continue
         if position + _HEAD > len(data):

@@ -1,4 +1,4 @@
-"""The entry point that every Trainer calls: the callback, if `LIGHTNING_REVBN` in the environment asks for it."""
+"""The entry point that every Trainer calls: returns the callback if the variable `LIGHTNING_REVBN` asks for it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ _OFF = ("", "0", "false", "no", "off")
 
 
 def asked() -> str:
-    """Return what the variable asks for now; "" where it switches the callback off.
+    """Return the present text of the variable; "" if it switches the callback off.
 
     Returns:
-        Its text.
+        The text without spaces around it.
     """
     text = os.environ.get(VARIABLE, "").strip()
     return "" if text.lower() in _OFF else text
 
 
 def callbacks() -> list[Any]:
-    """Return what `LIGHTNING_REVBN` asks for: one callback or none.
+    """Return the callback that `LIGHTNING_REVBN` asks for, if any.
 
-    `1` switches the callback on with its defaults, `scale=0.1,scale_lr_divisor=50` with these settings, and the path
-    of a YAML file with those in the file. Unset, empty, `0` or `false`, nothing is imported.
+    `1` switches the callback on with its defaults, `scale=0.1,scale_lr_divisor=50` with these settings, and the path of
+    a YAML file with the settings in the file. If it is unset, empty, `0`, `false`, `no` or `off`, no callback is
+    imported.
 
     Returns:
         The callbacks for the Trainer to add.

@@ -1,4 +1,4 @@
-"""The callback that a variable of the environment switches on, in a script that does not know of it."""
+"""The callback that an environment variable adds to a script, with no line of the script changed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["RevisitedBatchNormFromEnvironment", "callback_from"]
 
 
 class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
-    """Acts where nothing newer and nothing of the script's own takes its place.
+    """Acts unless the script has a `RevisitedBatchNorm` of its own, or the environment has added a newer callback.
 
-    Alone, its checkpoints are those of a `RevisitedBatchNorm` in the script: each is resumed by the other. Lightning
-    adds it to the list of callbacks that the script has given, so that the next Trainer of that list has it too.
+    If it acts, its checkpoints equal the checkpoints of a `RevisitedBatchNorm` in the script: each resumes the other.
+    Lightning adds it to the script's own list of callbacks, so the next Trainer with that list has it too.
     """
 
     follows_variable = False
-    """Whether it acts only while the variable is on: of those that an entry point has made, a list may keep some."""
+    """Whether it acts only while the variable is on: a script's list may keep callbacks that it once added."""
 
     _numbers = itertools.count(1)
 
@@ -39,7 +39,7 @@ class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
 
     @override
     def _key_of(self, told: Mapping[str, Any]) -> str:
-        # The Trainer's constructor refuses two equal keys, and who else is there is not known before setup.
+        # The Trainer's constructor refuses two equal keys, and the other callbacks are unknown before setup.
         return f"{type(self).__qualname__} {self._number}"
 
     @property
@@ -58,7 +58,7 @@ class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
 
     def _is_newest(self, trainer: Trainer) -> bool:
         added = [other for other in callbacks_of(trainer) if isinstance(other, RevisitedBatchNormFromEnvironment)]
-        # Another Trainer of the same list may have added one since the first fit of this Trainer.
+        # Another Trainer with the same list may have added a callback after this Trainer's first fit.
         there = [other for other in added if trainer in other._fitted_in] or added
         return self._number == max((other._number for other in there), default=self._number)
 
@@ -85,6 +85,7 @@ class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
+        # A WeakSet cannot be pickled, and a copy belongs to no Trainer yet.
         return {**super().__getstate__(), "_fitted_in": None}
 
     @override
@@ -94,7 +95,7 @@ class RevisitedBatchNormFromEnvironment(RevisitedBatchNorm):
 
 
 def _has_own(trainer: Trainer) -> bool:
-    """Tell whether the script has given a callback of its own."""
+    """Tell whether the script itself has given a RevisitedBatchNorm."""
     ours = (callback for callback in callbacks_of(trainer) if isinstance(callback, RevisitedBatchNorm))
     return any(not isinstance(callback, RevisitedBatchNormFromEnvironment) for callback in ours)
 
@@ -104,17 +105,17 @@ def callback_from(text: str, variable: str) -> RevisitedBatchNormFromEnvironment
 
     Args:
         text: `1`; settings as `key=value,key=value`; or the path of a YAML file of settings.
-        variable: Where the text is from, for messages.
+        variable: Name of the environment variable, for messages.
 
     Returns:
         The callback.
 
     Raises:
-        MisconfigurationException: If the text is not understood, whatever the reason.
+        MisconfigurationException: If the text cannot be read as settings, for any reason.
     """
     try:
         return RevisitedBatchNormFromEnvironment(**settings_from(text))
-    except Exception as error:  # a variable of the environment must not end a script by anything but one clear error
+    except Exception as error:  # a bad variable must end a script with a clear error only
         # A text may be as long as a file, and an error may quote all of it.
         told = f"{variable}={shortened(repr(text), 200)}: {shortened(' '.join(str(error).split()), 400)}"
         raise MisconfigurationException(

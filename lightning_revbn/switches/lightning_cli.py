@@ -1,7 +1,7 @@
 """The flag for LightningCLI: `--revbn.enabled true`, and a setting for every argument of the callback."""
 
 # pyright: reportUnknownMemberType=false
-# jsonargparse is typed in parts.
+# jsonargparse is only partly typed.
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _GROUP = "revbn"
 
 
 class RevBNCLIMixin(_Base):
-    """Adds the group `revbn` to a LightningCLI of either Lightning package; put it before that among the bases.
+    """Adds the group `revbn` to a LightningCLI of either Lightning package; the mixin comes first among the bases.
 
-    The group has every argument of `RevisitedBatchNorm`, as `--revbn.scale 0.25` or in a configuration file, with one
-    other default: `enabled` is False, and then the Trainer is that of a LightningCLI without the group. The settings
-    are checked before the model is made, and saved with the rest of the configuration.
+    The group has every argument of `RevisitedBatchNorm`, as `--revbn.scale 0.25` or in a configuration file. Only the
+    default of `enabled` differs: it is False, and then the Trainer is the same as without the group. The settings are
+    checked before the model is made, and saved with the rest of the configuration.
 
     Raises:
-        TypeError: When a class is made, if the mixin comes after `LightningCLI`.
+        TypeError: When a class is defined, if the mixin comes after `LightningCLI`.
         ModuleNotFoundError: If jsonargparse is not installed.
 
     Example::
@@ -49,10 +49,10 @@ class RevBNCLIMixin(_Base):
             )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser; Lightning's method.
+        """Make a parser; overrides Lightning's method.
 
         Args:
-            **kwargs: For the parser.
+            **kwargs: Arguments of the parser.
 
         Returns:
             The parser.
@@ -68,7 +68,7 @@ class RevBNCLIMixin(_Base):
             ) from error
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the group beside those of Trainer, model and data; Lightning's method.
+        """Add the group beside the groups of Trainer, model and data; overrides Lightning's method.
 
         Args:
             parser: The parser of a subcommand.
@@ -79,17 +79,17 @@ class RevBNCLIMixin(_Base):
         parser.set_defaults({f"{_GROUP}.enabled": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and end the program with one error where a setting of the callback is wrong; Lightning's method.
+        """Parse, and end the program with an error if a setting of the callback is wrong; overrides Lightning's method.
 
         Args:
             parser: The parser.
-            args: What to parse, if not the command line.
+            args: The arguments to parse; None parses the command line.
         """
         super().parse_arguments(parser, args)
         settings = self._of(self.config, _GROUP)
         if not settings["enabled"]:
             return
-        # A parser of its own: no model and no data are made for a run that cannot start.
+        # A separate parser checks the group alone, so no model and no data are made for a run that cannot start.
         checking = LightningArgumentParser(exit_on_error=False)
         _add_group(checking)
         try:
@@ -99,7 +99,7 @@ class RevBNCLIMixin(_Base):
             parser.error(f"{_GROUP}: {error}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer, with the callback if it is enabled; Lightning's method.
+        """Make the Trainer, with the callback if it is enabled; overrides Lightning's method.
 
         Args:
             **kwargs: Arguments that take precedence over the configuration.
@@ -112,7 +112,7 @@ class RevBNCLIMixin(_Base):
             own = _as_list({**self._of(self.config_init, "trainer"), **kwargs}.get("callbacks"))
             # All subcommands have the same groups of callbacks.
             grouped = [self._of(self.config_init, key) for key in self._revbn_parsers[0].callback_keys]
-            # A second one would have the same key in checkpoints, which Lightning refuses without naming the flag.
+            # Lightning would refuse a second callback for its equal key in checkpoints, without naming the flag.
             if any(
                 isinstance(callback, RevisitedBatchNorm)
                 for callback in [*own, *grouped, *_as_list(self.trainer_defaults.get("callbacks"))]
@@ -138,7 +138,7 @@ class RevBNCLI(RevBNCLIMixin, LightningCLI):
 
 
 def _add_group(parser: LightningArgumentParser) -> None:
-    # Not instantiated: a callback that is not enabled is not made.
+    # Not instantiated: without `enabled`, no callback is made.
     parser.add_class_arguments(RevisitedBatchNorm, _GROUP, instantiate=False, sub_configs=True)
 
 

@@ -1,4 +1,4 @@
-"""Reads settings of the callback out of a text: `1`, pairs of keys and values, or the path of a YAML file."""
+"""Reads settings of the callback from a text: `1`, pairs of keys and values, or the path of a YAML file."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def settings_from(text: str) -> dict[str, Any]:
         text: `1`; settings as `key=value,key=value`; or the path of a YAML file of settings.
 
     Returns:
-        Arguments of `RevisitedBatchNorm`, whose values it has not checked yet.
+        Arguments of `RevisitedBatchNorm`; their values are not all checked yet.
 
     Raises:
-        ValueError: If a key is unknown or given twice, or a part of the text is no pair.
-        TypeError: If a value is of a type that no setting has.
+        ValueError: If a key is unknown or given twice, or a part of the text is not `key=value`.
+        TypeError: If a value has a type that no setting has.
     """
     if text.lower() in ("1", "true", "yes", "on"):
         return {}
@@ -45,7 +45,7 @@ def settings_from(text: str) -> dict[str, Any]:
     for key, value in settings.items():
         if key not in KEYS:
             raise ValueError(f"unknown key {key!r}")
-        # Before anything quotes it: aliases of YAML nest a few lines to 10^9 values.
+        # Checked before an error quotes the value: a few lines of YAML aliases can expand to 10^9 values.
         if not is_flat(value):
             raise TypeError(f"{key} is nested too deep: give a value, a list of values or a mapping of values")
     for key in ("include", "exclude"):
@@ -65,7 +65,7 @@ def _monitor(settings: Mapping[str, Any]) -> BatchNormMonitor:
         if key not in _MONITOR:
             raise ValueError(f"unknown key {key!r} of monitor, which has {', '.join(_MONITOR)}")
         default: object = _MONITOR[key].default
-        # A text such as "false" is true, and would switch on what it names.
+        # A text such as "false" is truthy, and would switch the setting on.
         if isinstance(default, bool) and not isinstance(value, bool):
             raise TypeError(f"{key} of monitor must be true or false, got {value!r}")
         if isinstance(default, str) and not isinstance(value, str):
@@ -76,12 +76,12 @@ def _monitor(settings: Mapping[str, Any]) -> BatchNormMonitor:
 def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
-    except OSError:  # settings may be longer than a name of a file
+    except OSError:  # settings may be longer than a file name may be
         return False
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that stand twice, of which the last would count, and merge keys, which multiply like aliases."""
+    """Refuses repeated keys, of which YAML would keep only the last, and merge keys, which multiply like aliases."""
 
     @override
     def flatten_mapping(self, node: Any) -> None:
@@ -122,7 +122,7 @@ def _pairs(text: str) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of a text that is no Python, and need not be
+            warnings.simplefilter("ignore", SyntaxWarning)  # the text need not be Python
             return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return _WORDS.get(text.lower(), text)

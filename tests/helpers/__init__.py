@@ -1,1 +1,1 @@
-"""What the tests share, a subject a file. No test imports another test, or a script that it runs."""
+"""Code that tests share, with a file for each subject. No test imports another test, or a script that it runs."""

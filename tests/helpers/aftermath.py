@@ -1,4 +1,4 @@
-"""What a fit may leave behind, however it ended: trained values, and nothing else. All fault tests share this."""
+"""Checks that a fit, however it ended, leaves trained values behind and no other change. All fault tests share it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.optim import Optimizer
 
 from lightning_revbn.core.update_rule import active_rule
 
-# Attributes that Lightning adds to module, Trainer and callbacks in any fit.
+# Lightning adds these attributes to module, Trainer and callbacks in every fit.
 LIGHTNINGS_OWN = {"_hparams", "_last_val_time", "log", "log_dict", "val_check_batch"}
 
 
 class Snapshot:
-    """What the objects of a run look like before its fit; take it first and compare it with `assert_nothing_left`.
+    """The state of a run's objects before its fit; after the fit, `assert_nothing_left` compares with it.
 
     Args:
         module: The module to be trained.
         trainer: The Trainer that will train it.
-        others: Whatever else the run knows: a DataModule, callbacks of the user.
+        others: Other objects of the run: a DataModule, callbacks of the user.
     """
 
     def __init__(self, module: L.LightningModule, trainer: L.Trainer, *others: object) -> None:
@@ -39,12 +39,13 @@ def assert_nothing_left(
 ) -> None:
     """Assert that a fit left no group, hook, class, attribute or wrapped method behind, and lost no scale.
 
-    The optimizers are held against others of the module, everything else against the snapshot.
+    Optimizers are compared with other optimizers of the module, all other objects with the snapshot.
 
     Args:
         before: The snapshot that was taken before the fit.
-        like: A module that was trained alike by hand, to which all values must be equal to the bit (NaN to NaN).
-        plain: A module that met the same without the callback, for its optimizers; fresh ones if it is left out.
+        like: A module trained in the same way by hand, whose values must be equal to the bit (NaN equals NaN).
+        plain: A module with the same fit without the callback, to compare optimizers with; None compares with fresh
+            optimizers.
     """
     for name, owner in before.objects.items():
         (cls, attributes, shadowing, hooks), now = before.looks[name], _looks(owner)
@@ -59,13 +60,13 @@ def assert_nothing_left(
     lost = {name for name in before.parameters if now.get(name) != before.parameters[name]}
     assert not lost, f"{lost} are other parameters, or of another kind"
 
-    # Before they have been made there are none; afterwards as many as the module makes.
+    # A fit that ends before Lightning makes the optimizers has no optimizers.
     optimizers = before.trainer.optimizers
     owner = before.module if plain is None else plain
     others = _fresh_optimizers(owner) if plain is None else plain.trainer.optimizers
     for optimizer, other in zip(optimizers, others if optimizers else [], strict=True):
         assert type(optimizer) is type(other)
-        # Torch's schedulers leave an attribute when the optimizer has made a step.
+        # Torch's schedulers leave this attribute after a step of the optimizer.
         assert vars(optimizer).keys() - {"_opt_called"} == vars(other).keys() - {"_opt_called"}
         assert _hooks(optimizer) == _hooks(other), "the optimizer has a hook"
         assert _groups(optimizer, before.module) == _groups(other, owner), "the optimizer has other groups"
@@ -78,9 +79,9 @@ def assert_nothing_left(
 
 
 def assert_rule_is_gone(module: L.LightningModule, trainer: L.Trainer) -> None:
-    """Assert that no rule, hook of a step or wrapped method is left: what needs no snapshot.
+    """Assert, without a snapshot, that no rule, hook of a step or wrapped method is left.
 
-    It holds also beside callbacks that leave traces of their own, with which `assert_nothing_left` would fail.
+    The check also holds with callbacks that leave their own traces, for which `assert_nothing_left` would fail.
     """
     for optimizer in trainer.optimizers:
         assert active_rule(optimizer) is None
@@ -91,7 +92,7 @@ def assert_rule_is_gone(module: L.LightningModule, trainer: L.Trainer) -> None:
 
 
 def _looks(owner: object) -> tuple[type, set[str], set[str], dict[str, int]]:
-    """Return an object's class, its attributes, those that hide one of the class, and how many hooks it has."""
+    """Return an object's class, its attributes, those that hide attributes of the class, and its number of hooks."""
     attributes = set(vars(owner))
     return type(owner), attributes, {name for name in attributes if hasattr(type(owner), name)}, _hooks(owner)
 
@@ -115,7 +116,7 @@ def _properties(parameter: nn.Parameter) -> tuple[object, ...]:
 
 
 def _groups(optimizer: Optimizer, module: nn.Module) -> list[tuple[list[str], list[str], Any]]:
-    """Return what is in every group: parameters, keys and the weight decay; learning rates follow the schedule."""
+    """Return parameters, keys and weight decay of every group; the schedule changes only the learning rates."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [
         ([names[id(p)] for p in group["params"]], sorted(group.keys() - {"initial_lr"}), group["weight_decay"])

@@ -13,7 +13,7 @@ WORSE = [0.9700, 0.9701, 0.9688, 0.9722, 0.9611, 0.9700]
 
 
 def write_arm(folder: Path, scores: Sequence[float], steps: int = 20) -> Path:
-    """Write a run for every score, seeds from 1; training loss at two steps, the score at the end."""
+    """Write a run for every score, with seeds from 1: the training loss at two steps, and the score at the end."""
     for seed, score in enumerate(scores, start=1):
         events = [(0, {"loss": 2.0}), (steps, {"loss": 1.0, "test_acc": score})]
         write_csv(folder / f"seed_{seed:02}", events)
@@ -21,10 +21,10 @@ def write_arm(folder: Path, scores: Sequence[float], steps: int = 20) -> Path:
 
 
 def remove_seed(folder: Path) -> None:
-    """Take the log of seed 3 away."""
+    """Delete the log of seed 3."""
     (folder / "seed_03" / "metrics.csv").unlink()
 
 
 def end_early(folder: Path) -> None:
-    """Let seed 3 end at half the steps."""
+    """End the run of seed 3 at half of the steps."""
     write_csv(folder / "seed_03", [(10, {"test_acc": 0.9})])

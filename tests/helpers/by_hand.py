@@ -1,4 +1,4 @@
-"""What the rule is held against: parameter groups made by hand, and SGD written down for each parameter."""
+"""References for the rule: parameter groups made by hand, and SGD written out for each parameter."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def by_hand(
 
 
 def sgd_by_hand(module: nn.Module) -> Optimizer:
-    """Return what `helpers.lit.sgd` and the callback together are to be, made from groups by hand."""
+    """Return the optimizer, made from groups by hand, that `helpers.lit.sgd` with the callback must equal."""
     return torch.optim.SGD(by_hand(module), LR, momentum=0.9)
 
 
 class TextbookSGD(Optimizer):
-    """SGD with momentum as its textbook has it, but that scales take lr / c and no decay: one line for each parameter.
+    """Textbook SGD with momentum, except that scales learn with lr / c and no decay.
 
-    It has one group, whatever callbacks do to groups: the reference where groups made by hand lose the ratio.
+    It applies the rule per parameter, not per group. So it is the reference where groups made by hand lose the ratio.
     """
 
     def __init__(self, params: Any, own: list[nn.Parameter], lr: float = LR) -> None:
@@ -69,5 +69,5 @@ class TextbookSGD(Optimizer):
 
 
 def textbook_sgd(module: Any) -> Optimizer:
-    """Configure a `LitNet` with the learning rate that it has."""
+    """Configure a `LitNet` with its own learning rate."""
     return TextbookSGD([p for p in module.parameters() if p.requires_grad], scales(module), module.lr)

@@ -1,4 +1,4 @@
-"""The cells of the matrix that processes/scripts/matrix.py runs, and what Lightning allows of them."""
+"""The cells of the matrix that processes/scripts/matrix.py runs, and the cells that Lightning refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.strategies import RUNS_ON_CPU
 
 
 class Cell(NamedTuple):
-    """One combination of settings."""
+    """A combination of settings."""
 
     strategy: str
     precision: str
@@ -22,7 +22,7 @@ class Cell(NamedTuple):
 
     @property
     def by_hand(self) -> bool:
-        """Whether accumulation or clipping is done in the module, since Lightning leaves it to manual optimization."""
+        """Whether the module itself accumulates or clips: Lightning does neither under manual optimization."""
         return self.optimization == "manual" and (self.accumulation > 1 or self.clipping != "off")
 
     def __str__(self) -> str:
@@ -42,20 +42,20 @@ CELLS = [Cell(*values) for values in product(*AXES.values())]
 
 
 def impossible(cell: Cell) -> str | None:
-    """Return what Lightning's error says about a cell; None if it allows the cell."""
+    """Return a part of Lightning's error for a cell; None if Lightning allows the cell."""
     if cell.optimization == "automatic" and cell.optimizers > 1:
         return "multiple optimizers is only supported with manual optimization"
     return None
 
 
 def sample(cells: Iterable[Cell]) -> list[Cell]:
-    """Choose cells that have every pair of values of any two axes that a possible cell has, greedily.
+    """Choose cells greedily that cover every pair of values of two axes that occurs in a possible cell.
 
     Args:
         cells: The cells to choose from.
 
     Returns:
-        About as few cells as that takes, and for every strategy one of each kind that is impossible.
+        Nearly as few cells as possible, and for every strategy a cell of each impossible kind.
     """
     todo = {cell: _pairs(cell) for cell in cells}
     chosen: list[Cell] = []

@@ -18,7 +18,7 @@ SHAPES = [
     ((6,), 0),
     ((9, 70), None),
     ((2, 3, 2, 4, 5), -4),
-    ((1, 3, 1300, 1000), 1),  # more than one piece a row
+    ((1, 3, 1300, 1000), 1),  # several pieces per row
 ]
 
 
@@ -34,7 +34,7 @@ def sample(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def by_channel(values: Tensor, channel_dim: int | None) -> Any:
-    """Return one row a channel."""
+    """Return a row of values for each channel."""
     array = values.to(torch.float64 if values.is_floating_point() else torch.int64).numpy()
     if channel_dim is None:
         return array.reshape(1, -1)

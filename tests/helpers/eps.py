@@ -1,4 +1,4 @@
-"""A module that notes which eps its batch norm layers have in every stage of a Trainer."""
+"""A module that records the eps of its batch norm layers in every stage of a Trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EPS, TORCHS = 1e-3, 1e-5
 
 
 class Evaluated(LitNet):
-    """Notes the eps that its layers have in every stage."""
+    """Records the eps of its layers in every stage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

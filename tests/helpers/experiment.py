@@ -1,6 +1,6 @@
-"""One experiment in the logs of four loggers: a baseline and two arms over the same seeds, without training.
+"""Writes an experiment without training: a baseline and two arms over the same seeds, in the logs of four loggers.
 
-MLflow's are in both of its local stores.
+MLflow's logs are in both kinds of its local stores.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 KINDS = ("csv", "tensorboard", "wandb", "mlflow", "mlruns")
 SEEDS = (1, 2, 3, 4, 5, 6)
 SCORES = {1.0: (0.75, 0.5, 0.625, 0.75, 0.5, 0.625), 0.1: (0.875, 0.75, 0.75, 0.75, 0.625, 0.875), 0.5: (0.5,) * 6}
-"""By scale; numbers that float32 holds exactly, since event files have no more."""
+"""Scores by scale; float32, the type of event files, holds these numbers exactly."""
 CURVE = ((0, 2.0), (10, 1.0), (20, 0.5))
 
 
 def write_experiment(folder: Path) -> None:
-    """Write the logs of every kind into a folder of its name, in the order seeds first."""
+    """Write the logs of each kind into a folder named after the kind, seed by seed."""
     for index, seed in enumerate(SEEDS):
         for scale, scores in SCORES.items():
             for logger in loggers(folder, f"{scale}-{index}"):
                 write_run(logger, {"revbn/scale": scale, "revbn/seed": seed, "lr": 0.1, "name": None}, scores[index])
-    wandb.teardown()  # its service may write for a while after the runs have finished
+    wandb.teardown()  # W&B's service may still write after the runs have finished
 
 
 def loggers(folder: Path, name: str) -> list[Logger]:

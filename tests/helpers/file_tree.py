@@ -1,4 +1,4 @@
-"""Writes the map of the package into CONTRIBUTING.md, from docstrings: `python tests/helpers/file_tree.py`."""
+"""Writes the map of the package into CONTRIBUTING.md from docstrings: `python tests/helpers/file_tree.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECTION = re.compile(r"(<!-- tree -->\n).*?(<!-- end of tree -->)", re.DOTALL)
 
 
 def description(file: Path) -> str:
-    """Return the first sentence of a module's docstring."""
+    """Return the first paragraph of a module's docstring."""
     docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
     return " ".join(docstring.split("\n\n")[0].split())
 
@@ -31,7 +31,7 @@ def tree() -> str:
 
 
 def filled(page: str) -> str:
-    """Return the page with the map as it is now."""
+    """Return the page with the present map."""
     return SECTION.sub(lambda found: found[1] + tree() + found[2], page)
 
 

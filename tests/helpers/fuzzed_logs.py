@@ -1,6 +1,6 @@
 """Damages directories of logs at random, and runs the commands on them: `python tests/helpers/fuzzed_logs.py 500`.
 
-Each directory must end in a result or in one printable line.
+Each directory must give a result, or an error of a single printable line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TOKENS = [
 
 
 def damaged_logs(sources: Path, folder: Path, count: int, seed: int = 0) -> Iterator[Path]:
-    """Yield directories with logs, of one kind each, that were changed at random; each is removed before the next."""
+    """Yield randomly damaged directories, each with logs of a single kind; each is deleted before the next."""
     chance = random.Random(seed)
     kinds = sorted(source for source in sources.iterdir() if source.is_dir())
     for number in range(count):
@@ -78,7 +78,7 @@ def _damage(logs: Path, chance: random.Random) -> None:
 
 
 def ending(logs: Path, number: int) -> str:
-    """Run a command on a directory, and say how it ended; `"wrong: ..."` is neither a result nor one printable line."""
+    """Run a command on a directory and describe its end; `"wrong: ..."` if it gave no result and no printable line."""
     figure = str(logs.parent / "figure.png")
     command = [
         ["compare", str(logs), "--metric", "test_acc"],
@@ -89,7 +89,7 @@ def ending(logs: Path, number: int) -> str:
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error")  # a warning would print more than the error's line
             code = main(command)
     except BaseException:
         return f"wrong: {' '.join(command)}\n{traceback.format_exc()}"

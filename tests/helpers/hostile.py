@@ -1,4 +1,4 @@
-"""Targets of `inspect` and values of LIGHTNING_REVBN as nobody means them, made from a seed."""
+"""Makes hostile targets of `inspect` and hostile values of LIGHTNING_REVBN from a seed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _text(random_: random.Random) -> str:
 
 
 def _tensor(random_: random.Random, channels: int) -> Tensor:
-    """Return a tensor of channels, most of them as in a batch norm layer."""
+    """Return a tensor; most of these tensors have the shape and dtype of a batch norm layer's."""
     shape = (channels,) if random_.random() < 0.7 else random_.choice([(), (0,), (3, channels), (channels + 1,), (1,)])
     values = torch.full(shape, random_.choice([0.0, 0.1, 1.0, -1.0, float("nan"), float("inf"), 1e38, 1e-45]))
     kinds: list[Callable[[Tensor], Tensor]] = [
@@ -71,7 +71,7 @@ def _anything(random_: random.Random, depth: int = 0) -> Any:
         return random_.choice(plain)
     if kind < 0.75:
         inner = _anything(random_, depth + 1)
-        return [inner] * random_.randint(0, 10)  # one object many times
+        return [inner] * random_.randint(0, 10)  # the same object many times
     keys = (
         "scale",
         "scale_lr_divisor",
@@ -99,7 +99,7 @@ def _checkpoint(random_: random.Random, path: Path) -> None:
     lit = {**run, "state_dict": layers}
     content: Any = random_.choice([layers, {"state_dict": layers}, *[lit] * 4, _anything(random_)])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kinds of tensors that torch is to lose
+        warnings.simplefilter("ignore")  # about kinds of tensors that torch deprecates
         torch.save(content, path, _use_new_zipfile_serialization=random_.random() < 0.8)
     if random_.random() < 0.15:
         damaged = bytearray(path.read_bytes())
@@ -112,8 +112,8 @@ def target(seed: int, folder: Path) -> str:
     """Make a target.
 
     Args:
-        seed: The same makes the same target.
-        folder: Where checkpoints are written.
+        seed: Equal seeds make equal targets.
+        folder: Directory for checkpoints.
 
     Returns:
         A text, or the path of a file.
@@ -156,8 +156,8 @@ def environment_value(seed: int, folder: Path) -> str:
     """Make a value of LIGHTNING_REVBN.
 
     Args:
-        seed: The same makes the same value.
-        folder: Where YAML files are written.
+        seed: Equal seeds make equal values.
+        folder: Directory for YAML files.
 
     Returns:
         A text, or the path of a file.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 COUNTS = {"train": 5100, "t10k": 500}
-"""How many images each split has."""
+"""Number of images in each split."""
 
 
 def write_idx(path: Path, values: NDArray[np.uint8]) -> None:

@@ -1,6 +1,6 @@
-"""A network that learns the same on any number of ranks: its global batches are the same, its batch norm synchronised.
+"""A network that learns the same on any number of ranks.
 
-The batch norm layers are synchronised by hand, and the ranks share every global batch.
+Its batch norm layers are synchronised by hand, and the ranks share every global batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GLOBAL_BATCH = 16
 
 
 class JoinedNet(LitNet):
-    """Trains in float64, where sums in another order do not matter, on every rank's part of the global batches."""
+    """Trains on every rank's part of the global batches, in float64: there the order of sums does not matter."""
 
     def __init__(self, kind: type[nn.Module] = SynchronizedBatchNorm) -> None:
         super().__init__(model=residual_net_of(kind).double())
@@ -36,7 +36,7 @@ class ShardedJoinedNet(Sharding, JoinedNet):
 
 
 def train_joined(module: JoinedNet, folder: Path, strategy: str, ranks: int) -> dict[str, torch.Tensor]:
-    """Train with the callback, and return what was learned, on every rank."""
+    """Train with the callback, and return the learned values on every rank."""
     options = {"devices": ranks, "strategy": strategy_of(strategy, ranks), "use_distributed_sampler": False}
     trainer(folder, RevisitedBatchNorm(), logger=CSVLogger(folder), **options).fit(module)
     return values(module)

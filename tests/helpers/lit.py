@@ -23,7 +23,7 @@ def sgd(module: nn.Module) -> Optimizer:
 
 
 def permanent_sgd(module: nn.Module) -> Optimizer:
-    """Configure the same from the package's permanent groups."""
+    """Configure the same optimizer from the package's permanent groups."""
     return torch.optim.SGD(scale_param_groups(module, lr=0.05, weight_decay=0.01), momentum=0.9)
 
 
@@ -43,7 +43,7 @@ class LitNet(L.LightningModule):
 
 
 class Batches:
-    """Batches in a fixed order that remember where they are, so that a run can be resumed at any step."""
+    """Batches in a fixed order; they keep their position, so that a run can be resumed at any step."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, size: int = 8) -> None:
         self._batches = list(zip(inputs.split(size), targets.split(size), strict=True))
@@ -53,7 +53,7 @@ class Batches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._next %= len(self._batches)
+        self._next %= len(self._batches)  # after a whole epoch start anew, after a part go on
         while self._next < len(self._batches):
             self._next += 1
             yield self._batches[self._next - 1]
@@ -83,5 +83,5 @@ def trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
 
 
 def quiet(**options: Any) -> RevisitedBatchNorm:
-    """The callback without its monitor, which has tests of its own."""
+    """Return the callback without its monitor, which has its own tests."""
     return RevisitedBatchNorm(**{"monitor": False, **options})

@@ -1,4 +1,4 @@
-"""Logs: what Lightning's loggers write, without a run, and what a run has written."""
+"""Writes logs as Lightning's loggers do, without a run, and reads the logs of runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_revbn.runs.logs import find_logs, read_scalars
 from lightning_revbn.runs.scalars import LogError, Scalars
 
 Events = Iterable[tuple[int, Mapping[str, float]]]
-"""Steps, and the metrics that are logged at each."""
+"""Steps with the metrics that are logged at each step."""
 
 COUNTING = [(step, {"b": float(step), "a": -float(step)}) for step in range(6)]
 
 
 def write_csv(directory: Path, events: Events) -> Path:
     """Write a `metrics.csv` as CSVLogger does, and return its path."""
-    logger = CSVLogger(directory / "new", name="", version="")  # it warns of directories that hold other files
+    logger = CSVLogger(directory / "new", name="", version="")  # CSVLogger warns of directories that hold other files
     for step, metrics in events:
         logger.log_metrics(dict(metrics), step=step)
     logger.save()
@@ -31,7 +31,7 @@ def write_csv(directory: Path, events: Events) -> Path:
 
 def write_events(directory: Path, events: Events) -> Path:
     """Write an event file of TensorBoard, and return its path."""
-    # Most users of this module need no TensorBoard, which takes a second to import.
+    # TensorBoard takes a second to import, and most users of this module do not need it.
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(directory)) as writer:
@@ -42,14 +42,14 @@ def write_events(directory: Path, events: Events) -> Path:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of the one `metrics.csv` below a directory, without empty cells."""
+    """Return the rows of the only `metrics.csv` below a directory, without empty cells."""
     (file,) = path.rglob("metrics.csv")
     with file.open() as lines:
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
 
 
 def logged_in(path: Path) -> list[dict[str, str]]:
-    """Return the rows that the monitor has logged, of the one `metrics.csv` below a directory."""
+    """Return the rows that the monitor has logged, from the only `metrics.csv` below a directory."""
     return [row for row in rows(path) if "revbn/scale_mean" in row]
 
 
@@ -59,7 +59,7 @@ def read(path: Path) -> Scalars:
 
 
 def read_or_error(path: Path) -> Scalars | str:
-    """Return what can be read, or the one line that says why not."""
+    """Return the scalars of a log, or the error's line if the log cannot be read."""
     try:
         return read(path)
     except LogError as error:

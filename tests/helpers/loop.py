@@ -19,7 +19,7 @@ STEPS = 20
 def train(
     model: nn.Module, optimizer: Optimizer, scheduler: Any = None, steps: int = STEPS, closure: bool = True
 ) -> None:
-    """Train on a batch of 8 images a step, the same in every call; the optimizer may get a closure."""
+    """Train on a batch of 8 images per step, equal in every call; `closure` passes the optimizer a closure."""
     inputs, targets = images(8 * steps)
 
     for step in range(steps):
@@ -41,7 +41,7 @@ def train(
 
 
 def ruled_sgd(**options: Any) -> tuple[nn.Module, torch.optim.SGD, ScaleUpdateRule]:
-    """Return a network, its optimizer and the rule on it."""
+    """Return a network, its optimizer and the rule on the optimizer."""
     model = residual_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, **options)
     return model, optimizer, ScaleUpdateRule(optimizer, scales(model), C, scales(model))

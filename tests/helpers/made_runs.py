@@ -1,4 +1,4 @@
-"""Runs that were never trained, to draw."""
+"""Made-up runs to draw, without training."""
 
 from __future__ import annotations
 

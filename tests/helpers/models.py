@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class ResidualNet(nn.Module):
-    """Stem, one residual block, head: three batch norm layers; 3x6x6 inputs, 5 classes."""
+    """A stem, a residual block and a head, with three batch norm layers; for 3x6x6 inputs and 5 classes."""
 
     def __init__(self, width: int = 6, zero_init_residual: bool = False) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ BATCH_NORMS = ["stem.1", "bn1", "bn2"]
 
 
 def residual_net(seed: int = 0, **kwargs: object) -> ResidualNet:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # leaves the test's own random state alone
         torch.manual_seed(seed)
         return ResidualNet(**kwargs)  # type: ignore[arg-type]
 
 
 class SynchronizedBatchNorm(nn.BatchNorm2d):
-    """Batch norm that users synchronise by hand: with differentiable all-reduces, in a forward of its own."""
+    """Batch norm that users synchronise by hand, by differentiable all-reduces in its own forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         size = input.new_tensor([input.numel() / input.shape[1]])
@@ -53,7 +53,7 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
 
 
 class AmidArithmetic(nn.BatchNorm2d):
-    """Batch norm with arithmetic before and behind: neither its input nor its output tells what is normalised."""
+    """Batch norm between other arithmetic, so that the layer's input and output do not show the normalised values."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 0.1 * super().forward(3 * input.sin()) + 1
@@ -92,7 +92,7 @@ def shifts(model: nn.Module) -> list[nn.Parameter]:
 
 
 def assert_same_parameters(first: nn.Module, second: nn.Module) -> None:
-    """Assert that two models hold the same values to the bit, buffers too."""
+    """Assert that two models hold the same parameters and buffers to the bit."""
     left, right = first.state_dict(), second.state_dict()
     assert left.keys() == right.keys()
     different = [key for key in left if not torch.equal(left[key], right[key])]

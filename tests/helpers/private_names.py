@@ -29,14 +29,14 @@ def of_lightning() -> set[str]:
 
 
 def accesses(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
-    """Yield the private names that a module reads or writes on objects of others, and the lines."""
+    """Yield the private names that a module reads or writes on objects of other packages, with the lines."""
     keys = {id(key) for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr):
             on_itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             if not on_itself and node.attr not in own:
                 yield node.lineno, node.attr
-        # getattr, hasattr and vars ask objects of others.
+        # getattr, hasattr and vars take the name as a text.
         elif isinstance(node, ast.Constant) and id(node) not in keys and PRIVATE.fullmatch(str(node.value)):
             yield node.lineno, node.value
 

@@ -1,4 +1,4 @@
-"""Runs a process to its end, and ends it when it hangs: when it makes no progress, however long it has run."""
+"""Runs a process to its end, and kills it if it hangs. A hang is a time without progress, not a long run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tempfile import TemporaryFile
 from typing import NamedTuple
 
 PATIENCE = 300.0
-"""Seconds without progress after which a process hangs. A busy machine makes a process slow, but does not stop it."""
+"""Seconds without progress that count as a hang. A busy machine makes a process slow, but does not stop it."""
 BUSY = 0.03
 """The share of a core below which a process tree makes no progress. A rank that waits in a FileStore uses 0.01."""
 LIMIT = 3600.0
-"""Seconds after which a process is ended although it is busy: an endless loop, or a system without /proc."""
+"""Seconds after which even a busy process is killed: it may be in an endless loop, or the system has no /proc."""
 
 PROC = Path("/proc")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -27,11 +27,11 @@ _NUMBERS = itertools.count()
 
 
 class Progress:
-    """Judges by output and CPU time whether a process tree still does anything.
+    """Judges by output and CPU time whether a process tree makes progress.
 
     Args:
-        start: When the process started, in seconds.
-        patience: Seconds without output, in which less than a share `BUSY` of a core is used, that are a hang.
+        start: The time in seconds when the process started.
+        patience: Seconds that count as a hang if they pass without output and with less than `BUSY` of a core in use.
     """
 
     def __init__(self, start: float, patience: float = PATIENCE) -> None:
@@ -41,7 +41,7 @@ class Progress:
         self._output = 0
 
     def is_stuck(self, now: float, cpu: float, output: int) -> bool:
-        """Look once more: `cpu` are the seconds that the living processes have used, `output` the bytes written."""
+        """Update with the CPU seconds that the living processes have used and the bytes written, and judge."""
         used = cpu - self._cpu  # negative after a process has ended, which is progress
         if output > self._output or used < 0 or used >= BUSY * self.patience:
             self._last, self._cpu, self._output = now, cpu, output
@@ -58,27 +58,27 @@ def run_process(
     limit: float = LIMIT,
     clock: Callable[[], float] = time.monotonic,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command until all its processes have ended, and return its exit code and what it wrote.
+    """Run a command until all its processes have ended, and return its exit code and output.
 
     Args:
         command: The program and its arguments.
-        cwd: The directory to run it in.
-        env: Variables that are set beside those of this process.
+        cwd: The working directory of the command.
+        env: Variables in addition to the environment of this process.
         check: Whether an exit code other than 0 is an error.
-        patience: Seconds without progress after which it is ended.
-        limit: Seconds after which it is ended in any case.
-        clock: Tells the seconds.
+        patience: Seconds without progress after which the command is killed.
+        limit: Seconds after which the command is killed in any case.
+        clock: Returns the time in seconds.
 
     Returns:
         The exit code, standard output and standard error.
 
     Raises:
-        TimeoutError: It made no progress, or took longer than the limit. The message has what it wrote, and the stack
-            of each of its Python threads.
-        AssertionError: It ended with an exit code other than 0. The message has what it wrote.
+        TimeoutError: If the command made no progress, or took longer than the limit. The message has its output, and
+            the stack of each of its Python threads.
+        AssertionError: If the command ended with an exit code other than 0. The message has its output.
     """
     words = [str(word) for word in command]
-    # With PYTHONFAULTHANDLER, Python writes the stack of each thread when it gets SIGABRT.
+    # With PYTHONFAULTHANDLER, Python writes the stack of each thread on SIGABRT.
     mark = f"{os.getpid()}.{next(_NUMBERS)}"
     environment = {**os.environ, **(env or {}), "PYTHONFAULTHANDLER": "1", MARK: mark}
     with TemporaryFile() as stdout, TemporaryFile() as stderr:
@@ -95,7 +95,7 @@ def run_process(
                 tree.send(signal.SIGABRT)
                 tree.wait(60)
         finally:
-            tree.send(signal.SIGKILL)  # nothing is left of it but after an error
+            tree.send(signal.SIGKILL)  # after an error, processes may be left
             process.wait()
         texts: list[str] = []
         for file in (stdout, stderr):
@@ -111,11 +111,11 @@ def run_process(
 
 
 def _wait(tree: _Tree, written: Callable[[], int], progress: Progress, limit: float, clock: Callable[[], float]) -> str:
-    """Wait until a process has failed, or it and its descendants have ended; return why to end them, or nothing."""
+    """Wait until a process has failed, or all processes of its tree have ended; return a reason to kill them, or ""."""
     start, seconds = clock(), 0.05
     while not tree.wait(seconds):
         seconds = min(2 * seconds, 1.0)
-        if tree.process.returncode:
+        if tree.process.returncode:  # its descendants may wait for it forever
             return ""
         now = clock()
         if now - start >= limit:
@@ -128,13 +128,13 @@ def _wait(tree: _Tree, written: Callable[[], int], progress: Progress, limit: fl
 class _Member(NamedTuple):
     pid: int
     cpu: float
-    """Seconds that it has used, and its children that have ended."""
+    """CPU seconds of the process and of its ended children."""
 
 
 class _Tree:
-    """A process and its descendants, also those whose parent has ended: they inherit a variable of the environment.
+    """A process and its descendants, including orphans: all inherit an environment variable that identifies them.
 
-    A session of their own would tell them too, but what ends the tests from outside would not reach them then.
+    A separate session would identify them too, but a signal that ends the tests from outside would not reach it.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], mark: str) -> None:
@@ -142,21 +142,21 @@ class _Tree:
         self._mark = f"{MARK}={mark}".encode()
 
     def members(self) -> list[_Member]:
-        """Return what has not ended of the tree; nothing on a system without /proc."""
+        """Return the living processes of the tree; empty on a system without /proc."""
         found: list[_Member] = []
         for folder in PROC.glob("[0-9]*"):
             try:
                 if self._mark not in (folder / "environ").read_bytes().split(b"\0"):
                     continue
-                # The name of the program comes second, in brackets, and may hold anything.
+                # The second field, in brackets, is the program's name, which may hold spaces and brackets.
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has just ended, or is another user's
+            except OSError:  # the process has just ended, or belongs to another user
                 continue
             found.append(_Member(int(folder.name), sum(map(int, fields[11:15])) / TICKS))
         return found
 
     def wait(self, seconds: float) -> bool:
-        """Return whether all have ended after so many seconds."""
+        """Wait at most this number of seconds, and return whether all processes have ended."""
         end = time.monotonic() + seconds
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
@@ -167,7 +167,7 @@ class _Tree:
         return True
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to all that have not ended."""
+        """Send a signal to all living processes."""
         self.process.send_signal(number)
         for member in self.members():
             if member.pid != self.process.pid:

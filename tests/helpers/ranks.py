@@ -1,4 +1,4 @@
-"""How the processes of tests begin to communicate, and end it."""
+"""Starts and ends the communication between processes of tests."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch.distributed
 
 
 def join_process_group(rank: int, ranks: int, folder: Path) -> None:
-    """Begin, in a process that no Trainer started; an empty directory is where they meet."""
+    """Join a process group in a process that no Trainer started; the ranks meet in an empty directory."""
     store = torch.distributed.FileStore(str(folder / "store"), ranks)
-    store.set_timeout(torch.distributed.constants.default_pg_timeout)  # its own would be too short on a busy machine
+    store.set_timeout(torch.distributed.constants.default_pg_timeout)  # a store's own is too short on a busy machine
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 
 def end_rank() -> None:
-    """End this process, if it is one of several ranks, once all of them are here: the last line of what ranks run.
+    """End this process when all ranks have called this function; the last line of a rank's code.
 
-    Neither the process group nor the interpreter is taken down before. Threads of gloo may take the lock of the
-    interpreter then: processes were aborted now and then with torch 2.14, and hung with torch 2.5, all work done.
+    The process ends without shutting down the process group or the interpreter. During a shutdown, gloo's threads may
+    take the interpreter's lock: after all work, some processes aborted with torch 2.14, and hung with torch 2.5. A
+    process outside a process group goes on.
     """
     if not torch.distributed.is_initialized():
         return
@@ -29,7 +30,7 @@ def end_rank() -> None:
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in ranks])
     store.set(f"left {rank}", "")
-    if rank == 0:  # which holds the store, and so goes last
+    if rank == 0:  # rank 0 holds the store, so it ends last
         store.wait([f"left {other}" for other in ranks])
     sys.stdout.flush()
     sys.stderr.flush()

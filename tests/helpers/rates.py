@@ -12,11 +12,11 @@ from helpers.by_hand import LR, C
 from lightning_revbn import find_batch_norms
 
 Rates = list[list[tuple[float, float]]]
-"""For every update, the learning rates of shift and scale of every layer that the optimizer holds."""
+"""For every update, a pair of learning rates (shift, scale) for each layer that the optimizer holds."""
 
 
 def probing_sgd(seen: Rates, lr: float = LR) -> Any:
-    """Configure an SGD that notes the learning rates of its batch norm layers at every update."""
+    """Configure an SGD that records the learning rates of its batch norm layers at every update."""
 
     def configure(module: nn.Module) -> Any:
         layers = [(id(record.shift), id(record.scale)) for record in find_batch_norms(module)]
@@ -39,7 +39,7 @@ def probing_sgd(seen: Rates, lr: float = LR) -> Any:
 
 
 def assert_ratio_everywhere(seen: Rates, steps: int, moves: bool = True) -> None:
-    """Assert that every update saw lr / c for the scales, and that the learning rate moved."""
+    """Assert that every update saw lr / c for the scales, and, unless `moves` is False, that the rate changed."""
     assert len(seen) >= steps
     assert all(seen)
     assert all(math.isclose(scale, base / C, rel_tol=1e-12) for rates in seen for base, scale in rates)

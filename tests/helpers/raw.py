@@ -1,4 +1,4 @@
-"""Raw images, a DataModule that hands them over as they are, and a network for them."""
+"""Raw images, a DataModule that passes them on unchanged to the mixin, and a network for them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGES = raw_images(40)[0]
 
 
 def same_states(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Tell whether two states of input statistics are the same to the bit."""
+    """Tell whether two states of input statistics are equal to the bit."""
     return first.keys() == second.keys() and all(
         torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
         for name, value in first.items()
@@ -56,7 +56,7 @@ class RawData(OnlineInputNormMixin, L.LightningDataModule):
 
 
 class SeeingNet(LitNet):
-    """Remembers every input that it was given."""
+    """Keeps every input that it receives."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,11 +82,11 @@ PARTS = {
     2: [(5, 3), (8, 0), (1, 7), (0, 8), (4, 4)],
     3: [(3, 4, 1), (0, 8, 0), (2, 0, 6), (4, 2, 2), (1, 1, 6)],
 }
-"""How many samples of the same five global batches each rank gets, by the number of ranks; some get none."""
+"""By number of ranks, the samples of each rank in the same five global batches; some ranks get no samples."""
 
 
 class Parts:
-    """One rank's parts of the global batches, uneven and empty ones among them."""
+    """A rank's parts of the global batches, some of them uneven or empty."""
 
     def __init__(self, images: tuple[Tensor, Tensor], ranks: int) -> None:
         self._images = images
@@ -105,7 +105,7 @@ class Parts:
 
 
 class UnevenData(RawData):
-    """Raw data in uneven parts; counts the collectives that the hook makes by the stage it is called in."""
+    """Raw data in uneven parts; counts the hook's collectives by the stage of the call."""
 
     def __init__(self, ranks: int, settings: InputNorm | None = None, images: Any = None) -> None:
         super().__init__(settings, images)
@@ -117,6 +117,7 @@ class UnevenData(RawData):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         stage = str(self.trainer.state.stage.value)
+        # Only a loop's batches come in this hook; example inputs come outside of it.
         if self.trainer.lightning_module._current_fx_name != "batch_to_device":
             stage = "example"
         with Collectives() as counted:
@@ -130,7 +131,7 @@ class UnevenData(RawData):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that are called while it is active."""
+    """Counts the collectives called while it is active."""
 
     count = 0
 
@@ -140,7 +141,7 @@ class Collectives(TorchDispatchMode):
 
 
 class UnevenNet(SeeingNet):
-    """A network without batch norm whose gradients do not depend on how a global batch of 8 is divided."""
+    """A network without batch norm whose gradients do not depend on the division of a global batch of 8."""
 
     def __init__(self) -> None:
         with torch.random.fork_rng():

@@ -16,7 +16,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def run_python(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> Done:
-    """Run the interpreter of the tests with the package of this checkout; options are those of `run_process`."""
+    """Run the tests' interpreter with the package of this checkout; options go to `run_process`."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT)}
     return run_process([sys.executable, *arguments], env={**own, **(env or {})}, **options)
 
@@ -27,7 +27,7 @@ def run_script(name: str, *arguments: object, **options: Any) -> Done:
 
 
 def run_code(code: str) -> str:
-    """Run lines of Python in a fresh interpreter, and return what they printed."""
+    """Run lines of Python in a fresh interpreter, and return their output."""
     return run_python("-W", "ignore", "-c", code).stdout
 
 
@@ -42,9 +42,9 @@ def run_ranks(script: str, *arguments: object, env: Mapping[str, str] | None = N
 
 
 def run_shell(commands: str, folder: Path) -> str:
-    """Run commands of a page in a folder, and return what they print.
+    """Run commands of a page in a folder, and return their output.
 
-    `python` and the installed commands are those of the tests.
+    `python` and the installed commands come from the tests' environment.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT), "PATH": path}

@@ -36,7 +36,7 @@ def cut(data: dict[str, Any], rows: Any) -> dict[str, Any]:
 
 
 class Sensors(OnlineInputNormMixin, L.LightningDataModule):
-    """Collects statistics in `setup` from one loader, and trains on uneven parts; counts its collectives a step."""
+    """Collects statistics from a loader in `setup`, then trains on uneven parts; counts its collectives per step."""
 
     def __init__(self, ranks: int) -> None:
         super().__init__(input_norm=SETTINGS)
@@ -68,7 +68,7 @@ class Sensors(OnlineInputNormMixin, L.LightningDataModule):
 
 
 class Uneven:
-    """One rank's parts of five global batches of 8."""
+    """A rank's parts of five global batches of 8."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -86,7 +86,7 @@ class Uneven:
 
 
 class SensorsNet(LitNet):
-    """Keeps what it was given; its gradients do not depend on the batch."""
+    """Keeps every batch that it receives; its gradients do not depend on the batch."""
 
     def __init__(self) -> None:
         super().__init__(model=torch.nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Nested states, as checkpoints hold them."""
+"""Compares nested states, as checkpoints hold them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The strategies of tests of several processes, and what FSDP2 needs, where parameters are shards."""
+"""The strategies of tests with several processes, and code for FSDP2, under which parameters are shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.lit import LitNet
 from helpers.ranks import end_rank
 
 RUNS_ON_CPU = Version(torch.__version__) >= Version("2.7")
-"""Whether FSDP2 does: that of torch 2.5, the lowest version that is tested, runs on CUDA alone."""
+"""Whether FSDP2 runs on CPUs: in torch 2.5, the lowest version that is tested, it runs only on CUDA."""
 
 STRATEGIES = ["ddp", "ddp_spawn", *["fsdp2"] * RUNS_ON_CPU]
 
@@ -28,7 +28,7 @@ class Sharding(L.LightningModule):
     def configure_model(self) -> None:
         from torch.distributed._composable.fsdp import fully_shard
 
-        if not self.is_sharded:
+        if not self.is_sharded:  # Lightning calls configure_model in every stage
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
             self.is_sharded = True
 
@@ -38,7 +38,7 @@ class ShardedNet(Sharding, LitNet):
 
 
 class SpawnedDDP(DDPStrategy):
-    """Lightning's `ddp_spawn`, whose processes end by `end_rank`."""
+    """Lightning's `ddp_spawn` with processes that end by `end_rank`."""
 
     def __init__(self) -> None:
         super().__init__(start_method="spawn")
@@ -54,7 +54,7 @@ class _EndingLauncher(_MultiProcessingLauncher):
 
 
 def strategy_of(name: str, ranks: int) -> Any:
-    """Return what `Trainer(strategy=...)` takes; "fsdp2" is the one that has no name in Lightning."""
+    """Return the argument of `Trainer(strategy=...)`; Lightning has no name for "fsdp2"."""
     if name == "ddp_spawn":
         return SpawnedDDP()
     if name != "fsdp2":

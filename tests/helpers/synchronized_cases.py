@@ -1,4 +1,4 @@
-"""The layers and networks whose synchronised batch norm on two ranks is held against the joined batch."""
+"""Layers and networks whose synchronised batch norm on two ranks is compared with the joined batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGES = (8, 3, 5, 6)
 
 
 class Operator(nn.BatchNorm2d):
-    """Calls torch's operator and not the function around it."""
+    """Calls torch's operator directly, instead of the function around it."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.num_batches_tracked.add_(1)
@@ -36,7 +36,7 @@ def network() -> nn.Module:
     return timm.create_model("resnetv2_50", layers=(1, 1), channels=(16, 32), stem_chs=8, num_classes=3)
 
 
-# What to make, the shape of the joined input, and how many samples each rank gets.
+# The layer's constructor, the shape of the joined input, and the number of samples of each rank.
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (8, 3), (4, 4)),
     "BatchNorm1d of sequences": (lambda: nn.BatchNorm1d(3), (8, 3, 5), (4, 4)),

@@ -1,4 +1,4 @@
-"""Reads the file that an offline run of Weights & Biases leaves."""
+"""Reads the file of an offline run of Weights & Biases."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class EveryCall:
         return not self._is_undone
 
     def undo(self) -> None:
-        """Restore the method, if the addition is still there; under another addition, once that one is undone."""
+        """Restore the method, or, under another addition, let the undo of the outer addition restore it."""
         self._is_undone = True
         attributes = vars(self._owner)
         while isinstance(top := attributes.get(self._name), EveryCall) and top._is_undone:
@@ -69,7 +69,7 @@ class NextCall(EveryCall):
 
 
 def followed_by(then: Callable[[], None]) -> Callable[..., Any]:
-    """Return what makes `NextCall` call a function after the method.
+    """Make an `around` that calls a function after the method.
 
     Args:
         then: The function.

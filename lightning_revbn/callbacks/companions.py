@@ -81,7 +81,7 @@ class Companion(SameOnAllRanks):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """The arguments that decide what is trained, as plain values."""
+        """The arguments that decide on the training, as plain values."""
         raise NotImplementedError
 
     @property

@@ -132,7 +132,7 @@ class EpsState:
 
 
 class StageEps:
-    """The eps of a module's layers in one stage of a Trainer: a fit, or an evaluation.
+    """The eps of a module's layers in a stage of a Trainer: a fit, or an evaluation.
 
     A callback sets eps in the layers that it selects, and in layers that no callback of the Trainer selects: a
     checkpoint of other callbacks may hold their eps.

@@ -50,8 +50,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     At the start of a fit, the scale of every freshly initialised batch norm layer becomes `scale`. Trained, restored
     and frozen layers keep their scales, and so do scales that start at 0 on purpose. Every optimizer updates the scales
     with its own current learning rate divided by `scale_lr_divisor`. A table lists once which layers were rewritten,
-    which were left alone, and why. Parameter groups, schedules, optimizer state and the keys of the model's
-    `state_dict` stay as without the callback, so checkpoints can be resumed with it or without it.
+    which were left alone, and why. Parameter groups, schedules, optimizer state and the keys of `state_dict` stay the
+    same, so checkpoints can be resumed with or without the callback.
 
     A Trainer may hold several, each for its own layers with its own settings; they may share an optimizer.
 
@@ -156,7 +156,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     @property
     @override
     def _settings(self) -> dict[str, Any]:
-        """The arguments that decide what is trained, as plain values for checkpoints and loggers."""
+        """The arguments that decide on the training, as plain values for checkpoints and loggers."""
         scale = self.scale
         return {
             "scale": dict(scale) if isinstance(scale, Mapping) else scale,
@@ -241,7 +241,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._is_fitting(trainer):
             return
-        # A user's loop may step optimizers past the strategy: this hook is the last chance to find new ones.
+        # A user's loop may step optimizers past the strategy: this hook is the last chance to find such optimizers.
         self._follow(trainer, pl_module)
         self._monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
@@ -311,7 +311,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
                     f"{type(self).__name__}: the checkpoint was made with {name}={state_dict[name]!r}, this run has "
                     f"{name}={own!r}. Restored scales keep their values; from here on this run's settings apply."
                 )
-        # After their trials, Lightning's finders load a checkpoint of their own: that is no resume.
+        # After their trials, Lightning's finders load a checkpoint of their own, which does not count as a resume.
         self._is_resumed = self._is_resumed or not self._rules.has_ever_updated
         if "zero_kept" in state_dict:
             self._rewriting.zero_kept = set(state_dict["zero_kept"])

@@ -293,7 +293,7 @@ class _Before:
         self._mean = None if mean is None else mean.clone()
 
     def is_same_layer(self, record: BatchNormRecord) -> bool:
-        """Tell, by the running mean, whether the layer was neither trained nor restored from a checkpoint since."""
+        """Tell, by the running mean, whether the layer is untouched by training and checkpoints since."""
         mean = _running_mean(record)
         return mean is None or (self._mean is not None and torch.equal(self._mean.to(mean), mean))
 

@@ -41,7 +41,7 @@ class _Parameters:
 
 
 class UpdateRules:
-    """The update rules of one fit, one for each optimizer.
+    """The update rules of a fit, a rule for each optimizer.
 
     Args:
         owner: The callback's name, for messages.

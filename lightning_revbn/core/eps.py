@@ -3,10 +3,10 @@
 eps is an attribute of the layers, read at every forward pass. No `state_dict` holds it, so a network that is built
 again has the eps of its code, whatever it was trained with. Write eps into the code, or set it again after loading.
 
-eps is set in layers that are freshly initialised, whose scale starts at 0 or at unusual values, that are lazy or have
-no scale (`affine=False`), and in frozen copies of these. Trained, frozen and quantised layers keep their eps, and so do
-layers on the meta device. `InputBatchNorm` keeps its own eps, since it sees data. A layer without scale and running
-statistics does not show whether it is fresh: its eps is set unless another layer of the model was trained.
+eps is set in layers that are freshly initialised, lazy or without a scale (`affine=False`), and in their frozen copies.
+Their scale may start at 0 or at unusual values. Trained, frozen and quantised layers keep their eps, and so do layers
+on the meta device. `InputBatchNorm` keeps its own eps, since it sees data. A layer without scale and running statistics
+does not show whether it is fresh: its eps is set unless another layer of the model was trained.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EPS_KEY = "eps_by_layer"
 
 @dataclass(frozen=True)
 class LayerEps:
-    """The eps of one batch norm layer, before and after `set_eps`.
+    """The eps of a batch norm layer, before and after `set_eps`.
 
     Attributes:
         name: Dotted name of the layer, as in `BatchNormRecord`.

@@ -251,7 +251,7 @@ class _WhenMade:
 
 @torch.no_grad()
 def fill_scale(layer: nn.Module, value: float | Tensor) -> None:
-    """Set the scale of a layer in place, through its parametrisation if it has one.
+    """Set the scale of a layer in place, or through its parametrisation.
 
     Args:
         layer: A batch norm layer that has a scale.

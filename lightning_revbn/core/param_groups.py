@@ -51,8 +51,8 @@ def scale_param_groups(
     """Sort a model's parameters into permanent groups, batch norm scales with lr / c and shifts with lr * k.
 
     Use it for engines that take the parameters away from the optimizer, such as DeepSpeed, or to see the groups.
-    Otherwise `ScaleUpdateRule` is the better choice: schedules that write the same number into every group (OneCycleLR
-    and CyclicLR with a scalar, SWALR, CosineAnnealingLR with `eta_min`) destroy the ratio of permanent groups, and a
+    Otherwise `ScaleUpdateRule` is the better choice. Schedules that write the same number into every group destroy the
+    ratio of permanent groups: OneCycleLR and CyclicLR with a scalar, SWALR, CosineAnnealingLR with `eta_min`. And a
     checkpoint with other groups cannot be resumed.
 
     With `weight_decay_exempt="vectors"` these are the paper's groups: weight decay on convolutions and linear layers

@@ -46,15 +46,15 @@ class ScaleUpdateRule:
     copies:
 
     - Setting, deleting or changing a key in place does the same in the group. If the copies disagree, the first
-      written copy counts. Parameters that are neither scales nor shifts come first.
+      written copy counts. The copy of parameters other than scales and shifts comes first.
     - A learning rate or weight decay becomes the group's if all parts follow from it, as with `group["lr"] *= 0.9` in
       every group. The same number for scales and other parameters, or a change in a single part, is a RuntimeError.
     - A group that `add_param_group` adds becomes a group of the optimizer. Removed, replaced or reordered groups, and
       other parameters in a group, are a RuntimeError.
     - If an exception ends a step, the values written before reach the group by the next step, `state_dict()` or
       `remove()`. Values that no single number for the group can give all parts are dropped.
-    - All parts share the state that an optimizer keeps in a group (a count of steps, the d of D-Adaptation, the sum of
-      weights of schedule-free optimizers). Permanent groups would each have their own state: the only difference.
+    - All parts share the state that an optimizer keeps in a group: a count of steps, the d of D-Adaptation, the sum of
+      weights of schedule-free optimizers. Permanent groups would each have their own state: the only difference.
 
     Args:
         optimizer: Any optimizer that derives from `torch.optim.Optimizer` and updates from its `param_groups`, also as
@@ -70,9 +70,9 @@ class ScaleUpdateRule:
 
     Raises:
         TypeError: If `optimizer` is not a torch optimizer, a scale or shift not a tensor, or c or k not a number.
-        ValueError: If c or k is not finite and positive, the rule cannot hold for the optimizer (the message says why),
-            or another rule on it covers one of the scales or shifts. Also if a group with scales or shifts has no
-            learning rate, or `scale_param_groups` has made it with other numbers.
+        ValueError: If c or k is not finite and positive, or the rule cannot hold for the optimizer (the message says
+            why). Also if another rule on it covers a scale or shift, a group with scales or shifts has no learning
+            rate, or `scale_param_groups` has made the group with other numbers.
 
     Example:
         >>> from torch import nn

@@ -61,7 +61,7 @@ class Companion(SameOnAllRanks):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._alone_in = weakref.WeakKeyDictionary()
+        self._alone_in = weakref.WeakKeyDictionary()  # which cannot be pickled
 
     def _key_in(self, trainer: Trainer) -> str:
         """Return the key of the state in the checkpoints of a Trainer."""

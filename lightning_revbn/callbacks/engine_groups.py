@@ -70,6 +70,7 @@ def check_engine_groups(
     """
     if permanent_groups(optimizer):
         return
+    # DeepSpeed's wrapper holds the user's optimizer, whose class the message names.
     inner = cast("type[object]", type(getattr(optimizer, "optimizer", optimizer)))
     name = f"torch.optim.{inner.__name__}" if inner.__module__.startswith("torch.optim.") else inner.__name__
     arguments = _arguments(optimizer.param_groups[0], selection, settings)
@@ -90,7 +91,7 @@ def check_engine_groups(
 def _arguments(group: Mapping[str, Any], selection: Selection, settings: RuleSettings) -> dict[str, Any]:
     """Return the arguments of `scale_param_groups` that match the callback's settings."""
     return {
-        "lr": float(group.get("initial_lr", group["lr"])),
+        "lr": float(group.get("initial_lr", group["lr"])),  # a schedule has changed lr, and keeps the user's number
         "weight_decay": group.get("weight_decay", 0.0),
         **_unlike_defaults(settings, include=selection.include, exclude=selection.exclude),
     }

@@ -71,6 +71,7 @@ class EpsState:
         """
         stage = StageEps(self._owner, self.eps, trainer, module, others)
         stage.choose(self._selection.look(module))
+        # A checkpoint of a running fit must hold the eps of the fit, not of an evaluation in its middle.
         if self._fit is None or self._fit.is_over:
             self._latest = stage
         return stage
@@ -199,6 +200,7 @@ class StageEps:
             self._written.set({name: eps for name, eps in chosen.items() if name not in others})
         elif notes := self._written.notes():
             # An earlier fit has set their eps, and their parameters were reset since.
+            # Any number serves as eps here, since only the names are used.
             fresh = choose_eps(module, proven_fresh(records), 1.0).keys() & notes.keys() - others
             self._find_copies(fresh)
             self._written.leave_to_code(fresh)
@@ -313,6 +315,7 @@ class StageEps:
     def _around_save(self, method: Any, checkpoint: dict[str, Any]) -> None:
         method(checkpoint)
         eps = self.eps_to_save()
+        # A checkpoint without optimizers holds weights alone, and Lightning leaves out the states of callbacks.
         if eps and "optimizer_states" not in checkpoint:
             checkpoint.setdefault("callbacks", {})[self._saved_as] = {"eps": self._eps, EPS_KEY: eps}
 

@@ -40,6 +40,7 @@ def announce(trainer: Trainer, settings: Mapping[str, Any], caller: str = "Revis
     joined: list[NextCall] = []
     for logger in _takers(trainer):
         if isinstance(logger, twins(TensorBoardLogger)):
+            # Without `metrics={}`, Lightning would write a set of hyperparameters, and an `hp_metric` of -1.
             _log(logger, ours, caller, metrics={})
             joined.append(NextCall(logger, "log_hyperparams", _joined_by(ours)))
     return joined
@@ -68,6 +69,7 @@ def _entries(settings: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in settings.items()
     }
     seed = os.environ.get(_SEED_VARIABLE, "")
+    # `isdigit` also accepts digits such as '²', which int refuses.
     return {**entries, SEED_KEY: int(seed)} if seed.isascii() and seed.isdigit() else entries
 
 

@@ -150,6 +150,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         *,
         progress_bar: bool = False,
     ) -> None:
+        # `type`, since True is an instance of int.
         if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be a positive whole number, or None")
         self.every_n_steps = every_n_steps
@@ -316,7 +317,9 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
 
     def _measure(self, trainer: Trainer, fit: _Fit, step: int) -> _Event:
         """Measure scales and shifts at a logging step."""
+        # Every rank measures, though only rank 0 logs: gathering sharded parameters is a collective.
         with gathered(trainer.strategy.model or trainer.lightning_module):
+            # Without a logger, only callbacks read the metrics, and they get the metrics of the whole model.
             metrics = fit.statistics.compute(per_layer=self.per_layer and bool(trainer.loggers))
             histograms = fit.statistics.histograms() if self.histograms else {}
         scales = [record.scale for record in fit.records if record.scale is not None]
@@ -416,12 +419,13 @@ def _log(logger: Logger, event: _Event) -> None:
     """Pass an event to a logger, with histograms if the logger takes them."""
     metrics: dict[str, Any] = {**event.metrics, "epoch": event.epoch}
     for key, values in event.histograms.items():
+        # No bin holds infinity or NaN: np.histogram, which W&B calls, raises on them.
         finite = values[np.isfinite(values)]
         if not finite.size:
             continue
         if isinstance(logger, twins(TensorBoardLogger)):
             cast("Any", logger.experiment).add_histogram(key, finite, event.step)
         elif isinstance(logger, twins(WandbLogger)):
-            wandb: Any = import_module("wandb")
+            wandb: Any = import_module("wandb")  # an optional dependency, which a WandbLogger proves to be there
             metrics[key] = wandb.Histogram(finite)
     logger.log_metrics(metrics, step=event.step)

@@ -64,7 +64,7 @@ class NextCall(EveryCall):
         """Make the call."""
         if self._is_undone:
             return self.__wrapped__(*args, **kwargs)
-        self.undo()
+        self.undo()  # first, since the call may raise, or call the method again
         return self._around(self.__wrapped__, *args, **kwargs)
 
 

@@ -202,7 +202,9 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._guard(trainer, pl_module)
         self._rewriting.begin(pl_module)
         self._eps.begin(trainer, pl_module, others, self.state_key)
+        # The Trainer does not know our own monitor, so this callback calls its hooks.
         self._monitor.setup(trainer, pl_module, stage)
+        # FSDP2 and DeepSpeed ignore sync_batchnorm without a word.
         warn_if_ignored(trainer.strategy)
         rewrite = functools.partial(self._rewrite, trainer, pl_module)
         rewrite()
@@ -222,6 +224,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._unwrap()
         self._wraps += hyperparameters.announce(trainer, self._joined_settings(trainer))
         self._settle(trainer, pl_module)
+        # Strategies that restore later get their report in `on_train_start`, once the weights are final.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._tell(trainer)
 
@@ -323,7 +326,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._evaluations = weakref.WeakKeyDictionary()
+        self._evaluations = weakref.WeakKeyDictionary()  # which cannot be pickled
 
     def _is_fitting(self, trainer: Trainer) -> bool:
         """Tell whether this Trainer runs the fit that the callback acts in; Trainers may share a list of callbacks."""
@@ -351,6 +354,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
         def load(method: Callable[..., None], checkpoint: dict[str, Any]) -> None:
             method(checkpoint)
+            # A checkpoint of step 0 brings back the weights from before the first update.
             if not checkpoint.get("global_step"):
                 self._rules.set_back()
 
@@ -383,9 +387,11 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     @override
     def _arguments(self) -> dict[str, Any]:
         monitor = self._own_monitor
+        # A default monitor is saved as True, so that loading makes a default monitor again.
         return {**super()._arguments(), "monitor": monitor if monitor and monitor.is_asked_for else monitor is not None}
 
     def _rewrite(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Both refusals come before the first write, so a refused fit leaves the model as it was.
         refuse_damage(trainer.strategy, pl_module)
         self._refuse_shared_layers(trainer, pl_module)
         self._rewriting.write(trainer, pl_module)

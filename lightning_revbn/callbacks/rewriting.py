@@ -83,6 +83,7 @@ class Rewriting:
         Raises:
             ValueError: If a layer cannot be rewritten; then no scale is written.
         """
+        # FSDP1 is left out: it wraps the model only after setup.
         with gathered(module, write=True, fsdp=False):
             records = self._judge(module)
             refuse([record for record in records if record.state != "unmaterialized"])
@@ -295,6 +296,7 @@ class _Before:
     def is_same_layer(self, record: BatchNormRecord) -> bool:
         """Tell, by the running mean, whether the layer is untouched by training and checkpoints since."""
         mean = _running_mean(record)
+        # The layer may have moved to another device or precision since.
         return mean is None or (self._mean is not None and torch.equal(self._mean.to(mean), mean))
 
 

@@ -158,6 +158,7 @@ class UpdateRules:
         return {**self.__dict__, "_attached": [], "_guards": [], "_seen": None, "_guard": None}
 
     def _remove_rules(self) -> None:
+        # The rules take their counts along, so the answer is kept here.
         self._has_stepped = self.has_updated
         self._seen = None
         while self._attached:
@@ -197,7 +198,7 @@ class UpdateRules:
                 parameters.exempt,
                 shifts=parameters.shifts,
                 shift_multiplier=self.settings.shift_multiplier,
-                warn_if_unused=False,
+                warn_if_unused=False,  # `tell` warns once for all optimizers
             )
         except (TypeError, ValueError) as error:
             divided = parameters.scales if self.rates.divides_scales else []
@@ -218,6 +219,7 @@ class UpdateRules:
         try:
             result = method(optimizer, *args, **kwargs)
         except BaseException:
+            # torch does not run its post-hooks after an exception, so the engine is still in the step.
             if engine := engine_of(optimizer):
                 engine.recover()
             raise
@@ -269,6 +271,7 @@ class _Attached:
         # until the rule has seen an update, and after `step` was replaced.
         self._watch.by_value = not rule.updates or _own_step(rule.optimizer) is not self._step
         held = (parameter for group in rule.optimizer.param_groups for parameter in group["params"])
+        # FSDP1 leaves some ranks no element of a scale, and such a scale never changes.
         covered = (p for p in held if id(p) in self._ids and p.requires_grad and not is_lazy(p) and p.numel())
         self._watch.start(next(covered, None))
 

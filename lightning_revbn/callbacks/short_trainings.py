@@ -51,6 +51,7 @@ def _planned_steps(trainer: Trainer) -> float | None:
     """Return the planned number of optimizer steps; None if it cannot be known."""
     is_trial = bool(getattr(trainer, "fast_dev_run", False))  # Lightning does not type it
     schedules = (own for own in callbacks_of(trainer) if isinstance(own, GradientAccumulationScheduler))
+    # Lightning's estimate takes the present accumulation of gradients for the whole training.
     changes = any(len(set(own.scheduling.values())) > 1 for own in schedules)
     if is_trial or changes or not trainer.lightning_module.automatic_optimization:
         return None

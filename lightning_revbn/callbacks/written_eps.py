@@ -143,6 +143,7 @@ class WrittenEps:
                 write_eps(copy, {"": eps_of(layers[name])})
                 _put_note(copy, note_of(layers[name]))
         self._notes = self.notes()
+        # Of several writes, undo restores the value from before the first.
         kept = {name: old for name, old in self._undo.items() if not (stays and name in values)}
         self._undo = kept if stays else {**had, **kept}
         self.before = {name: old for name, old in (self.before | code).items() if name in self._notes}

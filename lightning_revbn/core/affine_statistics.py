@@ -56,6 +56,7 @@ class AffineStatistics:
             for name, kind in kinds
         ]
         self._scratch = np.empty(int(self._widths.sum()))  # reused by every measurement
+        # A copy, since the next read writes over the values.
         self._start = np.array(parameters.read()) if start is None else self._joined(start)
 
     @np.errstate(over="ignore", invalid="ignore")  # where training has diverged, infinity and NaN are the answer

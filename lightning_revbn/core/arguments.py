@@ -77,6 +77,7 @@ def matching_names(patterns: Iterable[str], names: Collection[str]) -> set[str]:
     """
     found: set[str] = set()
     for pattern in patterns:
+        # `fnmatch` would ignore the case of names on some systems.
         found.update({pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)})
     return found
 

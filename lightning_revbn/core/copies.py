@@ -237,6 +237,7 @@ def _is_equal(copy: Tensor, original: Tensor) -> bool:
     if copy.shape != original.shape:
         return False
     if copy.data_ptr() == original.data_ptr() and copy.dtype == original.dtype:
+        # Views of the same memory need no comparison of values.
         return copy.stride() == original.stride()
     return torch.equal(copy.detach(), original.detach().to(copy.device, copy.dtype))
 

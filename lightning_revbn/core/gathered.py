@@ -35,7 +35,7 @@ def gathered(model: nn.Module, *, write: bool = False, fsdp: bool = True) -> Gen
     with ExitStack() as stack:
         partitioned = [parameter for parameter in _parameters(model) if is_partitioned(parameter)]
         if partitioned:
-            zero: Any = sys.modules["deepspeed"].zero
+            zero: Any = sys.modules["deepspeed"].zero  # imported already, as partitioned parameters prove
             stack.enter_context(zero.GatheredParameters(partitioned, modifier_rank=0 if write else None))
         wrapper = _fsdp_class()
         if fsdp and wrapper is not None:

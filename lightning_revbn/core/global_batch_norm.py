@@ -115,6 +115,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
             torch.distributed.all_reduce(total, group=ctx.group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
             # Mean and variance depend on the values of every rank, so the gradients of all ranks contribute:
             # d values = (grad - mean(grad) - x_hat * mean(grad * x_hat)) * scale / std, means over the whole batch.
+            # All ranks together may have no values.
             means = total / count.clamp(min=1)
             centred = grad - _by_channel(means[0], grad) - x_hat.mul_(_by_channel(means[1], grad))
             slope = invstd if weight is None else weight * invstd

@@ -68,7 +68,7 @@ def scale_1_terms(
     """
     square = scale**2
     return ScaleOneTerms(
-        scale_lr=1 / (max(divisor, 1.0) * square),
+        scale_lr=1 / (max(divisor, 1.0) * square),  # a divisor below 1 switches the division off
         shift_lr=shift_multiplier / square,
         head_start=scale,
         head_lr=square,

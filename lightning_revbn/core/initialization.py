@@ -202,7 +202,7 @@ def write_scales(records: Sequence[BatchNormRecord]) -> None:
         if record.verdict != "rewrite" or record.target is None:
             continue
         if record.state == "lazy":
-            forget_lazy(record)
+            forget_lazy(record)  # a hook of an earlier call may have another target
             _WhenMade(record.module, record.target)
             continue
         fill_scale(record.module, record.target)
@@ -260,7 +260,7 @@ def fill_scale(layer: nn.Module, value: float | Tensor) -> None:
     scale = cast("Tensor", layer.weight)
     values = value.to(scale) if isinstance(value, Tensor) else torch.full_like(scale, value)
     if is_parametrized(layer, "weight"):
-        layer.weight = values  # goes through right_inverse
+        layer.weight = values  # through right_inverse: a value filled in place would be lost
     else:
         scale.copy_(values)
 

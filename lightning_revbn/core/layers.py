@@ -408,6 +408,7 @@ def _state_of(layer: nn.Module, target: float, other_owners: Mapping[int, str]) 
     scale = _parameter(layer, "weight")
     if scale is None:
         return "no scale", "affine=False: the layer has no scale"
+    # A learning rate of lr / c would also act on the other use of the parameter.
     if id(scale) in other_owners:
         owner = other_owners[id(scale)]
         return "shared", f"its scale is also {owner!r}, which is no batch norm; untie them or exclude the layer"

@@ -49,6 +49,7 @@ class OptimizerView:
         self._is_own_hook = is_own_hook
         self.was_stored = False
         self._attributes: dict[str, Any] = {}
+        # Without `__init__`, since the view takes its attributes from the optimizer.
         self.view: Optimizer = object.__new__(self._derived_class(type(optimizer)))
 
     def enter(self) -> Optimizer:

@@ -166,6 +166,7 @@ def exempt_parameters(
     if weight_decay_exempt == "vectors":
         for name, parameter in module.named_parameters():
             attribute = name.rpartition(".")[2]
+            # Recurrent layers have `bias_ih_l0` and the like, attention has `in_proj_bias`.
             if attribute == "bias" or attribute.startswith("bias_") or attribute.endswith("_bias"):
                 found[id(parameter)] = parameter
     return list(found.values())

@@ -67,10 +67,13 @@ class RankSettings:
         Args:
             parts: The settings.
         """
+        # Settings may hold any object, which ranks compare by its repr.
         text = json.dumps(parts, default=repr)
+        # Ranks count themselves under a hash of their settings, so ranks that agree read no settings of others.
         self._same = self._key("same", hashlib.sha256(text.encode()).hexdigest())
         self._store.set(self._key("posted", self._rank), text)
         self._store.add(self._same, 1)
+        # The last rank to post releases the ranks that wait.
         if self._store.add(self._key("count"), 1) == self._ranks:
             self._store.set(self._key("complete"), "")
 

@@ -75,7 +75,7 @@ class RuleEngine:
         Raises:
             ValueError: If another rule covers its scales or shifts, or the rule cannot hold for a group.
         """
-        rules = [*self.rules, rule]
+        rules = [*self.rules, rule]  # a new list: if a group refuses the rule, the engine stays as it was
         coverage = self._joined(rules)
         self._cover(rules, coverage, self._planned(self.optimizer.param_groups, [], coverage))
         self._is_new = True
@@ -85,7 +85,7 @@ class RuleEngine:
                 self.optimizer.register_step_post_hook(self._after_step),
                 keep_marks(self.optimizer),
                 self.optimizer.register_load_state_dict_post_hook(self._after_load),
-                self.optimizer.register_state_dict_pre_hook(lambda _: self._salvage()),
+                self.optimizer.register_state_dict_pre_hook(lambda _: self._salvage()),  # exception checkpoints
             ]
 
     def leave(self, rule: Joined) -> None:
@@ -126,7 +126,7 @@ class RuleEngine:
         self._doubts = [doubt for plan in plans for doubt in plan.doubts]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        self.recover()
+        self.recover()  # an exception in the last step has kept `_after_step` from running
         self._in_step, self._was_read, self._is_stale = True, False, True
         if self._chosen is None or not self._chosen.requires_grad:
             self._choose_watched()
@@ -317,5 +317,6 @@ def engine_of(optimizer: Optimizer) -> RuleEngine | None:
     Returns:
         The engine, or None.
     """
+    # Hooks are the only record of the engine: copies and pickles of the optimizer lose both together.
     owners = (getattr(hook, "__self__", None) for hook in step_pre_hooks(optimizer))
     return next((owner for owner in owners if isinstance(owner, RuleEngine)), None)

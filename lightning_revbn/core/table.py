@@ -93,6 +93,7 @@ def plain_table(
         1 layer
     """
     table = _Table.of(header, rows, spare)
+    # Nothing surrounds plain columns, and no separator follows the last column.
     shown = table if width is None else table.fitted(width, outside=-3)
     lines = [*shown.lines(width)] if shown.is_stacked else _aligned([shown.header, *shown.rows], shown.prose)
     rule = "-" * min(max(map(_cells, lines)), width or sys.maxsize)

@@ -153,7 +153,7 @@ def version_of(tensor: Tensor) -> int | None:
     """
     try:
         return tensor._version
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError):  # tensors made in inference mode raise a RuntimeError
         return None
 
 

@@ -194,6 +194,7 @@ class ScaleUpdateRule:
     def _learning_rates(self, role: Role, mark: str) -> list[float]:
         own = self._claimed(role) if self._rates.change(role) else set[int]()
         return [
+            # A mark shows that `scale_param_groups` has already changed the rate in the group.
             float(group["lr"] if mark in group else self._rates.lr(role, group["lr"], type(self.optimizer).__name__))
             for group in self.optimizer.param_groups
             if any(id(parameter) in own for parameter in group["params"])

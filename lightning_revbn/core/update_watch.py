@@ -132,6 +132,7 @@ class ReadWatch:
         self._values = []
 
     def _exchange_keys(self, keys: dict[str, str]) -> None:
+        # A dict keeps the key that it has for an equal key, so all items are put in anew, in their order.
         items = [(keys.get(key, key), value) for key, value in self._shown.items()]
         self._shown.clear()
         self._shown.update(items)

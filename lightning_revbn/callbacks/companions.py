@@ -103,7 +103,7 @@ class Companion(SameOnAllRanks):
         return self.enabled
 
     def _gives_way(self, trainer: Trainer) -> bool:
-        """Tell whether this callback leaves a Trainer to others."""
+        """Tell whether this callback leaves a Trainer to other callbacks."""
         return False
 
     def _acting(self, trainer: Trainer) -> list[Companion]:

@@ -41,7 +41,7 @@ class EveryCall:
         return not self._is_undone
 
     def undo(self) -> None:
-        """Restore the method, or, under another addition, let the undo of the outer addition restore it."""
+        """Restore the method; under another addition, the undo of that addition restores it."""
         self._is_undone = True
         attributes = vars(self._owner)
         while isinstance(top := attributes.get(self._name), EveryCall) and top._is_undone:

@@ -204,7 +204,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._eps.begin(trainer, pl_module, others, self.state_key)
         # The Trainer does not know our own monitor, so this callback calls its hooks.
         self._monitor.setup(trainer, pl_module, stage)
-        # FSDP2 and DeepSpeed ignore sync_batchnorm without a word.
+        # FSDP2 and DeepSpeed ignore sync_batchnorm silently.
         warn_if_ignored(trainer.strategy)
         rewrite = functools.partial(self._rewrite, trainer, pl_module)
         rewrite()

@@ -132,7 +132,7 @@ class Rewriting:
             found = self._selection.look(module)
             # A callback that was set up after ours may have copied the new scales.
             self._note_copies(trainer, module, [record for record in found if record.name in self._before])
-            # A hook or a later callback may have frozen a layer since: a frozen layer keeps its scale.
+            # A hook or a later callback may have frozen a layer since: it gets its scale from before the fit back.
             copies = {record.name for record in self.records if record.copy_of is not None}
             frozen = {
                 record.name for record in found if record.state == "frozen" and self._is_unchanged(record)
@@ -224,7 +224,7 @@ class Rewriting:
         write_scales(records)
 
     def _note_zeros(self, records: Sequence[BatchNormRecord]) -> None:
-        # A fresh layer starts at 1, so an earlier note that it was kept at zero is out of date.
+        # A fresh layer does not start at zero, so an earlier note that it was kept at zero is out of date.
         made_anew = {record.name for record in records if record.state == "fresh" and _is_held(record)}
         self.zero_kept = (self.zero_kept - made_anew) | set(zero_kept_names(records))
 
@@ -294,7 +294,7 @@ class _Before:
         self._mean = None if mean is None else mean.clone()
 
     def is_same_layer(self, record: BatchNormRecord) -> bool:
-        """Tell, by the running mean, whether the layer is untouched by training and checkpoints since."""
+        """Tell, by the running mean, whether training and checkpoints have left the layer alone since."""
         mean = _running_mean(record)
         # The layer may have moved to another device or precision since.
         return mean is None or (self._mean is not None and torch.equal(self._mean.to(mean), mean))

@@ -1,4 +1,4 @@
-"""Tells the user if a planned training is so short that all trainings of that length in our results lost."""
+"""Tells the user if a planned training is too short: all trainings of that length in our results lost."""
 
 from __future__ import annotations
 

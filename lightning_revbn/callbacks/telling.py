@@ -72,7 +72,7 @@ def _rates(rules: UpdateRules, permanent: Sequence[tuple[Any, dict[str, Any]]]) 
         if covered or (rules.rates.change(role) and not owners):
             lines.append(f"{covered} {role}s learn with {rules.rates.lr_text(role)}")
         if owners:
-            # An engine's optimizer holds flat copies, which do not tell the number of scales.
+            # An engine's optimizer holds flat copies, which hide the number of scales.
             groups = [group for own, group in permanent if isinstance(own, Optimizer) and mark in group]
             held = sum(parameter.requires_grad for group in groups for parameter in group["params"])
             count = held if groups else "the"

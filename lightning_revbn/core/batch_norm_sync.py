@@ -1,4 +1,4 @@
-"""Lets batch norm layers normalise by the batch of all ranks, and keeps their classes with all that these add.
+"""Lets batch norm layers normalise by the batch of all ranks, and keeps the classes of the layers.
 
 torch's converter puts a `SyncBatchNorm` in place of every layer, and so drops the additions of a subclass: an
 activation, dropout, auxiliary layers, hooks. Here no layer is replaced. While a layer trains on several ranks, only its

@@ -161,7 +161,7 @@ class _Search:
         self._equal: dict[tuple[int, int], bool] = {}
 
     def match(self, layer: str) -> Match | None:
-        """Return a layer's original, or the nearest layer of which it would be a copy if a tensor did not differ."""
+        """Return the match with a layer's original, or else the first match in which a tensor differs."""
         part, near = layer, None
         while part:
             part = parent(part)

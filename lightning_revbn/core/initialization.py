@@ -171,13 +171,13 @@ def note_eps(records: Sequence[BatchNormRecord], before: Mapping[str, float | No
 
 
 def refuse(records: Sequence[BatchNormRecord]) -> None:
-    """Raise if training must not start with a layer as it is.
+    """Raise if the verdict on any layer is `"refuse"`.
 
     Args:
         records: The records from `find_batch_norms`.
 
     Raises:
-        ValueError: If a verdict is `"refuse"`; the message names the layers and the reasons.
+        ValueError: If so; the message names the layers and the reasons.
     """
     refused = [record for record in records if record.verdict == "refuse"]
     if refused:

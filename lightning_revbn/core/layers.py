@@ -327,7 +327,7 @@ def copies_in(holder: nn.Module, module: nn.Module, originals: Sequence[BatchNor
         holder: The other network, such as an average of weights that a callback keeps. It may be larger than the
             copy in it, and need not be frozen.
         module: The module, with the values that it was copied with.
-        originals: The layers of the module that are to be rewritten.
+        originals: The records of the module's layers to rewrite.
 
     Returns:
         A record for each copy, with the verdict `"rewrite"` and its original's target.

@@ -29,7 +29,7 @@ class OptimizerView:
         read_groups: Returns the view's `param_groups`.
         hand_back: Updates the optimizer's own groups from the view's groups. It is called before code other than the
             optimizer's may use them; after it, `read_groups` must show what that code wrote.
-        is_own_hook: Tells whether a step hook runs once a step, even if the optimizer's step calls its base's step.
+        is_own_hook: Tells whether a step hook runs once per step, even if the optimizer's step calls its base's step.
 
     Attributes:
         optimizer: The optimizer.

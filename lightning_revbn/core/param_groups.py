@@ -74,7 +74,7 @@ def scale_param_groups(
     Returns:
         At most six groups for `torch.optim` optimizers, none of them empty; each parameter is in a single group.
         Groups of scales or shifts with a learning rate of their own have the key `scale_lr_divisor` or
-        `shift_lr_multiplier`, by which `RevisitedBatchNorm` and `ScaleUpdateRule` recognise them.
+        `shift_lr_multiplier`. `RevisitedBatchNorm` and `ScaleUpdateRule` recognise the groups by this key.
 
     Raises:
         TypeError: If the divisor or the multiplier is not a number.
@@ -179,9 +179,9 @@ def is_divided(
 
     Args:
         optimizer: The optimizer, of any kind.
-        scales: The scales that are to learn with lr / c.
-        exempt: The parameters that are to take no weight decay.
-        shifts: The shifts that are to learn with lr * k.
+        scales: The scales that should learn with lr / c.
+        exempt: The parameters that should take no weight decay.
+        shifts: The shifts that should learn with lr * k.
 
     Returns:
         True if it has such groups, they hold all its scales and shifts by kind, and no exempt parameter decays.

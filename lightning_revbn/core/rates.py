@@ -113,7 +113,7 @@ class Rates:
                 f"{where} has lr={group_lr!r}: {'lr / c' if role == 'scale' else 'lr * k'} needs a number or a tensor, "
                 "so give the optimizer an explicit lr"
             )
-        # NumPy's numbers keep their precision, as they do in a group that somebody divided by hand.
+        # NumPy's numbers keep their precision, as in a group that was divided by hand.
         changed, number = self.operation(role)
         return changed(group_lr, number)
 

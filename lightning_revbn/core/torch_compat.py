@@ -82,7 +82,7 @@ def runs_step_hooks(optimizer: Optimizer) -> bool:
     """Tell whether an optimizer's `step()` runs the hooks that are registered for it.
 
     torch marks the step when the first optimizer of a class calls `Optimizer.__init__`. Without the mark, no optimizer
-    gets a `ScaleUpdateRule`: in an optimizer that runs no hooks, the rule would do nothing without a word.
+    gets a `ScaleUpdateRule`: in an optimizer that runs no hooks, the rule would silently do nothing.
 
     Args:
         optimizer: The optimizer.
@@ -94,7 +94,7 @@ def runs_step_hooks(optimizer: Optimizer) -> bool:
 
 
 def step_pre_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
-    """List the hooks that run before an optimizer's step, by which a `ScaleUpdateRule` is found.
+    """List the hooks that run before an optimizer's step, among them the hook of a `ScaleUpdateRule`.
 
     Without torch's attribute, no rule is found: the first step with a second rule on an optimizer is refused, and the
     learning rate of the scales is logged as it stands in the groups.

@@ -29,9 +29,9 @@ class ScaleUpdateRule:
     """Divide the learning rate of batch norm scales by a constant c at every step of an optimizer.
 
     The rule divides the learning rate in force at each update, so lr / c holds under every schedule. A checkpoint of
-    the optimizer is the same with and without the rule. The updates equal those with permanent parameter groups (see
-    `scale_param_groups`) to the bit, if a schedule keeps the ratio of such groups. Scales may be added to the optimizer
-    later. Groups made by `scale_param_groups` are left as they are.
+    the optimizer is the same with and without the rule. If a schedule keeps the ratio of permanent parameter groups
+    (see `scale_param_groups`), these give the same updates to the bit. Scales may be added to the optimizer later.
+    Groups made by `scale_param_groups` are left as they are.
 
     Batch norm shifts can learn faster in the same way, with lr * k. Their weight decay becomes weight_decay / k, so
     that a step shrinks them as before.
@@ -202,7 +202,7 @@ class ScaleUpdateRule:
 
 
 def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list[float]:
-    """Return the learning rates that an optimizer would update scales with now, whoever set them.
+    """Return the learning rates that an optimizer would update scales with now, with or without a rule.
 
     Args:
         optimizer: The optimizer, with or without a `ScaleUpdateRule`.
@@ -218,7 +218,7 @@ def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list
 
 
 def shift_learning_rates(optimizer: Optimizer, shifts: Iterable[Tensor]) -> list[float]:
-    """Return the learning rates that an optimizer would update shifts with now, whoever set them.
+    """Return the learning rates that an optimizer would update shifts with now, with or without a rule.
 
     Args:
         optimizer: The optimizer, with or without a `ScaleUpdateRule`.

@@ -1,4 +1,4 @@
-"""Refuses a fit whose ranks have different callbacks of this package, or other settings of them."""
+"""Refuses a fit whose ranks have different callbacks of this package, or different settings."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ class SameOnAllRanks(Callback):
     """A callback that every rank must have, with the same settings."""
 
     _called = "callback"
-    """What users call it."""
+    """The name that users know."""
 
     def _compared(self, trainer: Trainer) -> dict[str, Any] | None:
-        """Return what ranks must share, as plain values; None for a callback that takes no part in the Trainer."""
+        """Return the settings that ranks must share, as plain values; None if the callback takes no part in the fit."""
         raise NotImplementedError
 
     def _compare_ranks(self, trainer: Trainer) -> list[NextCall]:
-        """Tell the other ranks what this one has, and compare once all ranks have been set up.
+        """Post the settings of this rank, and compare once all ranks have been set up.
 
         A rank without the callback runs no code of this package, so ranks cannot wait for each other's settings. They
-        post them while callbacks are set up, and read at the barrier by which Lightning ends the setup: a rank whose
-        settings are missing then has none.
+        post their settings while callbacks are set up. They compare at the barrier that ends Lightning's setup: a rank
+        whose settings are missing then has no callback.
 
         Args:
             trainer: The Trainer, in the setup of a fit. Its first callback of this package speaks for all.
 
         Returns:
-            The changed barrier, to be restored if the setup fails. It raises a MisconfigurationException where ranks
+            The wrapped barrier, to be restored if the setup fails. It raises a MisconfigurationException if ranks
             differ.
         """
         ours = [found for found in callbacks_of(trainer) if isinstance(found, SameOnAllRanks)]
@@ -56,7 +56,7 @@ class SameOnAllRanks(Callback):
 
 
 class _AtEndOfSetup(NextCall):
-    """Waits for one barrier among others, which hooks of the user may have."""
+    """Acts at the barrier that ends the setup, and lets barriers in user hooks pass."""
 
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

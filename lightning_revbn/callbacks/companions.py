@@ -1,4 +1,4 @@
-"""Several callbacks of one kind in a Trainer: which of them act, on which layers, and by which keys they are saved."""
+"""Several callbacks of the same kind in a Trainer: which act, on which layers, and under which keys they are saved."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SHOWN = 3
 
 
 class Companion(SameOnAllRanks):
-    """A callback of which a Trainer may have several, each for layers of its own.
+    """A callback that a Trainer may hold several times, each for its own layers.
 
-    The key of its state in a checkpoint is the name of its class where it acts alone, whatever its settings, so that a
-    run can be resumed with others. The keys of several tell the layers that each selects, too.
+    A callback that acts alone saves its state under the name of its class, so a run can be resumed with other settings.
+    With several callbacks, each key also holds the patterns that select its layers.
     """
 
     enabled: bool
@@ -44,24 +44,24 @@ class Companion(SameOnAllRanks):
         joined = None if self._joined is None else self._joined()
         if joined is not None and joined.state.status == TrainerStatus.RUNNING:
             return self._key_in(joined)
-        # The Trainer's constructor refuses equal keys, when callbacks have not met yet: then all settings count.
+        # The Trainer's constructor refuses equal keys before callbacks know each other: until then all settings count.
         return self._key_of({**self._settings, "enabled": self.enabled})
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Once a Trainer is done, nothing but this hook tells the callback which Trainer is saving.
+        # After a fit, only this hook tells the callback which Trainer is saving.
         states: dict[str, Any] = checkpoint.get("callbacks", {})
         state = states.pop(self.state_key, None)
         if state is not None and not self._gives_way(trainer):
             states[self._key_in(trainer)] = state
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind the Trainers, which belong to this process."""
+        """Leave out the Trainers, which belong to this process."""
         return {**self.__dict__, "_trainer": None, "_joined": None, "_alone_in": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._alone_in = weakref.WeakKeyDictionary()
+        self._alone_in = weakref.WeakKeyDictionary()  # which cannot be pickled
 
     def _key_in(self, trainer: Trainer) -> str:
         """Return the key of the state in the checkpoints of a Trainer."""
@@ -71,7 +71,7 @@ class Companion(SameOnAllRanks):
         return self._key_alone if is_alone else self._key_of(self._selecting)
 
     def _key_of(self, told: Mapping[str, Any]) -> str:
-        """Return a key that tells the arguments that differ from their defaults."""
+        """Return a key with the arguments that differ from their defaults."""
         own = {name: value for name, value in told.items() if value != self._default(name)}
         return self._generate_state_key(**own) if own else type(self).__qualname__
 
@@ -81,7 +81,7 @@ class Companion(SameOnAllRanks):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """The arguments that decide what is trained, as plain values."""
+        """The arguments that decide on the training, as plain values."""
         raise NotImplementedError
 
     @property
@@ -93,21 +93,21 @@ class Companion(SameOnAllRanks):
 
     @property
     def _told(self) -> str:
-        """The callback as code, as far as it is set."""
+        """The callback as code, with the arguments that differ from their defaults."""
         own = (f"{name}={value!r}" for name, value in self._settings.items() if value != self._default(name))
         return f"{type(self).__name__}({', '.join(own)})"
 
     @property
     def _is_asked(self) -> bool:
-        """Whether the user wants it to act."""
+        """Whether the user wants this callback to act."""
         return self.enabled
 
     def _gives_way(self, trainer: Trainer) -> bool:
-        """Tell whether this callback leaves a Trainer to others."""
+        """Tell whether this callback leaves a Trainer to other callbacks."""
         return False
 
     def _acting(self, trainer: Trainer) -> list[Companion]:
-        """List the callbacks that act in a Trainer; if there is none, those that would if they were enabled."""
+        """List the callbacks that act in a Trainer; if none acts, the disabled callbacks."""
         staying = [one for one in callbacks_of(trainer) if isinstance(one, Companion) and not one._gives_way(trainer)]
         return [one for one in staying if one._is_asked] or staying
 
@@ -128,17 +128,17 @@ class Companion(SameOnAllRanks):
         return other is not None and other is not trainer and other.state.status == TrainerStatus.RUNNING
 
     def _selections_of_others(self, trainer: Trainer) -> list[Selection]:
-        """List what the other callbacks that act in a Trainer select."""
+        """List the selections of the other callbacks that act in a Trainer."""
         return [one._selection for one in self._acting(trainer) if one is not self]
 
     def _join(self, trainer: Trainer) -> None:
-        """Meet the other callbacks of a Trainer, which settles the key of the state in its checkpoints."""
+        """Look at the other callbacks of a Trainer, to fix the key of the state in its checkpoints."""
         self._alone_in[trainer] = self._is_alone(trainer)
         if not self._is_busy(trainer):
             self._joined = weakref.ref(trainer)
 
     def _has_other_monitor(self, trainer: Trainer) -> bool:
-        """Tell whether the Trainer has a monitor of its own, or one of a callback before this that has its prefix."""
+        """Tell whether the Trainer holds a monitor, or an earlier callback has a monitor with the same prefix."""
         if any(isinstance(callback, BatchNormMonitor) for callback in callbacks_of(trainer)):
             return True
         own, acting = self._own_monitor, self._acting(trainer)
@@ -147,9 +147,9 @@ class Companion(SameOnAllRanks):
         return own is not None and any(other is not None and other.prefix == own.prefix for other in earlier)
 
     def _joined_settings(self, trainer: Trainer) -> dict[str, Any]:
-        """Return the settings in force in a Trainer; where callbacks differ, the list of what they have."""
+        """Return the settings in force in a Trainer; where callbacks differ, the list of their values."""
         acting = self._acting(trainer)
-        # A callback of a user's may hold this one, and call its hooks.
+        # A user's callback may hold this callback and call its hooks; then the Trainer does not list it.
         first, *rest = [callback._settings for callback in (acting if self in acting else [self])]
         return {
             name: value if all(other[name] == value for other in rest) else [value, *(other[name] for other in rest)]
@@ -164,7 +164,7 @@ class Companion(SameOnAllRanks):
             module: The module to be trained.
 
         Raises:
-            MisconfigurationException: If so, with the names of the layers.
+            MisconfigurationException: If two do; the message names the layers.
         """
         acting = self._acting(trainer)
         seen: set[str] = set()
@@ -193,7 +193,7 @@ class Companion(SameOnAllRanks):
         return {"enabled": True, **self._settings, "monitor": own is not None, **logged}
 
     def _default(self, name: str) -> Any:
-        """Return the default value of an argument as settings have it; patterns are lists there."""
+        """Return an argument's default in the form of the settings, which hold patterns as lists."""
         parameter = inspect.signature(type(self)).parameters.get(name)
         value: Any = None if parameter is None else parameter.default
         return [*value] if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownVariableType] # of strings

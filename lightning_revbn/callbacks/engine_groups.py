@@ -1,6 +1,6 @@
-"""Groups that `scale_param_groups` has made, in optimizers on which no update rule can be put.
+"""Checks groups made by `scale_param_groups` in optimizers that cannot take an update rule.
 
-An engine such as DeepSpeed trains flat copies of the parameters, in which scales cannot be found.
+An engine such as DeepSpeed trains flat copies of the parameters, so scales cannot be identified in them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["check_engine_groups", "permanent_groups", "what_groups_miss"]
 
 
 def permanent_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """List the groups that `scale_param_groups` has made.
+    """List an optimizer's groups that `scale_param_groups` has made.
 
     Args:
         optimizer: An optimizer of any kind.
@@ -33,14 +33,14 @@ def permanent_groups(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def what_groups_miss(optimizer: Any, settings: RuleSettings) -> str:
-    """Say what groups made by `scale_param_groups` leave to be done.
+    """Describe the settings that an optimizer's groups from `scale_param_groups` do not cover.
 
     Args:
         optimizer: An optimizer of any kind.
         settings: How scales and shifts learn.
 
     Returns:
-        The end of a sentence; nothing where there are no such groups.
+        The end of a sentence; empty without such groups.
     """
     if not permanent_groups(optimizer):
         return ""
@@ -56,20 +56,21 @@ def what_groups_miss(optimizer: Any, settings: RuleSettings) -> str:
 def check_engine_groups(
     owner: str, optimizer: Any, trainer: Trainer, selection: Selection, settings: RuleSettings
 ) -> None:
-    """Look for groups of `scale_param_groups` in the optimizer of an engine.
+    """Check that an engine's optimizer has groups made by `scale_param_groups`.
 
     Args:
-        owner: What the user calls the callback, for the message.
+        owner: The callback's name, for the message.
         optimizer: The engine's optimizer.
         trainer: The Trainer.
         selection: The settings that decide on every layer.
         settings: How scales and shifts learn.
 
     Raises:
-        MisconfigurationException: If there is none; the message has the code to add.
+        MisconfigurationException: If it has none; the message holds the code to add.
     """
     if permanent_groups(optimizer):
         return
+    # DeepSpeed's wrapper holds the user's optimizer, whose class the message names.
     inner = cast("type[object]", type(getattr(optimizer, "optimizer", optimizer)))
     name = f"torch.optim.{inner.__name__}" if inner.__module__.startswith("torch.optim.") else inner.__name__
     arguments = _arguments(optimizer.param_groups[0], selection, settings)
@@ -88,16 +89,16 @@ def check_engine_groups(
 
 
 def _arguments(group: Mapping[str, Any], selection: Selection, settings: RuleSettings) -> dict[str, Any]:
-    """Return the arguments that make `scale_param_groups` do what the callback's settings ask for."""
+    """Return the arguments of `scale_param_groups` that match the callback's settings."""
     return {
-        "lr": float(group.get("initial_lr", group["lr"])),
+        "lr": float(group.get("initial_lr", group["lr"])),  # a schedule has changed lr, and keeps the user's number
         "weight_decay": group.get("weight_decay", 0.0),
         **_unlike_defaults(settings, include=selection.include, exclude=selection.exclude),
     }
 
 
 def _unlike_defaults(settings: RuleSettings, **patterns: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of `scale_param_groups` that are not its defaults."""
+    """Return the arguments of `scale_param_groups` that differ from its defaults."""
     asked: dict[str, Any] = {
         "divisor": settings.divisor,
         "weight_decay_exempt": settings.weight_decay_exempt,

@@ -1,8 +1,8 @@
-"""Which eps the layers of a module have, through fits, evaluations, checkpoints and resumes.
+"""Chooses the eps of a module's layers in fits, evaluations, checkpoints and resumes.
 
-Three sources tell. The settings ask for an eps in fresh layers. A checkpoint tells with which eps its layers were
-trained, since the `state_dict` of a model does not. A note on a layer (`written_eps`) tells that a callback has written
-its eps, and which eps the model's code gives it. `StageEps` is the one place that weighs them.
+There are three sources. The settings ask for an eps in fresh layers. A checkpoint holds the eps that its layers were
+trained with, since the `state_dict` of a model does not. A note on a layer (`written_eps`) holds the eps that a
+callback wrote, and the eps from the model's code. Only `StageEps` weighs the three.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = ["EpsState", "StageEps"]
 
 
 class EpsState:
-    """The eps of one callback: what its settings ask for, and what its stages have made of it.
+    """The eps setting of a callback, and the stages that apply it.
 
     Args:
-        owner: What the user calls the callback, for warnings.
+        owner: The callback's name, for warnings.
         selection: The settings that decide on every layer.
         eps: The eps of the settings; None leaves the layers' own.
     """
@@ -43,7 +43,7 @@ class EpsState:
 
     @property
     def before(self) -> Mapping[str, float | None]:
-        """The eps of the model's code, by name, for the layers in which the last fit has set another, or the same."""
+        """The eps from the model's code by name, for layers whose eps the last fit has set."""
         return {} if self._fit is None else self._fit.before
 
     def begin(self, trainer: Trainer, module: LightningModule, others: Sequence[Selection], key: str) -> None:
@@ -59,7 +59,7 @@ class EpsState:
         self._fit = self._latest = StageEps(self._owner, self.eps, trainer, module, others, saved_as=key)
 
     def evaluate(self, trainer: Trainer, module: LightningModule, others: Sequence[Selection]) -> StageEps:
-        """Start an evaluation, which another Trainer may do in the middle of a fit.
+        """Start an evaluation; another Trainer may evaluate in the middle of a fit.
 
         Args:
             trainer: The Trainer.
@@ -67,16 +67,17 @@ class EpsState:
             others: The selections of the Trainer's other callbacks.
 
         Returns:
-            The stage, to be settled and ended by the caller.
+            The stage, to be ended by the caller.
         """
         stage = StageEps(self._owner, self.eps, trainer, module, others)
         stage.choose(self._selection.look(module))
+        # A checkpoint of a running fit must hold the eps of the fit, not of an evaluation in its middle.
         if self._fit is None or self._fit.is_over:
             self._latest = stage
         return stage
 
     def leave(self, trainer: Trainer, module: LightningModule, others: Sequence[Selection]) -> None:
-        """Let a fit in which the callback does nothing begin with the eps of the model's code, where layers are fresh.
+        """Restore the eps from the model's code in fresh layers, for a fit with the callback disabled.
 
         Args:
             trainer: The Trainer.
@@ -89,7 +90,7 @@ class EpsState:
             stage.end()
 
     def choose(self, records: Sequence[BatchNormRecord]) -> None:
-        """Set eps in the layers that are fresh.
+        """Set eps in fresh layers.
 
         Args:
             records: Layers of the module, as they are before training.
@@ -98,21 +99,21 @@ class EpsState:
             self._fit.choose(records)
 
     def settle(self, records: Sequence[BatchNormRecord]) -> None:
-        """Set the eps of restored layers, once a module with all its layers is there.
+        """Set the eps of restored layers, once all layers of the module exist.
 
         Args:
-            records: Its layers, as they are at the start of training.
+            records: The layers of the module, as they are at the start of training.
         """
         if self._fit is not None:
             self._fit.settle(records)
 
     def warn_if_not_set(self) -> None:
-        """Warn where trained layers train on with another eps than that of the settings."""
+        """Warn where trained layers go on with another eps than the settings ask for."""
         if self._fit is not None:
             self._fit.warn_if_not_set()
 
     def give_back(self) -> None:
-        """Undo what was set since the fit began."""
+        """Undo the changes that the settings made since the fit began."""
         if self._fit is not None:
             self._fit.give_back()
 
@@ -122,29 +123,29 @@ class EpsState:
             self._fit.end()
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """Return eps by layer, for the layers that have it from the settings or from a checkpoint."""
+        """Return eps by layer, for layers whose eps comes from the settings or from a checkpoint."""
         layers = {} if self._latest is None else self._latest.eps_to_save()
         return {EPS_KEY: layers} if layers else {}
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave behind the stages, whose modules belong to this process."""
+        """Leave out the stages, whose modules belong to this process."""
         return {**self.__dict__, "_fit": None, "_latest": None}
 
 
 class StageEps:
-    """The eps of a module's layers in one stage of a Trainer: a fit, or an evaluation.
+    """The eps of a module's layers in a stage of a Trainer: a fit, or an evaluation.
 
-    A callback looks after the layers that it selects, and after those that no callback of the Trainer selects: a
-    checkpoint of other callbacks may tell of them.
+    A callback sets eps in the layers that it selects, and in layers that no callback of the Trainer selects: a
+    checkpoint of other callbacks may hold their eps.
 
     Args:
-        owner: What the user calls the callback, for warnings.
+        owner: The callback's name, for warnings.
         eps: The eps of the settings; None leaves the layers' own.
         trainer: The Trainer.
         module: The module.
         others: The selections of the Trainer's other callbacks.
-        saved_as: The key of the callback's state in checkpoints of a fit; None for an evaluation. An evaluation has the
-            eps that weights were trained with, whatever the settings say; a fit goes on with that of the settings.
+        saved_as: The key of the callback's state in checkpoints of a fit; None for an evaluation. An evaluation uses
+            the eps that the weights were trained with, whatever the settings say. A fit follows changed settings.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class StageEps:
         saved_as: str | None = None,
     ) -> None:
         self._owner, self._eps, self._others, self._saved_as = owner, eps, others, saved_as
-        # Weak: a stage that is over tells checkpoints of its module, and keeps none alive.
+        # Weak references: a stage that is over still answers for checkpoints, but must not keep its module alive.
         self._trainer, self._module = weakref.ref(trainer), weakref.ref(module)
         self._written = WrittenEps(module)
         self._records: dict[str, BatchNormRecord] = {}
@@ -166,15 +167,15 @@ class StageEps:
         self._is_of_trials = False
         self._has_weights_alone = False
         self._said: set[str] = set()
-        # Every strategy calls these with the whole checkpoint, which has the states of callbacks that are not in this
-        # run, too. A checkpoint of weights alone has no state of a callback, unless it is added.
+        # Every strategy calls these hooks with the whole checkpoint, including states of callbacks that this run lacks.
+        # Lightning saves no callback state in a weights-only checkpoint, so the hook adds the eps.
         self._wraps: list[EveryCall] = [NextCall(module, "on_load_checkpoint", self._around_load)]
         if saved_as is not None:
             self._wraps.append(EveryCall(module, "on_save_checkpoint", self._around_save))
 
     @property
     def before(self) -> Mapping[str, float | None]:
-        """The eps of the model's code, by name, for the layers in which another, or the same, was set."""
+        """The eps from the model's code by name, for layers whose eps this stage has set."""
         return self._written.before
 
     @property
@@ -183,7 +184,7 @@ class StageEps:
         return not self._wraps
 
     def choose(self, records: Sequence[BatchNormRecord]) -> None:
-        """Let fresh layers have the eps of the settings; without such a setting, that of the model's code.
+        """Give fresh layers the eps of the settings; without this setting, the eps from the model's code.
 
         Args:
             records: Layers of the module, as they are before training.
@@ -198,16 +199,17 @@ class StageEps:
             self._find_copies(chosen)
             self._written.set({name: eps for name, eps in chosen.items() if name not in others})
         elif notes := self._written.notes():
-            # An earlier fit has set these, and their values were reset since.
+            # An earlier fit has set their eps, and their parameters were reset since.
+            # Any number serves as eps here, since only the names are used.
             fresh = choose_eps(module, proven_fresh(records), 1.0).keys() & notes.keys() - others
             self._find_copies(fresh)
             self._written.leave_to_code(fresh)
 
     def settle(self, records: Sequence[BatchNormRecord] = ()) -> None:
-        """Set the eps of restored layers, once a module with all its layers is there; warn where settings differ.
+        """Set the eps of restored layers, once all layers of the module exist; warn where settings differ.
 
         Args:
-            records: The layers of the module, as they are now, where they have been looked at again.
+            records: New records of the module's layers; without them, the earlier records count.
         """
         self._look(records)
         told = self._told or {}
@@ -228,7 +230,7 @@ class StageEps:
             self._written.leave_to_code(foreign, stays=True)
 
     def warn_if_not_set(self) -> None:
-        """Warn where trained layers have another eps than that of the settings, or nothing tells which they need."""
+        """Warn where trained layers have another eps than the settings ask for, or their eps in training is unknown."""
         written = [note.eps for note in self._written.notes().values() if note.code != note.eps]
         if self._has_weights_alone and written:
             rank_zero_warn(
@@ -237,7 +239,7 @@ class StageEps:
             )
         if self._eps is None:
             return
-        # A scale that starts at values of its own is no sign of training.
+        # A layer may start from unusual scales without training, so the running statistics decide.
         trained = {n: r for n, r in self._records.items() if r.state == "trained" and has_seen_data(r)}
         left = {n: r.eps for n, r in trained.items() if r.eps not in (None, self._eps) and n not in self._said}
         noted = {name: eps for name, eps in left.items() if note_of(trained[name].module)}
@@ -259,19 +261,19 @@ class StageEps:
             )
 
     def give_back(self) -> None:
-        """Undo what the settings have changed in this stage; what a checkpoint told stays with its weights."""
-        self._find_copies(self._written.undone_by())  # other callbacks may have made them of the new layers
+        """Undo the changes from the settings in this stage; eps from a checkpoint stays with its weights."""
+        self._find_copies(self._written.undone_by())  # other callbacks may have copied the changed layers
         self._written.give_back()
 
     def end(self) -> None:
-        """Restore the module's own hooks, and keep nothing alive."""
+        """Restore the module's own hooks, and release the records."""
         self._written.end()
         while self._wraps:
             self._wraps.pop().undo()
         self._records = {}
 
     def eps_to_save(self) -> dict[str, float]:
-        """Return eps by layer, for the layers that have it from a callback, or as the settings ask for it."""
+        """Return eps by layer, for layers whose eps a callback wrote, or whose eps the settings ask for."""
         noted, others = self._written.notes(), self._names_of_others()
         values = {name: eps_of(layer) for name, layer in sorted(self._written.layers.items()) if name not in others}
         return {
@@ -291,7 +293,7 @@ class StageEps:
         return {name for selection in self._others for name in selection.selected(names)}
 
     def _find_copies(self, names: Iterable[str]) -> None:
-        """Find the copies of layers that other callbacks keep, while values tell that they are copies."""
+        """Find copies of layers in other callbacks, while equal values still identify them."""
         trainer, module = self._trainer(), self._module()
         originals = [self._records[name] for name in names if name in self._records]
         if trainer is not None and module is not None and originals:
@@ -304,7 +306,7 @@ class StageEps:
             self._has_weights_alone = True
             return
         self._told = _told_by(checkpoint["callbacks"])
-        # Lightning's finders load what they have saved before their trials.
+        # After their trials, Lightning's finders load a checkpoint that they saved at step 0.
         self._is_of_trials = self._saved_as is not None and not checkpoint.get("global_step")
         self._find_copies(self._told)
         if self._saved_as is None:
@@ -313,11 +315,12 @@ class StageEps:
     def _around_save(self, method: Any, checkpoint: dict[str, Any]) -> None:
         method(checkpoint)
         eps = self.eps_to_save()
+        # A checkpoint without optimizers holds weights alone, and Lightning leaves out the states of callbacks.
         if eps and "optimizer_states" not in checkpoint:
             checkpoint.setdefault("callbacks", {})[self._saved_as] = {"eps": self._eps, EPS_KEY: eps}
 
     def _restore(self, told: Mapping[str, _Told]) -> None:
-        """Let restored layers have the eps they were trained with, or in a fit that of settings which were changed."""
+        """Give restored layers the eps they were trained with; in a fit, a changed setting overrides it."""
         is_fit, code = self._saved_as is not None, self._written.code()
         asked = {name: self._eps for name in told if name in self._selected and self._eps is not None}
         changed = {name: eps for name, eps in asked.items() if is_fit and eps != told[name].setting}
@@ -341,7 +344,7 @@ class StageEps:
         self._written.set(changed)
 
     def _find_foreign(self) -> set[str]:
-        """Find layers with an eps from a callback whose weights turn out to be trained without."""
+        """Find layers whose eps a callback wrote, but whose loaded weights were trained without it."""
         told = self._told or {}
         notes = self._written.notes().items()
         written = {name for name, note in notes if note.code != note.eps and name not in told}
@@ -349,21 +352,21 @@ class StageEps:
             return written if self._told is not None else set()
         seen = {name for name, r in self._records.items() if r.verdict != "rewrite" and has_seen_data(r)}
         if self._told is None:
-            # The module's hooks have loaded weights: only layers that were fresh have others now.
+            # The module's hooks have loaded the weights, so only layers that were fresh before have new weights.
             return written & seen & self._written.undone_by()
-        return written & (seen | (written - self._records.keys()))  # of layers that share a scale, one has a record
+        return written & (seen | (written - self._records.keys()))  # layers that share a scale share a record
 
 
 @dataclass(frozen=True)
 class _Told:
-    """What a checkpoint tells of a layer: the eps it was trained with, and the eps that the settings asked for."""
+    """A layer's entry in a checkpoint: the eps it was trained with, and the eps that the settings asked for."""
 
     eps: float
     setting: float | None
 
 
 def _told_by(callbacks: Mapping[str, Any]) -> dict[str, _Told]:
-    """Return what a checkpoint tells by layer, from the states of all callbacks that have set eps."""
+    """Return a checkpoint's entries by layer, from the states of all callbacks that have set eps."""
     states = (cast("Mapping[str, Any]", state) for state in callbacks.values() if isinstance(state, Mapping))
     return {
         name: _Told(eps, state.get("eps"))

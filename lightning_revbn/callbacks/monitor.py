@@ -1,4 +1,4 @@
-"""Logs how the scales and shifts of batch norm layers develop, for a baseline run as well as a revisited one."""
+"""Logs how the scales and shifts of batch norm layers develop, in revisited runs and in baselines."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ from lightning_revbn.lightning_compat import (
 __all__ = ["COMPARED", "BatchNormMonitor"]
 
 COMPARED = ("every_n_steps", "activations", "prefix")
-"""The settings that ranks must share: they wait for each other where activations are measured, and share keys."""
+"""The settings that ranks must share: measuring activations is a collective, and ranks log under the same keys."""
 
 
 @dataclass
 class _Event:
-    """What is logged at one step."""
+    """The metrics and histograms of a logging step."""
 
     step: int
     epoch: int
@@ -70,10 +70,9 @@ class _Event:
 
 @dataclass
 class _Fit:
-    """What is measured in one fit, by one process.
+    """The measurements of a fit in this process.
 
-    An event that waits for the activations of its step is kept here, and the hooks that measure them are while a batch
-    is in the network.
+    `event` waits for the activations of its step. `hooks` measure them, and exist only while a batch is in the network.
     """
 
     layers: Sequence[int]
@@ -91,40 +90,40 @@ class _Fit:
             self.hooks = ActivationHooks(self.records, self.metric)
 
     def unhook(self) -> None:
-        """Measure no more."""
+        """Stop measuring."""
         if self.hooks is not None:
             self.hooks.remove()
             self.hooks = None
 
 
 class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
-    """Log statistics of the scale and shift of every batch norm layer while training.
+    """Log statistics of the scale and shift of every batch norm layer during training.
 
-    Keys, with the dotted name of the layer: `revbn/{layer}/scale_mean`, `scale_std`, `scale_min`, `scale_max`,
-    `scale_drift`, the same for `shift_`; for the whole model `revbn/scale_mean`, `revbn/scale_drift`,
-    `revbn/shift_drift` and `revbn/scale_lr`, the learning rate that the scales are updated with (the mean over
-    parameter groups where they differ); and `revbn/shift_lr` where shifts learn with a multiple of it. Drift is the
-    root mean square distance from the value at the start of training; a resumed run goes on measuring from there.
-    The keys of the whole model are in `trainer.callback_metrics` too, for ModelCheckpoint and EarlyStopping.
+    Keys of a layer, with its dotted name: `revbn/{layer}/scale_mean`, `scale_std`, `scale_min`, `scale_max`,
+    `scale_drift`, and the same for `shift_`. Keys of the whole model: `revbn/scale_mean`, `revbn/scale_drift`,
+    `revbn/shift_drift` and `revbn/scale_lr`, the learning rate that updates the scales (the mean over parameter groups
+    where they differ). Where shifts learn with lr * k, `revbn/shift_lr` is their learning rate. Drift is the root mean
+    square distance from the value at the start of training; a resumed run goes on measuring from there. The keys of
+    the whole model are in `trainer.callback_metrics` too, for ModelCheckpoint and EarlyStopping.
 
-    Every logger gets one dict a logging step, with `epoch` as in Lightning's own metrics. Values are those before the
-    step they are logged at, on the step axis of Lightning's LearningRateMonitor. A logger that fails in them is named
-    once, and training goes on. In a model with lazy layers everything starts with the first logging step after they
-    were made. TensorBoard groups the layers on its page "Custom Scalars"; a layout that you write there yourself after
-    the start of training takes the place of ours.
+    Every logger gets a dict per logging step, with `epoch` as in Lightning's own metrics. The values are from before
+    the step's update, on the step axis of Lightning's LearningRateMonitor. If a logger fails to take them, a warning
+    names the logger once, and training goes on. With lazy layers, logging begins at the first logging step after they
+    are initialised. TensorBoard groups the layers on its page "Custom Scalars". A layout that you write there after the
+    start of training replaces this layout.
 
-    In a run without RevisitedBatchNorm the monitor logs hyperparameters as that callback does: the settings of a
-    baseline, and the seed of `seed_everything`. So TensorBoard and `lightning-revbn compare` tell the runs apart.
+    Without RevisitedBatchNorm, the monitor logs hyperparameters as that callback does: the settings of a baseline, and
+    the seed of `seed_everything`. So TensorBoard and `lightning-revbn compare` tell the runs apart.
 
-    With `activations`, the normalised values of every layer (x_hat, before scale and shift) are measured in the forward
-    passes of logging steps: `revbn/{layer}/normalized_absmax`, the greatest `|x_hat|`, and `normalized_over_3`, the
-    share of `|x_hat| > 3`, over the global batch (all ranks, all batches that are accumulated); and both for the whole
-    model. Layers are measured in the mode they run in: with the statistics of the batch, or with running statistics.
+    With `activations`, forward passes of logging steps measure the normalised values of every layer (x_hat, before
+    scale and shift). `revbn/{layer}/normalized_absmax` is the greatest `|x_hat|`, and `normalized_over_3` the share of
+    `|x_hat| > 3`. Both cover the global batch (all ranks, all accumulated batches), and exist for the whole model too.
+    Every layer is measured in its present mode: with batch statistics or with running statistics.
 
     Args:
-        every_n_steps: How many optimizer steps between two events, the first at step 0. None takes the Trainer's
-            `log_every_n_steps` and Lightning's own steps, the first of which is `log_every_n_steps - 1`.
-        per_layer: Whether to log single layers, or the whole model only.
+        every_n_steps: Optimizer steps between two logging steps, beginning at step 0. None follows the Trainer's
+            `log_every_n_steps` on Lightning's own steps, beginning at step `log_every_n_steps - 1`.
+        per_layer: Whether to log every layer, or the whole model only.
         activations: Whether to measure normalised activations on logging steps.
         histograms: Whether to log the values of every layer's scale and shift as histograms `revbn/{layer}/scale` and
             `revbn/{layer}/shift`; for TensorBoardLogger and WandbLogger.
@@ -151,6 +150,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         *,
         progress_bar: bool = False,
     ) -> None:
+        # `type`, since True is an instance of int.
         if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be a positive whole number, or None")
         self.every_n_steps = every_n_steps
@@ -172,7 +172,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
 
     @classmethod
     def by_default(cls) -> BatchNormMonitor:
-        """Make a monitor that the user has not asked for: without a logger it has nothing to say.
+        """Make a monitor that the user has not asked for: it does not warn if the Trainer has no logger.
 
         Returns:
             The monitor with default settings.
@@ -183,22 +183,22 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
 
     @property
     def is_asked_for(self) -> bool:
-        """Whether the user has made it, rather than a callback for want of another."""
+        """Whether the user made this monitor, rather than a callback by default."""
         return self._needs_logger
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._close()  # an earlier fit may have ended without it
+        self._close()  # an earlier fit may have ended without teardown
         self._trainer = weakref.ref(trainer)
         self._wraps += self._compare_ranks(trainer)
         if self._module is None or self._module() is not pl_module:
-            self._start = None  # another model: what its drift is measured from is not known yet
+            self._start = None  # another model has another start to measure drift from
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A monitor of RevisitedBatchNorm's own never gets here, and beside that callback its settings count.
+        # RevisitedBatchNorm does not call this hook of its own monitor; beside that callback, its settings are logged.
         self._is_of_baseline = not _is_revisited(trainer)
         if self._is_of_baseline:
             self._wraps += hyperparameters.announce(trainer, BASELINE_SETTINGS, type(self).__name__)
@@ -225,7 +225,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
             self._begin(trainer, pl_module)
         if self._fit is None:
             return
-        if due and step != self._fit.last_step:  # once, however many batches are accumulated
+        if due and step != self._fit.last_step:  # once per step: accumulated batches share it
             self._fit.last_step = step
             self._fit.event = self._measure(trainer, self._fit, step)
             if self._fit.metric is None:
@@ -238,18 +238,18 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
     ) -> None:
         if self._fit is not None and self._fit.event is not None:
             self._fit.unhook()
-            # Where gradients are accumulated, the activations of all batches of the step belong to the event.
+            # With accumulated gradients, the event needs the activations of every batch of the step.
             if not accumulates(trainer, batch_idx):
                 self._finish(trainer, self._fit, has_run=True)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._fit is not None:  # a hook of the user's may have skipped the last batch
+        if self._fit is not None:  # a user's hook may have skipped the last batch and its on_train_batch_end
             self._fit.unhook()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._fit is not None:  # and with it the one that an event waited for
+        if self._fit is not None:  # an event may still wait for a skipped batch
             self._finish(trainer, self._fit)
 
     @override
@@ -275,11 +275,11 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         self._start = state_dict.get("start")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind what belongs to this process: the module that was seen, its parameters and hooks."""
+        """Leave out the module, its parameters and hooks, which belong to this process."""
         return {**self.__dict__, "_module": None, "_trainer": None, "_fit": None, "_wraps": []}
 
     def _close(self) -> None:
-        """End what is left of a fit."""
+        """Release everything that a fit holds."""
         self._trainer = None
         while self._wraps:
             self._wraps.pop().undo()
@@ -294,7 +294,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         return step % self.every_n_steps == 0
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the layers and where their drift is measured from; lazy layers are waited for."""
+        """Note the layers and the values that drift is measured from; with lazy layers, wait for a later event."""
         self._fit = None
         records = self._measurable(find_batch_norms(pl_module))
         if any(record.state == "lazy" for record in records):
@@ -317,7 +317,9 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
 
     def _measure(self, trainer: Trainer, fit: _Fit, step: int) -> _Event:
         """Measure scales and shifts at a logging step."""
+        # Every rank measures, though only rank 0 logs: gathering sharded parameters is a collective.
         with gathered(trainer.strategy.model or trainer.lightning_module):
+            # Without a logger, only callbacks read the metrics, and they get the metrics of the whole model.
             metrics = fit.statistics.compute(per_layer=self.per_layer and bool(trainer.loggers))
             histograms = fit.statistics.histograms() if self.histograms else {}
         scales = [record.scale for record in fit.records if record.scale is not None]
@@ -340,7 +342,7 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
         return measurable
 
     def _finish(self, trainer: Trainer, fit: _Fit, has_run: bool = False) -> None:
-        """Log the event, if there is one; `has_run` tells that batches went through the network for it."""
+        """Log the waiting event, if any; `has_run` tells that batches went through the network for it."""
         event, fit.event = fit.event, None
         if event is None:
             return
@@ -354,18 +356,18 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
                     f"{type(self).__name__}: no batch norm layer was seen at work, so there are no activations to log; "
                     "layers inside torch.compile and torch.func transforms cannot be seen"
                 )
-        if metrics:  # a model without batch norm layers has none, and would get a row of nothing but the step
+        if metrics:  # without batch norm layers, a logger would get rows with nothing but the step
             for logger in trainer.loggers:
                 with self._failures_told(logger):
                     _log(logger, replace(event, metrics=metrics))
         whole_model = (metric_key(self.prefix, "", quantity) for quantity in WHOLE_MODEL_QUANTITIES)
         summary = {key: metrics[key] for key in whole_model if key in metrics}
-        shown = metric_key(self.prefix, "", SCALE_MEAN)  # a bar has room for one number more
+        shown = metric_key(self.prefix, "", SCALE_MEAN)  # a progress bar has room for a single number
         publish(trainer, summary, in_progress_bar=(shown,) if self.progress_bar and shown in summary else ())
 
     @contextmanager
     def _failures_told(self, logger: Logger) -> Generator[None, None, None]:
-        """Let training go on where a logger fails in the monitor's keys, and say so once for each kind of logger."""
+        """Let training go on if a logger fails on the monitor's keys; warn once per kind of logger."""
         try:
             yield
         except Exception as error:  # such as a service that is down, or a full disk
@@ -380,14 +382,14 @@ class BatchNormMonitor(SameOnAllRanks, SavedByArguments):
     def _activation_metrics(
         self, records: Sequence[BatchNormRecord], metric: NormalizedActivations
     ) -> dict[str, float]:
-        """Return what was seen since the event began, reduced across ranks, and begin anew."""
+        """Return the activation metrics since the event began, reduced across ranks, and reset them."""
         computed = metric.compute()
         metric.reset()
         layers = [record.name for record in records] if self.per_layer else []
         rows = cast("list[tuple[float, float]]", torch.stack([*computed], dim=1).tolist())  # pyright: ignore[reportUnknownMemberType] # torch does not type it
         result: dict[str, float] = {}
         for layer, (absmax, over_3) in [*zip(layers, rows, strict=False), ("", rows[-1])]:
-            if not math.isnan(over_3):  # a layer that this step did not use has seen nothing
+            if not math.isnan(over_3):  # NaN: this step did not use the layer
                 result[metric_key(self.prefix, layer, NORMALIZED_ABSMAX)] = absmax
                 result[metric_key(self.prefix, layer, NORMALIZED_OVER_3)] = over_3
         return result
@@ -398,14 +400,14 @@ save_by_arguments(BatchNormMonitor)
 
 
 def _is_revisited(trainer: Trainer) -> bool:
-    """Tell whether the scales of the run are those of a RevisitedBatchNorm."""
-    from lightning_revbn.callbacks.revisited import RevisitedBatchNorm  # which has a monitor of its own
+    """Tell whether an enabled RevisitedBatchNorm takes part in the run."""
+    from lightning_revbn.callbacks.revisited import RevisitedBatchNorm  # that module imports this module
 
     return any(isinstance(callback, RevisitedBatchNorm) and callback.enabled for callback in callbacks_of(trainer))
 
 
 def _layers_of(module: LightningModule) -> list[int]:
-    """Return what changes when batch norm layers are added, replaced or removed; it is asked at every event."""
+    """Return the ids of batch norm layers; every event compares them to find added, replaced or removed layers."""
     return [id(layer) for layer in module.modules() if isinstance(layer, (BatchNormBase, InputBatchNorm))]
 
 
@@ -414,15 +416,16 @@ def _with_histograms(trainer: Trainer) -> bool:
 
 
 def _log(logger: Logger, event: _Event) -> None:
-    """Hand an event to a logger, with the histograms where it takes them."""
+    """Pass an event to a logger, with histograms if the logger takes them."""
     metrics: dict[str, Any] = {**event.metrics, "epoch": event.epoch}
     for key, values in event.histograms.items():
+        # No bin holds infinity or NaN: np.histogram, which W&B calls, raises on them.
         finite = values[np.isfinite(values)]
         if not finite.size:
             continue
         if isinstance(logger, twins(TensorBoardLogger)):
             cast("Any", logger.experiment).add_histogram(key, finite, event.step)
         elif isinstance(logger, twins(WandbLogger)):
-            wandb: Any = import_module("wandb")
+            wandb: Any = import_module("wandb")  # an optional dependency, which a WandbLogger proves to be there
             metrics[key] = wandb.Histogram(finite)
     logger.log_metrics(metrics, step=event.step)

@@ -41,7 +41,7 @@ class EveryCall:
         return not self._is_undone
 
     def undo(self) -> None:
-        """Restore the method, if the addition is still there; under another addition, once that one is undone."""
+        """Restore the method; under another addition, the undo of that addition restores it."""
         self._is_undone = True
         attributes = vars(self._owner)
         while isinstance(top := attributes.get(self._name), EveryCall) and top._is_undone:
@@ -64,12 +64,12 @@ class NextCall(EveryCall):
         """Make the call."""
         if self._is_undone:
             return self.__wrapped__(*args, **kwargs)
-        self.undo()
+        self.undo()  # first, since the call may raise, or call the method again
         return self._around(self.__wrapped__, *args, **kwargs)
 
 
 def followed_by(then: Callable[[], None]) -> Callable[..., Any]:
-    """Return what makes `NextCall` call a function after the method.
+    """Make an `around` that calls a function after the method.
 
     Args:
         then: The function.

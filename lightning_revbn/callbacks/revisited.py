@@ -47,31 +47,31 @@ __all__ = ["RevisitedBatchNorm"]
 class RevisitedBatchNorm(Companion, SavedByArguments):
     """Start batch norm scales below 1 and train them with lr / c (Davis and Frank, ECCV 2022, arXiv 2110.13989).
 
-    At the start of a fit the scale of every freshly initialised batch norm layer becomes `scale`; trained, restored
-    and frozen layers keep theirs, as do scales started at 0 on purpose. While training, every optimizer updates the
-    scales with its own current learning rate divided by `scale_lr_divisor`. A table says once what was rewritten, what
-    was left alone and why. Parameter groups, schedules, optimizer state and the keys of the model's `state_dict` are
-    those of a run without the callback, so checkpoints can be resumed with it or without it.
+    At the start of a fit, the scale of every freshly initialised batch norm layer becomes `scale`. Trained, restored
+    and frozen layers keep their scales, and so do scales that start at 0 on purpose. Every optimizer updates the scales
+    with its own current learning rate divided by `scale_lr_divisor`. A table lists once which layers were rewritten,
+    which were left alone, and why. Parameter groups, schedules, optimizer state and the keys of `state_dict` stay the
+    same, so checkpoints can be resumed with or without the callback.
 
-    Several may be in one Trainer, each for layers of its own with its own settings, also on one optimizer.
+    A Trainer may hold several, each for its own layers with its own settings; they may share an optimizer.
 
     Args:
-        scale: The value the scales start from, or a mapping from name patterns to values of which the first match
-            counts. 0.1 is the paper's starting point; it is a hyperparameter, to be chosen on validation data.
+        scale: The starting value of the scales, or a mapping from name patterns to values; the first match counts. 0.1
+            is the paper's starting point; choose this hyperparameter on validation data.
         scale_lr_divisor: The constant c. Values up to 1 switch the division off.
-        shift_lr_multiplier: The constant k: shifts learn with k times the learning rate at every step, and decay as
-            before. 1 leaves them alone, as the paper does.
-        eps: The eps of layers that are fresh when they are first met; None leaves it. Every stage of a Trainer with the
-            callback sets it. It is an attribute of layers and in no `state_dict`: write it into the model for good.
-        weight_decay_exempt: What takes no weight decay: `"scale"`, `"norm"` (scales and shifts of batch norm),
+        shift_lr_multiplier: The constant k: shifts learn with lr * k at every step, and decay as before. 1 leaves them
+            alone, as the paper does.
+        eps: The eps for layers that are fresh when they are first met; None leaves it. Every stage of a Trainer with
+            the callback sets it. No `state_dict` holds eps, so write it into the model's code for good.
+        weight_decay_exempt: The parameters without weight decay: `"scale"`, `"norm"` (scales and shifts of batch norm),
             `"vectors"` (the paper's recipe: batch norm and every bias) or None. Independent of `scale_lr_divisor`.
         include: `fnmatch` patterns on dotted module names; a layer must match one of them.
         exclude: Patterns of layers to leave alone; stronger than `include`.
         zero_scale: `"keep"` or `"overwrite"` scales that start at 0, as in the last batch norm of a residual branch.
-            Kept ones learn with the full learning rate.
+            Kept scales learn with the full learning rate.
         trained: `"keep"`, `"overwrite"` or `"error"` for layers that are not freshly initialised.
-        monitor: Whether to log statistics of every layer's scale and shift; or the `BatchNormMonitor` to do it with.
-        enabled: The switch for configuration files: False makes the callback do nothing at all.
+        monitor: Whether to log statistics of every layer's scale and shift; or the `BatchNormMonitor` that logs them.
+        enabled: The switch for configuration files: with False the callback does nothing.
 
     Raises:
         ValueError: If a number is not finite and positive, or a choice is unknown.
@@ -110,7 +110,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
             )
         own = (BatchNormMonitor.by_default() if monitor else None) if isinstance(monitor, bool) else monitor
         self._own_monitor: BatchNormMonitor | None = own
-        # Where nothing is logged, a callback that does nothing takes the monitor's place.
+        # Without a monitor, an empty callback takes its place, so no hook has to ask.
         self._monitor: Callback = own if enabled and own is not None else Callback()
         self._rewriting = Rewriting(self._selection)
         name = type(self).__name__
@@ -125,7 +125,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @property
     def scale(self) -> float | Mapping[str, float]:
-        """The value, or values by name pattern, that scales start from."""
+        """The starting value of scales, or values by name pattern."""
         return self._selection.scale
 
     @property
@@ -135,7 +135,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @property
     def include(self) -> Sequence[str]:
-        """Name patterns of which a layer must match one."""
+        """Name patterns; a layer must match at least one of them."""
         return self._selection.include
 
     @property
@@ -145,18 +145,18 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @property
     def zero_scale(self) -> ZeroScalePolicy:
-        """What is done with scales that start at 0."""
+        """The policy for scales that start at 0."""
         return self._selection.zero_scale
 
     @property
     def trained(self) -> TrainedPolicy:
-        """What is done with layers that are not freshly initialised."""
+        """The policy for layers that are not freshly initialised."""
         return self._selection.trained
 
     @property
     @override
     def _settings(self) -> dict[str, Any]:
-        """The arguments that decide what is trained, as plain values for checkpoints and loggers."""
+        """The arguments that decide on the training, as plain values for checkpoints and loggers."""
         scale = self.scale
         return {
             "scale": dict(scale) if isinstance(scale, Mapping) else scale,
@@ -172,12 +172,12 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @property
     def monitor(self) -> BatchNormMonitor | None:
-        """What logs the statistics; None if nothing does."""
+        """The monitor that logs the statistics; None if nothing is logged."""
         return self._own_monitor
 
     @property
     def report(self) -> InitReport:
-        """What was found in the model and what was done about it; complete once a fit has started."""
+        """Every batch norm layer of the model, with the verdict on it; complete once a fit has started."""
         return InitReport(tuple(note_eps(self._rewriting.records, self._eps.before)))
 
     @override
@@ -192,7 +192,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
             return
         self._begin(trainer)
         self._wraps += self._compare_ranks(trainer)
-        # Where the Trainer has a monitor of its own, one is enough.
+        # The Trainer's own monitor is enough: two monitors would log the same keys.
         own = self._own_monitor if self.enabled and not self._has_other_monitor(trainer) else None
         self._monitor = Callback() if own is None else own
         others = self._selections_of_others(trainer)
@@ -202,12 +202,14 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._guard(trainer, pl_module)
         self._rewriting.begin(pl_module)
         self._eps.begin(trainer, pl_module, others, self.state_key)
+        # The Trainer does not know our own monitor, so this callback calls its hooks.
         self._monitor.setup(trainer, pl_module, stage)
+        # FSDP2 and DeepSpeed ignore sync_batchnorm silently.
         warn_if_ignored(trainer.strategy)
         rewrite = functools.partial(self._rewrite, trainer, pl_module)
         rewrite()
-        # Layers may be made, and weights loaded, in the module's own hooks, which come next. Only after the strategy
-        # has made the optimizers do these exist, and the learning rate finder trains before our on_fit_start.
+        # The module's own hooks come next, and may make layers or load weights. The rules need the optimizers, which
+        # the strategy makes later; on_fit_start is too late, since the learning rate finder trains before it.
         for hook in ("setup", "configure_model"):
             if overrides(hook, pl_module):
                 self._wraps.append(NextCall(pl_module, hook, followed_by(rewrite)))
@@ -222,6 +224,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._unwrap()
         self._wraps += hyperparameters.announce(trainer, self._joined_settings(trainer))
         self._settle(trainer, pl_module)
+        # Strategies that restore later get their report in `on_train_start`, once the weights are final.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._tell(trainer)
 
@@ -230,7 +233,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         if not self._is_fitting(trainer):
             return
         if trainer.strategy.restore_checkpoint_after_setup:
-            # Weights, and the names of the scales kept at zero, may have come from a checkpoint only now.
+            # These strategies restore weights, and the names of scales kept at zero, only after on_fit_start.
             self._settle(trainer, pl_module)
             self._tell(trainer)
         tell_if_too_short(type(self).__name__, self.report, self._rules.settings, trainer)
@@ -241,7 +244,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._is_fitting(trainer):
             return
-        # Optimizers that a loop of the user's own steps by itself are seen here at the latest.
+        # A user's loop may step optimizers past the strategy: this hook is the last chance to find such optimizers.
         self._follow(trainer, pl_module)
         self._monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
@@ -300,40 +303,40 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A Trainer that evaluates loads the state too; a fit that is under way must not take it.
+        # An evaluating Trainer loads the state too, but a running fit must not take it.
         if not self.enabled or self._evaluations:
             return
         for name, own in self._settings.items():
             if name == "eps":
-                continue  # what becomes of a restored eps is told once the layers are there
+                continue  # `EpsState` reports on a restored eps once the layers exist
             if name in state_dict and state_dict[name] != own:
                 rank_zero_warn(
                     f"{type(self).__name__}: the checkpoint was made with {name}={state_dict[name]!r}, this run has "
                     f"{name}={own!r}. Restored scales keep their values; from here on this run's settings apply."
                 )
-        # Lightning's finders load what they have saved themselves, after trials.
+        # After their trials, Lightning's finders load a checkpoint of their own, which does not count as a resume.
         self._is_resumed = self._is_resumed or not self._rules.has_ever_updated
         if "zero_kept" in state_dict:
             self._rewriting.zero_kept = set(state_dict["zero_kept"])
         self._monitor.load_state_dict(state_dict.get("monitor", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind Trainers and wrapped methods, which belong to this process."""
+        """Leave out Trainers and wrapped methods, which belong to this process."""
         return {**super().__getstate__(), "_wraps": [], "_guards": [], "_evaluations": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._evaluations = weakref.WeakKeyDictionary()
+        self._evaluations = weakref.WeakKeyDictionary()  # which cannot be pickled
 
     def _is_fitting(self, trainer: Trainer) -> bool:
-        """Tell whether a hook is of the fit that this callback acts in; one list may be given to several Trainers."""
+        """Tell whether this Trainer runs the fit that the callback acts in; Trainers may share a list of callbacks."""
         return self.enabled and self._belongs_to(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
-        """Take the callback for a fit.
+        """Bind the callback to a fit.
 
         Raises:
-            MisconfigurationException: If another Trainer is in the middle of a fit with it.
+            MisconfigurationException: If another Trainer is in the middle of a fit with this callback.
         """
         if self._is_busy(trainer):
             raise MisconfigurationException(
@@ -341,16 +344,17 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
             )
         other = None if self._trainer is None else self._trainer()
         if other is not None:
-            # Another callback's error in on_exception keeps Lightning from calling ours: that fit is left now.
+            # If another callback fails in on_exception, Lightning does not call ours. So that fit ends here.
             self._abandon(other, other.lightning_module)
         self._trainer = weakref.ref(trainer)
         self._is_resumed = False
 
     def _guard(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn what becomes of a fit while Lightning's finders have put away all callbacks."""
+        """Follow the fit while Lightning's finders have removed all callbacks from the Trainer."""
 
         def load(method: Callable[..., None], checkpoint: dict[str, Any]) -> None:
             method(checkpoint)
+            # A checkpoint of step 0 brings back the weights from before the first update.
             if not checkpoint.get("global_step"):
                 self._rules.set_back()
 
@@ -362,12 +366,12 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._guards += [EveryCall(trainer.strategy, "on_exception", fail)]
 
     def _abandon(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a fit that has failed; without an update the module becomes what it was."""
+        """End a failed fit; if it made no update, restore the module."""
         try:
             if not self._rules.has_updated:
                 self._rewriting.give_back(pl_module)
                 self._eps.give_back()
-        finally:  # a device that has failed may not let values be read
+        finally:  # restoring may fail as well: a failed device cannot be read
             self._end(trainer, pl_module)
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -383,9 +387,11 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
     @override
     def _arguments(self) -> dict[str, Any]:
         monitor = self._own_monitor
+        # A default monitor is saved as True, so that loading makes a default monitor again.
         return {**super()._arguments(), "monitor": monitor if monitor and monitor.is_asked_for else monitor is not None}
 
     def _rewrite(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Both refusals come before the first write, so a refused fit leaves the model as it was.
         refuse_damage(trainer.strategy, pl_module)
         self._refuse_shared_layers(trainer, pl_module)
         self._rewriting.write(trainer, pl_module)
@@ -398,8 +404,8 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         self._rules.attach(trainer, pl_module, self._rewriting)
 
     def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep up with optimizers that were replaced, and with layers that were added to them."""
-        # Cheap to ask before every step, so that the walk through the model is made where something has changed.
+        """Keep up with replaced optimizers and with layers that were added to them."""
+        # This runs before every step: a cheap check spares the walk through the model.
         if self._rules.are_current(trainer):
             return
         new = self._rewriting.write_new(pl_module)

@@ -1,4 +1,4 @@
-"""What was found in a module, what was written into it, what was kept, and what is given back."""
+"""Writes the scales of a module's layers, remembers their values from before, and restores them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _Look: TypeAlias = tuple[float, ...]
 
 @dataclass
 class _Memory:
-    """What is remembered of a module from fit to fit, by the names of its layers."""
+    """The names of rewritten layers and of layers kept at zero, remembered for a module from fit to fit."""
 
     rewritten: set[str] = field(default_factory=lambda: set[str]())
     zero_kept: set[str] = field(default_factory=lambda: set[str]())
 
 
 class Rewriting:
-    """The batch norm layers of a module through its fits: records, verdicts, and what was written.
+    """The batch norm layers of a module through its fits: records, verdicts and rewrites.
 
-    `write` runs in setup, and again after hooks that make layers. `settle` runs once everything was made, moved and
-    restored. `end` closes the fit; `give_back` undoes what was written where a fit ends before its first update.
+    `write` runs in setup, and again after hooks that make layers. `settle` runs once all layers are made, moved and
+    restored. `end` closes the fit. If a fit ends before its first update, `give_back` undoes the rewrites.
 
     Args:
         selection: The settings that decide on every layer.
@@ -44,7 +44,7 @@ class Rewriting:
     def __init__(self, selection: Selection) -> None:
         self._selection = selection
         self.records: list[BatchNormRecord] = []
-        # Weak keys: a module that is gone takes its memory along.
+        # Weak keys: the memory of a module ends with the module.
         self._memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
         self._memory = _Memory()
         self._carried: tuple[_Memory, dict[str, _Look]] | None = None
@@ -62,7 +62,7 @@ class Rewriting:
         self._memory.zero_kept = names
 
     def begin(self, module: LightningModule) -> None:
-        """Start a fit with what earlier fits of the same module have left to know.
+        """Start a fit with the memory of the module's earlier fits.
 
         Args:
             module: The module to be trained.
@@ -74,19 +74,20 @@ class Rewriting:
         self._forget_before()
 
     def write(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write the scales of the layers that exist now, in the module and in copies that callbacks have made of it.
+        """Write the scales of the layers that exist now, in the module and in its copies in other callbacks.
 
         Args:
             trainer: The Trainer.
             module: The module to be trained.
 
         Raises:
-            ValueError: If a layer cannot be rewritten; no scale was written then.
+            ValueError: If a layer cannot be rewritten; then no scale is written.
         """
+        # FSDP1 is left out: it wraps the model only after setup.
         with gathered(module, write=True, fsdp=False):
             records = self._judge(module)
             refuse([record for record in records if record.state != "unmaterialized"])
-            # A copy is known by its values, so it is looked for before anything is written.
+            # Equal values identify a copy, so the search comes before the first write.
             copies = copies_of_callbacks(trainer, module, [r for r in records if r.verdict == "rewrite"])
             self._write(records)
             self._copies += [(copy, _Before(copy)) for copy in copies if not _has_target(copy)]
@@ -95,7 +96,7 @@ class Rewriting:
             self._note_zeros(records)
 
     def write_new(self, module: LightningModule) -> list[BatchNormRecord]:
-        """Write the scales of layers that were added while training, or took the place of others.
+        """Write the scales of layers that were added or replaced during training.
 
         Args:
             module: The module in training.
@@ -110,14 +111,14 @@ class Rewriting:
         new = {r.name: r for r in self._selection.look(module) if _is_other_layer(r, known.get(r.name))}
         refuse([*new.values()])
         for name in new:
-            self._before.pop(name, None)  # of the layer whose place it takes
+            self._before.pop(name, None)  # these are values of the replaced layer
         self._write([*new.values()])
         self.records = [*{**known, **new}.values()]
         self._note_zeros([*new.values()])
         return [*new.values()]
 
     def settle(self, trainer: Trainer, module: LightningModule) -> None:
-        """Bring the records up to the layers as they are now that all were made, moved and perhaps restored.
+        """Update records and scales, once all layers were made, moved and perhaps restored.
 
         Args:
             trainer: The Trainer.
@@ -129,9 +130,9 @@ class Rewriting:
         earlier = {record.name: record for record in self.records}
         with gathered(trainer.strategy.model or module, write=True):
             found = self._selection.look(module)
-            # A callback that was set up after ours has copied the new scales.
+            # A callback that was set up after ours may have copied the new scales.
             self._note_copies(trainer, module, [record for record in found if record.name in self._before])
-            # A layer that was frozen since, by a hook or by a callback that comes after ours, is not to be changed.
+            # A hook or a later callback may have frozen a layer since: it gets its scale from before the fit back.
             copies = {record.name for record in self.records if record.copy_of is not None}
             frozen = {
                 record.name for record in found if record.state == "frozen" and self._is_unchanged(record)
@@ -142,33 +143,33 @@ class Rewriting:
             refuse(records)
             self._write(records)
         self.records = records
-        # What was frozen, or brought by a checkpoint, is not ours to give back.
+        # `give_back` leaves frozen layers, and layers from a checkpoint, as they are.
         ours = {record.name for record in records if record.verdict == "rewrite"}
         self._before = {name: before for name, before in self._before.items() if name in ours}
 
     def look(self, module: nn.Module) -> list[BatchNormRecord]:
-        """List the layers as they are, for the update rule; scales kept at zero are remembered.
+        """List the layers as they are, for the update rule, and remember scales kept at zero.
 
         Args:
             module: The module to be trained.
 
         Returns:
-            One record a layer.
+            A record per layer.
 
         Raises:
-            ValueError: If a scale is part of a flat parameter, as FSDP1 makes them.
+            ValueError: If a layer is unsupported, such as a layer whose scale FSDP1 made part of a flat parameter.
         """
         records = self._selection.look(module)
         refuse([record for record in records if record.state == "unsupported"])
-        self.zero_kept |= set(zero_kept_names(records))  # layers that are newer than a restored state, too
+        self.zero_kept |= set(zero_kept_names(records))  # a restored state lacks layers that are newer
         return records
 
     def give_back(self, module: LightningModule) -> None:
         """Undo every rewrite of a fit that has ended before its first update.
 
-        No rank waits for another here, since an exception may have come on one alone. A scale that DeepSpeed's ZeRO-3
-        has partitioned, or that is part of FSDP1's flat parameters, keeps the new value, since ranks could only fill it
-        together.
+        Ranks do not wait for each other here, since a single rank may have raised the exception. Scales that
+        DeepSpeed's ZeRO-3 has partitioned, or FSDP1 has flattened, keep the new value: only all ranks together could
+        fill them.
 
         Args:
             module: The module that was to be trained.
@@ -178,13 +179,13 @@ class Rewriting:
         self._forget_before()
 
     def end(self) -> None:
-        """Close the fit: forget the values from before it, and take back the orders to write lazy layers."""
+        """Close the fit: forget the values from before it, and remove the hooks that wait to write lazy layers."""
         self._forget_before()
         for record in self.records:
             forget_lazy(record)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave behind the modules, which belong to this process; a copy knows the layers by what they look like."""
+        """Leave out the modules, which belong to this process; a copy recognises the layers by their values."""
         module = next((module for module, memory in self._memories.items() if memory is self._memory), None)
         looks = {} if module is None else {record.name: _look(record) for record in self._selection.look(module)}
         carried = self._carried if module is None else (self._memory, looks)
@@ -196,7 +197,7 @@ class Rewriting:
         self._memories = weakref.WeakKeyDictionary()
 
     def _recognized(self, module: nn.Module) -> _Memory:
-        """Return what the callback that this one was copied from knew of the layers that look the same."""
+        """Return the memory of the callback that this callback was copied from, for layers with the same values."""
         if self._carried is None:
             return _Memory()
         memory, looks = self._carried
@@ -204,7 +205,7 @@ class Rewriting:
         return _Memory(memory.rewritten & same, memory.zero_kept & same)
 
     def _judge(self, module: nn.Module) -> list[BatchNormRecord]:
-        """Look at the layers; trained ones that an earlier fit has written are not new to us."""
+        """Judge the layers; skip trained layers that an earlier fit has written."""
         records = [
             replace(record, verdict="skip", reason="trained in an earlier fit")
             if record.state == "trained" and record.name in self._earlier_fits
@@ -214,7 +215,7 @@ class Rewriting:
         return self._selection.follow_copies(module, records)
 
     def _write(self, records: list[BatchNormRecord]) -> None:
-        """Write scales, and remember what they were."""
+        """Write scales, and remember their values from before."""
         for record in records:
             if record.verdict == "rewrite":
                 self._memory.rewritten.add(record.name)
@@ -223,7 +224,7 @@ class Rewriting:
         write_scales(records)
 
     def _note_zeros(self, records: Sequence[BatchNormRecord]) -> None:
-        # A layer that is as torch makes it has not started at zero this time.
+        # A fresh layer does not start at zero, so an earlier note that it was kept at zero is out of date.
         made_anew = {record.name for record in records if record.state == "fresh" and _is_held(record)}
         self.zero_kept = (self.zero_kept - made_anew) | set(zero_kept_names(records))
 
@@ -231,7 +232,7 @@ class Rewriting:
         return record.name in self._before and self._before[record.name].is_same_layer(record)
 
     def _fill_back(self, module: LightningModule, names: set[str]) -> None:
-        """Write back the values from before the fit where the new values still stand, in copies of these layers too."""
+        """Restore the values from before the fit where the new values are unchanged, in layers and in their copies."""
         targets = {record.name: record.target for record in self.records if record.verdict == "rewrite"}
         for record in self._selection.look(module) if names else ():
             target = targets.get(record.name)
@@ -242,7 +243,7 @@ class Rewriting:
                 fill_scale(copy.module, before.scale)
 
     def _note_copies(self, trainer: Trainer, module: LightningModule, originals: Sequence[BatchNormRecord]) -> None:
-        """Remember copies that are to be given back with their originals."""
+        """Remember copies, to restore them with their originals."""
         known = {id(copy.module) for copy, _ in self._copies}
         for copy in copies_of_callbacks(trainer, module, originals) if originals else ():
             if copy.copy_of is not None and id(copy.module) not in known:
@@ -256,8 +257,8 @@ def settled(earlier: BatchNormRecord | None, present: BatchNormRecord) -> BatchN
     """Decide on a layer at the start of training from the record at setup and the record now.
 
     Args:
-        earlier: What was found and decided at setup; None for a layer that did not exist then.
-        present: What is found now.
+        earlier: The record at setup; None for a layer that did not exist then.
+        present: The record now.
 
     Returns:
         The present record with the verdict and the reason that hold for this fit.
@@ -265,24 +266,24 @@ def settled(earlier: BatchNormRecord | None, present: BatchNormRecord) -> BatchN
     if earlier is None or earlier.target is None:
         return present
     if earlier.copy_of is not None and present.has_scale(earlier.target):
-        # Copies are compared at setup alone: later on, weights may be sharded.
+        # Copies are compared only at setup: later, weights may be sharded.
         return replace(earlier, module=present.module)
     if earlier.verdict == "rewrite" and present.has_scale(earlier.target):
-        # Written at setup: it looks "trained" only where its reason to be rewritten was the policy for trained layers.
+        # It was written at setup. Its state now may be "trained" only because the policy for trained layers chose it.
         return replace(present, verdict="rewrite", reason=earlier.reason)
     if present.state != "trained":
         return present
     if earlier.state in ("fresh", "lazy", "unmaterialized"):
-        # Nothing has trained it in between, so its values were loaded; they win over ours.
+        # No training came in between, so its values were loaded, and loaded values win over ours.
         return replace(present, verdict="skip", reason="restored, from a checkpoint or by the model's hooks")
     return replace(present, verdict="skip", reason=earlier.reason)
 
 
 class _Before:
-    """What a layer was before its scale was written."""
+    """The scale and running mean of a layer from before its scale was written."""
 
     def __init__(self, record: BatchNormRecord) -> None:
-        # One number does for the shards of a scale too, and is known without reading them.
+        # A single number also fits the shards of a scale, and needs no read of them.
         starts = {"fresh": 1.0, "lazy": 1.0, "zero": 0.0}
         self.scale: float | Tensor
         if record.state in starts:
@@ -293,27 +294,28 @@ class _Before:
         self._mean = None if mean is None else mean.clone()
 
     def is_same_layer(self, record: BatchNormRecord) -> bool:
-        """Tell whether the layer has neither been trained nor restored from a checkpoint since, by its statistics."""
+        """Tell, by the running mean, whether training and checkpoints have left the layer alone since."""
         mean = _running_mean(record)
+        # The layer may have moved to another device or precision since.
         return mean is None or (self._mean is not None and torch.equal(self._mean.to(mean), mean))
 
 
 def _is_other_layer(present: BatchNormRecord, earlier: BatchNormRecord | None) -> bool:
-    """Tell whether a layer is new under its name; a conversion makes another module with the same scale."""
+    """Tell whether a layer is new under its name; a converted layer keeps its scale, and is not new."""
     if earlier is None or present.module is earlier.module:
         return earlier is None
     return present.scale is None or present.scale is not earlier.scale
 
 
 def _look(record: BatchNormRecord) -> _Look:
-    """Return numbers by which a trained layer is known again; of sharded and lazy layers there are none."""
+    """Return numbers that identify a trained layer; sharded and lazy layers have none."""
     tensors = (record.values, _running_mean(record), getattr(record.module, "running_var", None))
     plain = [tensor for tensor in tensors if type(tensor) in (Tensor, nn.Parameter) and isinstance(tensor, Tensor)]
     return tuple(float(tensor.detach().double().sum()) for tensor in plain if not tensor.is_meta)
 
 
 def _is_held(record: BatchNormRecord) -> bool:
-    """Tell whether this rank holds a part of the scale, so that its values are known here."""
+    """Tell whether this rank holds a part of the scale, and so knows its values."""
     return record.values is not None and record.values.numel() > 0
 
 
@@ -329,12 +331,12 @@ def _has_target(record: BatchNormRecord) -> bool:
 def copies_of_callbacks(
     trainer: Trainer, module: LightningModule, originals: Sequence[BatchNormRecord]
 ) -> list[BatchNormRecord]:
-    """List the copies of layers that other callbacks keep, in averages that they made before ours was set up.
+    """List copies of layers in other callbacks, such as averages that they made before our setup.
 
     Args:
         trainer: The Trainer.
         module: The module to be trained.
-        originals: Those of its layers whose copies are meant, with the values that were copied.
+        originals: The layers whose copies to find, with the values that were copied.
 
     Returns:
         A record for each copy, with the name and the target of its original.

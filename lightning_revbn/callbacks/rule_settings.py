@@ -1,4 +1,4 @@
-"""How scales and shifts learn, as the user has set it."""
+"""The user's settings of how scales and shifts learn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RuleSettings:
     Attributes:
         divisor: The constant c; scales learn with lr / c. Values up to 1 switch the division off.
         shift_multiplier: The constant k; shifts learn with lr * k.
-        weight_decay_exempt: What takes no weight decay.
+        weight_decay_exempt: The parameters without weight decay.
     """
 
     divisor: float

@@ -1,4 +1,4 @@
-"""Puts the update rule on the optimizers of a fit, keeps up with optimizers that are replaced, and takes it away."""
+"""Puts the update rule on the optimizers of a fit, follows replaced optimizers, and removes the rule."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["UpdateRules"]
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Scales and shifts of the selected layers, whether they learn differently or not, and all without weight decay."""
+    """Scales and shifts of the selected layers, even if they learn as others, and all parameters without decay."""
 
     scales: list[nn.Parameter]
     shifts: list[nn.Parameter]
@@ -41,10 +41,10 @@ class _Parameters:
 
 
 class UpdateRules:
-    """The update rules of one fit, one for each optimizer.
+    """The update rules of a fit, a rule for each optimizer.
 
     Args:
-        owner: What the user calls the callback, for messages.
+        owner: The callback's name, for messages.
         selection: The settings that decide on every layer.
         settings: How scales and shifts learn.
     """
@@ -78,20 +78,20 @@ class UpdateRules:
 
     @property
     def has_updated(self) -> bool:
-        """Whether weights hold an update of this fit, be it past the strategy, by a loop of the user's own."""
+        """Whether weights hold an update of this fit; steps of a user's loop past the strategy count."""
         return self._has_stepped or any(attached.has_updated for attached in self._attached)
 
     @property
     def has_ever_updated(self) -> bool:
-        """Whether an optimizer has updated in this fit, weights that were set back since included."""
+        """Whether an optimizer has updated in this fit, even if its weights were set back since."""
         return self._was_set_back or self.has_updated
 
     def begin(self, trainer: Trainer, follow: Callable[[], None]) -> None:
-        """Start a fit: from now on every step of the strategy is announced and checked.
+        """Start a fit: from now on, every step of the strategy calls `follow` first and is checked.
 
         Args:
             trainer: The Trainer.
-            follow: Called before every step, to keep up with optimizers that were replaced.
+            follow: Keeps up with replaced optimizers.
         """
         self._has_stepped = self._was_set_back = False
 
@@ -104,7 +104,7 @@ class UpdateRules:
         self._guard = EveryCall(trainer.strategy, "optimizer_step", around)
 
     def set_back(self) -> None:
-        """Forget the updates: weights from before the first one were loaded, as Lightning's finders do after trials."""
+        """Forget the updates: weights from before them were loaded, as Lightning's finders do after trials."""
         self._was_set_back = self.has_ever_updated
         self._has_stepped = False
         for attached in self._attached:
@@ -117,7 +117,7 @@ class UpdateRules:
             trainer: The Trainer.
 
         Returns:
-            Whether they are; True before rules were attached at all.
+            Whether they are; True while no rules are attached.
         """
         return self._seen is None or self._seen == _signature(trainer)
 
@@ -127,7 +127,7 @@ class UpdateRules:
         Args:
             trainer: The Trainer.
             module: The module to be trained.
-            rewriting: What is known of its layers.
+            rewriting: The records of its layers.
 
         Raises:
             MisconfigurationException: If the rule cannot hold for an optimizer.
@@ -137,7 +137,7 @@ class UpdateRules:
         parameters = self._choose(module, rewriting) if optimizers else _Parameters([], [], [])
         try:
             coverage = Coverage.of(parameters.scales, parameters.shifts, parameters.exempt, self.rates)
-        except ValueError as error:  # layers that are tied
+        except ValueError as error:  # tied layers
             raise MisconfigurationException(f"{self._owner}: {error}") from error
         for optimizer in optimizers:
             if isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance] # an engine's own
@@ -147,17 +147,18 @@ class UpdateRules:
         self._seen = _signature(trainer)
 
     def remove(self) -> None:
-        """Take the rules away, and follow no more."""
+        """Remove the rules, and stop following optimizers."""
         self._remove_rules()
         if self._guard is not None:
             self._guard.undo()
             self._guard = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave behind the rules, since optimizers and the strategy belong to this process."""
+        """Leave out the rules: optimizers and the strategy belong to this process."""
         return {**self.__dict__, "_attached": [], "_guards": [], "_seen": None, "_guard": None}
 
     def _remove_rules(self) -> None:
+        # The rules take their counts along, so the answer is kept here.
         self._has_stepped = self.has_updated
         self._seen = None
         while self._attached:
@@ -168,7 +169,7 @@ class UpdateRules:
     def _choose(self, module: nn.Module, rewriting: Rewriting) -> _Parameters:
         records = rewriting.look(module)
         scales, shifts = rule_scales(records, sorted(rewriting.zero_kept)), rule_shifts(records)
-        # One tensor may be both, in layers that are tied. The rule takes it for what it learns differently as.
+        # In tied layers a tensor may be scale and shift. It takes the role whose learning rate the settings change.
         if not self.rates.multiplies_shifts:
             shifts = _without(shifts, scales)
         elif not self.rates.divides_scales:
@@ -185,7 +186,7 @@ class UpdateRules:
         except ValueError as error:
             raise MisconfigurationException(f"{self._owner}: {error}") from error
         if not coverage:
-            # Nothing is to be changed in a step, but a checkpoint may bring other groups.
+            # Steps need no change, but a checkpoint may bring groups that were made with other numbers.
             if coverage.ways and runs_step_hooks(optimizer):
                 self._guards.append(optimizer.register_load_state_dict_post_hook(coverage.refuse_other_groups))
             return
@@ -197,19 +198,19 @@ class UpdateRules:
                 parameters.exempt,
                 shifts=parameters.shifts,
                 shift_multiplier=self.settings.shift_multiplier,
-                warn_if_unused=False,
+                warn_if_unused=False,  # `tell` warns once for all optimizers
             )
         except (TypeError, ValueError) as error:
             divided = parameters.scales if self.rates.divides_scales else []
             multiplied = parameters.shifts if self.rates.multiplies_shifts else []
             if is_divided(optimizer, divided, parameters.exempt, multiplied):
-                return  # its own groups do what the rule would do
+                return  # its own groups already do the rule's work
             missing = what_groups_miss(optimizer, self.settings)
             raise MisconfigurationException(f"{self._owner}: {error}{missing}") from error
         self._attached.append(_Attached(rule))
 
     def _checked(self, optimizer: Optimizer, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Make a step, which must pass by the rule: a `step` that was replaced on the optimizer may run no hooks."""
+        """Make a step, and check that the rule took part: a replaced `step` may run no hooks."""
         attached = next((attached for attached in self._attached if attached.rule.optimizer is optimizer), None)
         if attached is None:
             return method(optimizer, *args, **kwargs)
@@ -218,6 +219,7 @@ class UpdateRules:
         try:
             result = method(optimizer, *args, **kwargs)
         except BaseException:
+            # torch does not run its post-hooks after an exception, so the engine is still in the step.
             if engine := engine_of(optimizer):
                 engine.recover()
             raise
@@ -231,7 +233,7 @@ class UpdateRules:
 
 
 class _Attached:
-    """A rule on an optimizer, and what tells whether a step has passed it by.
+    """A rule on an optimizer, with a check for steps that bypass the rule.
 
     Args:
         rule: The rule.
@@ -262,20 +264,21 @@ class _Attached:
         self._forgotten = self.rule.updates
 
     def before_step(self) -> None:
-        """Look at a parameter of the rule."""
+        """Start to watch a parameter of the rule."""
         rule = self.rule
         self._updates = rule.updates
-        # Values tell what the version does not, such as an update by a fused optimizer. They are compared until the
-        # rule has seen an update, and after `step` was replaced.
+        # A fused optimizer updates values without moving the version. Comparing values is slower, so it is done only
+        # until the rule has seen an update, and after `step` was replaced.
         self._watch.by_value = not rule.updates or _own_step(rule.optimizer) is not self._step
         held = (parameter for group in rule.optimizer.param_groups for parameter in group["params"])
+        # FSDP1 leaves some ranks no element of a scale, and such a scale never changes.
         covered = (p for p in held if id(p) in self._ids and p.requires_grad and not is_lazy(p) and p.numel())
         self._watch.start(next(covered, None))
 
     def around_closure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a step with a closure after which the parameter is looked at anew.
+        """Return the arguments of a step with a closure that restarts the watch when it returns.
 
-        A training step may change parameters, and a step that a GradScaler skips after it is no update.
+        A training step may change parameters itself. If a GradScaler then skips the step, that change is not an update.
         """
         if args and callable(args[0]):
             return (self._followed(args[0]), *args[1:]), kwargs
@@ -292,7 +295,7 @@ class _Attached:
         return run
 
     def has_passed_by(self) -> bool:
-        """Tell whether the step has updated a parameter of the rule without the rule."""
+        """Tell whether the step has updated the watched parameter without the rule."""
         if self.rule.updates != self._updates:
             self._step = _own_step(self.rule.optimizer)
             return False
@@ -305,13 +308,13 @@ def _without(parameters: list[nn.Parameter], others: list[nn.Parameter]) -> list
 
 
 def _own_step(optimizer: Optimizer) -> object:
-    """Return the `step` that was set on an optimizer, such as the one by which a scheduler counts; None if none was."""
+    """Return the `step` that was set on an optimizer, such as a scheduler's counting wrapper; None without."""
     return vars(optimizer).get("step")
 
 
 def _signature(trainer: Trainer) -> list[list[int]]:
-    """Return what changes when optimizers are replaced, or get other parameters."""
-    # Asked before every step: `map` runs no Python code per parameter.
+    """Return ids that change when optimizers are replaced, or get other parameters."""
+    # This runs before every step: `map` runs no Python code per parameter.
     return [
         [id(optimizer), *chain.from_iterable(map(id, group["params"]) for group in optimizer.param_groups)]
         for optimizer in trainer.strategy.optimizers

@@ -1,4 +1,4 @@
-"""What a checkpoint or a YAML file holds of a callback among hyperparameters: the arguments that make the same one."""
+"""Saves a callback among hyperparameters, in checkpoints and YAML files, as the arguments of its class."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning.pytorch import Callback
 __all__ = ["SavedByArguments", "restore", "save_by_arguments"]
 
 _SAVING = 2
-"""The pickle protocol of torch.save, of what `weights_only=True` reads, and of YAML; copies and processes use later."""
+"""The pickle protocol of torch.save, `weights_only=True` and YAML; copies and processes use later protocols."""
 
 
 class SavedByArguments(Callback):
-    """A callback that is saved by the arguments of its class alone, of which each is an attribute too.
+    """A callback that is saved by the arguments of its class alone; each argument is an attribute too.
 
-    Copies, and pickles for other processes, hold what the callback knows of modules and fits. Saved, that would be
-    private classes of this version of the package, which `torch.load(weights_only=True)` refuses.
+    Copies, and pickles for other processes, also hold the state of modules and fits. Files leave this state out: it
+    needs private classes of this package's version, which `torch.load(weights_only=True)` refuses.
     """
 
     def _arguments(self) -> dict[str, Any]:
@@ -26,7 +26,7 @@ class SavedByArguments(Callback):
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return the arguments where the callback is saved; a subclass of a user's is pickled as usual."""
+        """Return the arguments where the callback is saved; a user's subclass is pickled as usual."""
         if protocol == _SAVING and type(self) in _kinds:
             return restore, (type(self), self._arguments())
         return super().__reduce_ex__(protocol)
@@ -36,14 +36,14 @@ def restore(kind: type[SavedByArguments], arguments: dict[str, Any]) -> SavedByA
     """Make a callback that was saved.
 
     Args:
-        kind: Its class.
-        arguments: Those of the class.
+        kind: The class of the callback.
+        arguments: The arguments of the class.
 
     Returns:
         A new callback.
 
     Raises:
-        TypeError: If the class is none that is saved so; checkpoints come from anywhere.
+        TypeError: If `save_by_arguments` has not registered the class: anybody may have made the checkpoint.
     """
     if kind not in _kinds:
         raise TypeError(f"{kind!r} is no callback of lightning_revbn")
@@ -54,7 +54,7 @@ _kinds: list[type[SavedByArguments]] = []
 
 
 def save_by_arguments(kind: type[SavedByArguments]) -> None:
-    """Let a class be saved by arguments, and read with `weights_only=True`.
+    """Register a class to be saved by arguments, and read with `weights_only=True`.
 
     Args:
         kind: The class.

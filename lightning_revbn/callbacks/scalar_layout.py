@@ -23,7 +23,7 @@ __all__ = ["LAYERS_IN_A_CHART", "Layout", "scalar_layout"]
 Layout: TypeAlias = "dict[str, dict[str, list[str | list[str]]]]"
 
 LAYERS_IN_A_CHART = 16
-"""More lines than these cannot be told apart."""
+"""The most lines of a chart that readers can tell apart."""
 
 _AFFINE_CHARTS = {
     "Scale: mean": SCALE_MEAN,
@@ -43,7 +43,7 @@ _WHOLE_MODEL_CHARTS = {
 
 
 def scalar_layout(prefix: str, layers: Sequence[str], *, activations: bool = False, per_layer: bool = True) -> Layout:
-    """Lay out the charts: one category for the whole model, then one for every stage of it.
+    """Lay out the charts by category: first the whole model, then every stage of the model.
 
     Args:
         prefix: First part of every key.
@@ -72,13 +72,13 @@ def scalar_layout(prefix: str, layers: Sequence[str], *, activations: bool = Fal
 
 
 def _lines(prefix: str, layers: Sequence[str], keys: Sequence[str]) -> list[str | list[str]]:
-    # TensorBoard matches from the start of a tag on, and takes what it is given for a regular expression.
+    # TensorBoard reads these tags as regular expressions, and matches them from the start.
     tags = [metric_key(prefix, layer, key) for layer in layers for key in keys]
     return ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]
 
 
 def _stages(layers: Sequence[str], depth: int = 0) -> list[list[str]]:
-    """Cut the layers into runs that fit a chart, at the seams between modules of the first depth that allows it."""
+    """Cut the layers into runs that fit a chart, between modules of the first depth that allows it."""
     if len(layers) <= LAYERS_IN_A_CHART:
         return [list(layers)] if layers else []
     stages: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Tells when a training is planned so short that every training of that length in our results lost."""
+"""Tells the user if a planned training is too short: all trainings of that length in our results lost."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lightning_revbn.lightning_compat import callbacks_of, rank_zero_info
 __all__ = ["LOST_UP_TO", "tell_if_too_short"]
 
 LOST_UP_TO = {0.25: 150, 0.1: 360}
-"""Optimizer steps by scale: all trainings in docs/results.md of up to so many steps ended below the baseline.
+"""Optimizer steps by scale: in docs/results.md, every training of at most this many steps ended below its baseline.
 
-The 95 % interval of each of them lies below 0. With a divisor of 100, and without other eps or fast shifts.
+Each 95 % interval lies below 0. These trainings had divisor 100, the eps from the code, and no shift multiplier.
 """
 
 
 def tell_if_too_short(owner: str, report: InitReport, settings: RuleSettings, trainer: Trainer) -> None:
-    """Compare the planned steps of a training with our results for its scale, and say so if all of them lost.
+    """Compare the planned steps of a training with our results for its scale, and tell the user if all of these lost.
 
-    A scale or a setting that the results do not have is no reason to say anything.
+    Scales and settings without results cause no message.
 
     Args:
-        owner: What the user calls the callback.
-        report: The layers and what was done to each.
+        owner: The callback's name, for the message.
+        report: The layers with the verdict on each.
         settings: How scales and shifts learn.
         trainer: The Trainer, with its data loaders.
     """
@@ -44,15 +44,16 @@ def tell_if_too_short(owner: str, report: InitReport, settings: RuleSettings, tr
 
 
 _DIVISOR = 100
-"""That of the results."""
+"""The divisor of the results."""
 
 
 def _planned_steps(trainer: Trainer) -> float | None:
-    """Return how many optimizer steps a training will have; None where nobody can know."""
-    is_trial = bool(getattr(trainer, "fast_dev_run", False))  # which Lightning does not type
+    """Return the planned number of optimizer steps; None if it cannot be known."""
+    is_trial = bool(getattr(trainer, "fast_dev_run", False))  # Lightning does not type it
     schedules = (own for own in callbacks_of(trainer) if isinstance(own, GradientAccumulationScheduler))
+    # Lightning's estimate takes the present accumulation of gradients for the whole training.
     changes = any(len(set(own.scheduling.values())) > 1 for own in schedules)
     if is_trial or changes or not trainer.lightning_module.automatic_optimization:
         return None
     planned = trainer.estimated_stepping_batches
-    return planned if planned > 0 else None  # -1 is a stream without end
+    return planned if planned > 0 else None  # -1: an endless stream of batches

@@ -1,4 +1,4 @@
-"""Says at the start of a fit what was rewritten, how scales learn, and where the method has no effect."""
+"""Reports at the start of a fit which scales were rewritten, how scales learn, and where the method has no effect."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = ["tell"]
 def tell(
     owner: str, report: InitReport, trainer: Trainer, rules: UpdateRules, *, sets_eps: bool, is_resumed: bool
 ) -> None:
-    """Print the table of layers, and warn where nothing or only half of the method happens.
+    """Print the table of layers, and warn if the method has no effect, or only half of it applies.
 
     Args:
-        owner: What the user calls the callback.
-        report: The layers and what was done to each.
+        owner: The callback's name, for messages.
+        report: The layers with the verdict on each.
         trainer: The Trainer.
-        rules: The update rules on them.
-        sets_eps: Whether layers have an eps that is not the model's own.
+        rules: The update rules of the fit.
+        sets_eps: Whether layers have an eps that does not come from the model's code.
         is_resumed: Whether the fit goes on from a checkpoint of a run with the callback.
     """
     if not report.records:
@@ -56,12 +56,12 @@ def tell(
         rank_zero_warn(f"{owner}: no optimizer holds a batch norm shift, so none learns with lr * k")
     if differences and not is_resumed:
         _warn_of_half(owner, report, differences)
-    if rules.covered:  # an engine that trains 16-bit copies of its own numbers is not among them
+    if rules.covered:  # an engine has no rule here, and trains copies of 16-bit scales in a precision of its own
         _warn_of_rounding(owner, report.records, rules.settings.divisor)
 
 
 def _rates(rules: UpdateRules, permanent: Sequence[tuple[Any, dict[str, Any]]]) -> str:
-    """Say in a line for each how scales and shifts learn."""
+    """Describe how scales and shifts learn, in a line for each."""
     lines: list[str] = []
     roles: list[tuple[Role, int, str]] = [
         ("scale", rules.covered, GROUP_MARK),
@@ -72,7 +72,7 @@ def _rates(rules: UpdateRules, permanent: Sequence[tuple[Any, dict[str, Any]]]) 
         if covered or (rules.rates.change(role) and not owners):
             lines.append(f"{covered} {role}s learn with {rules.rates.lr_text(role)}")
         if owners:
-            # An engine's optimizer holds flat copies.
+            # An engine's optimizer holds flat copies, which hide the number of scales.
             groups = [group for own, group in permanent if isinstance(own, Optimizer) and mark in group]
             held = sum(parameter.requires_grad for group in groups for parameter in group["params"])
             count = held if groups else "the"
@@ -81,7 +81,7 @@ def _rates(rules: UpdateRules, permanent: Sequence[tuple[Any, dict[str, Any]]]) 
 
 
 def _differences(rules: UpdateRules) -> dict[str, str]:
-    """Say of how many parameters updates differ from updates without the callback, by the setting that ends it."""
+    """Describe the updates that the callback changes, by the setting that would leave them alone."""
     counted = [
         ("scale_lr_divisor=1", rules.covered, f"scales learn with {rules.rates.lr_text('scale')}"),
         ("shift_lr_multiplier=1", rules.covered_shifts, f"shifts learn with {rules.rates.lr_text('shift')}"),
@@ -91,7 +91,7 @@ def _differences(rules: UpdateRules) -> dict[str, str]:
 
 
 def _eps(report: InitReport) -> str:
-    """Say where eps was changed that no `state_dict` holds it."""
+    """If eps was changed, say that no `state_dict` holds it."""
     changed = [record.eps for record in report.records if record.eps_before not in (None, record.eps)]
     values = {eps for eps in changed if eps is not None}  # the model's code may have the eps already
     if not values:
@@ -101,7 +101,7 @@ def _eps(report: InitReport) -> str:
 
 
 def _at_scale_1(module: nn.Module, report: InitReport, rules: UpdateRules) -> str:
-    """Say what the settings amount to at scale 1, for networks of ReLU whose scales all start alike."""
+    """Describe the equivalent settings at scale 1, for ReLU networks whose scales all start alike."""
     scales = [record for record in report.records if record.state not in ("no scale", "input")]
     starts = {(record.target, record.eps) for record in scales}
     if len(starts) != 1 or any(record.verdict != "rewrite" for record in scales):
@@ -123,10 +123,7 @@ def _nothing_learns(rates: Rates) -> str:
 
 
 def _warn_of_half(owner: str, report: InitReport, differences: Mapping[str, str]) -> None:
-    """Warn where parameters learn in their own way, and scales start from values that the method has not written.
-
-    So it is with a pretrained network, mostly.
-    """
+    """Warn if parameters learn differently, but no scale was rewritten: mostly with a pretrained network."""
     judged = [record for record in report.records if record.state not in ("no scale", "excluded", "input", "frozen")]
     asked = [record for record in judged if record.target is not None and record.target < 1]
     known = ("trained in an earlier fit",)
@@ -161,12 +158,12 @@ def _warn_of_rounding(owner: str, records: Sequence[BatchNormRecord], divisor: f
 
 @rank_zero_only
 def _print_report(owner: str, report: InitReport, rate: str) -> None:
-    """Show the report by rich where it is installed and a person looks, else as a log message."""
-    log = logging.getLogger("lightning.pytorch")  # whoever silences Lightning silences this
+    """Print the report with rich if it is installed and a person looks; otherwise log it."""
+    log = logging.getLogger("lightning.pytorch")  # silencing Lightning silences the report too
     if use_rich(sys.stderr) and log.isEnabledFor(logging.INFO):
         from rich.console import Console
 
         Console(stderr=True, highlight=False).print(f"{owner}:", report, rate)
     else:
-        # Not rank_zero_info, which logs for whichever of the two packages was imported last.
+        # Not rank_zero_info: it logs under the name of whichever of the two packages was imported last.
         log.info("\n".join([f"{owner}:", str(report), *[rate] * bool(rate)]))

@@ -1,6 +1,6 @@
-"""What callbacks have written into the eps of a module's layers, and which eps the model's code gives them.
+"""Writes eps into a module's layers, and notes on each layer the written eps and the eps from the model's code.
 
-A note on the layer tells both. A note is an attribute of the layer, as eps is: copies and pickles of a model have it.
+A note is an attribute of the layer, as eps is, so copies and pickles of a model keep it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NOTE = "_revbn_eps"
 
 
 class Note(NamedTuple):
-    """The eps that a layer has from the model's code, and the eps that a callback wrote."""
+    """A layer's eps from the model's code, and the eps that a callback wrote."""
 
     code: float | None
     eps: float | None
@@ -33,7 +33,7 @@ def note_of(layer: nn.Module) -> Note | None:
         layer: The layer.
 
     Returns:
-        The note; None where no callback has written the layer's eps, or where someone else has set it since.
+        The note; None if no callback has written the layer's eps, or if other code has set it since.
     """
     note = cast("tuple[float | None, float | None] | None", vars(layer).get(_NOTE))
     return Note(*note) if note is not None and note[1] == eps_of(layer) else None
@@ -42,18 +42,18 @@ def note_of(layer: nn.Module) -> Note | None:
 def _put_note(layer: nn.Module, note: Note | None) -> None:
     vars(layer).pop(_NOTE, None)
     if note is not None:
-        # A plain tuple: a pickle of the model is read where this package is not installed.
+        # A plain tuple, since a pickle of the model must load where this package is not installed.
         vars(layer)[_NOTE] = tuple(note)
 
 
 class WrittenEps:
-    """The eps of a module's layers, and of copies of them, with what it takes to undo a write.
+    """The eps of a module's layers and of their copies, with the values to undo each write.
 
     Args:
-        module: The module; it is not kept alive.
+        module: The module; a weak reference does not keep it alive.
 
     Attributes:
-        before: The eps of the model's code by name, for layers in which another eps, or the same, was set here.
+        before: The eps from the model's code by name, for layers whose eps was set here.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -65,7 +65,7 @@ class WrittenEps:
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        """Every module with an eps, by dotted name; none once the module is gone."""
+        """Every module with an eps, by dotted name; empty once the module is gone."""
         module = self._module()
         return {} if module is None else layers_with_eps(module)
 
@@ -75,7 +75,7 @@ class WrittenEps:
         return {name: note for name, note in notes.items() if note is not None}
 
     def code(self) -> dict[str, float | None]:
-        """Return the eps that the model's code, or someone by hand, gives the layers, by name."""
+        """Return the eps that the model's code, or a user by hand, gives the layers, by name."""
         return {name: _eps_of_code(layer) for name, layer in self.layers.items()}
 
     def undone_by(self) -> set[str]:
@@ -83,34 +83,34 @@ class WrittenEps:
         return set(self._undo)
 
     def set(self, values: Mapping[str, float], *, stays: bool = False) -> None:
-        """Set eps, and note what the layers have from the model's code.
+        """Set eps, and note the eps from the model's code.
 
         Args:
             values: eps by name.
-            stays: Whether `give_back` leaves it.
+            stays: Whether `give_back` leaves the new eps.
         """
         code = self.code()
         self._write(values, {name: Note(code[name], eps) for name, eps in values.items()}, stays)
 
     def leave_to_code(self, names: Iterable[str], *, stays: bool = False) -> None:
-        """Let layers have the eps of the model's code.
+        """Give layers the eps from the model's code.
 
         Args:
-            names: Their names.
-            stays: Whether `give_back` leaves it.
+            names: The names of the layers.
+            stays: Whether `give_back` leaves the new eps.
         """
         code = self.code()
         self._write({name: code[name] for name in names}, {}, stays)
 
     def give_back(self) -> None:
-        """Undo what was set, but what stays."""
+        """Undo the changes, except those that stay."""
         layers = self.layers
         undo = {name: had for name, had in self._undo.items() if name in layers}
         self._write({name: eps for name, (eps, _) in undo.items()}, {name: note for name, (_, note) in undo.items()})
         self._undo, self.before = {}, {}
 
     def follow(self, copies: Mapping[nn.Module, str]) -> None:
-        """Let copies of layers have the eps of their originals from the next write on.
+        """From the next write on, give copies of layers the eps of their originals.
 
         Args:
             copies: The names of the originals by copy.
@@ -118,14 +118,14 @@ class WrittenEps:
         self._copies |= copies
 
     def note_again(self) -> None:
-        """Put notes on layers that were made anew: the converter to SyncBatchNorm, and back, takes over eps alone."""
+        """Put notes on converted layers: conversion to SyncBatchNorm and back copies eps without the note."""
         for name, layer in self.layers.items():
             note = self._notes.get(name)
             if note is not None and note_of(layer) is None and eps_of(layer) == note.eps:
                 _put_note(layer, note)
 
     def end(self) -> None:
-        """Keep no copies alive."""
+        """Renew the notes, and release the copies."""
         self.note_again()
         self._copies = {}
 
@@ -143,6 +143,7 @@ class WrittenEps:
                 write_eps(copy, {"": eps_of(layers[name])})
                 _put_note(copy, note_of(layers[name]))
         self._notes = self.notes()
+        # Of several writes, undo restores the value from before the first.
         kept = {name: old for name, old in self._undo.items() if not (stays and name in values)}
         self._undo = kept if stays else {**had, **kept}
         self.before = {name: old for name, old in (self.before | code).items() if name in self._notes}

@@ -1,4 +1,4 @@
-"""Reads the scales and shifts of all batch norm layers as one vector, with one copy to the host."""
+"""Reads the scales and shifts of all batch norm layers as a vector, with a single copy to the host."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class AffineParameters:
     """The scales and shifts of a model's batch norm layers, in the order in which `read` returns their values.
 
     Args:
-        records: The layers; those without a scale or shift have no values of it.
+        records: The layers; a layer without a scale or shift has no values of it.
 
     Attributes:
         names: Dotted names of the layers, for `"scale"` and for `"shift"`.
-        channels: The number of channels of each of these.
+        channels: The number of channels of each named layer.
         dtype: The least precision that holds all values.
     """
 
@@ -48,7 +48,7 @@ class AffineParameters:
             for record, own in held:
                 self._add(record.module, _ATTRIBUTES[kind], own)
         self.dtype = functools.reduce(torch.promote_types, (own.dtype for own in self._parameters), torch.float16)
-        # Memory that is used again: to ask the system for some megabytes takes longer than to fill them.
+        # Memory that is used again: allocating some megabytes takes longer than filling them.
         channels = sum(map(sum, self.channels.values()))
         self._values = torch.empty(channels, dtype=torch.float64)
 
@@ -57,9 +57,9 @@ class AffineParameters:
         return len(self._parameters)
 
     def read(self) -> Floats:
-        """Return the values of all scales, then of all shifts, as one vector; the next call writes over it.
+        """Return the values of all scales, then of all shifts, as a vector; the next call writes over it.
 
-        Of parameters that FSDP2 has sharded every rank must take part.
+        If FSDP2 has sharded parameters, every rank must take part.
         """
         with torch.no_grad():
             parameters = self._parameters
@@ -80,8 +80,8 @@ class AffineParameters:
 
 
 def _reader(module: nn.Module, attribute: str, own: Tensor, device: torch.device) -> Callable[[], Tensor] | None:
-    """Return how to get the values where a parameter cannot be joined to others as it is; None where it can."""
-    if is_parametrized(module, attribute):  # its values are what the layer computes from the parameter
+    """Return a function that gets the values of a parameter; None if it can be joined to others as it is."""
+    if is_parametrized(module, attribute):  # the layer computes its values from the parameter
         return lambda: getattr(module, attribute).flatten().to(device)
     gather: Callable[[], Tensor] | None = getattr(own, "full_tensor", None)  # a DTensor, of which this is a shard
     if gather is not None:

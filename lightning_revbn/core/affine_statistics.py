@@ -1,4 +1,4 @@
-"""Statistics of the scales and shifts of all batch norm layers, in one pass and one copy to the host."""
+"""Measures the scales and shifts of all batch norm layers, with a single copy to the host."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["AffineStatistics"]
 class AffineStatistics:
     """Mean, standard deviation, least, greatest and drift of every layer's scale and shift.
 
-    The drift is the root mean square distance from the values at the time this object was made (or from `start`). The
-    standard deviation is that of the channels themselves, `sqrt(mean((x - mean)^2))`, so it is 0 for one channel.
+    Drift is the root mean square distance from the values at the time this object was made, or from `start`. The
+    standard deviation is taken over channels, `sqrt(mean((x - mean)^2))`, so it is 0 for a single channel.
 
-    However many layers there are, all values are joined on their device, copied to the host once, and measured there
-    in float64, by a few calls over all layers. Of parameters that FSDP2 has sharded every rank must take part, here and
-    in `compute`. A parametrised scale or shift is measured as the layer uses it.
+    The values of all layers are joined on their device, copied to the host once, and measured there in float64 by a few
+    calls. If FSDP2 has sharded parameters, every rank must take part, here and in `compute`. A parametrised scale or
+    shift is measured as the layer uses it.
 
     Args:
-        records: The layers; those without a scale or shift have no statistics of it.
-        start: What `state_dict()` of an earlier object returned, to go on measuring drift from there.
+        records: The layers; a layer without a scale or shift has no statistics of it.
+        start: The `state_dict()` of an earlier object, to go on measuring drift from its start.
         prefix: First part of every key, as in `metric_key`.
 
     Raises:
-        ValueError: If `start` is of other layers.
+        ValueError: If `start` belongs to other layers.
 
     Example:
         >>> from torch import nn
@@ -55,7 +55,8 @@ class AffineStatistics:
             for statistic in STATISTICS
             for name, kind in kinds
         ]
-        self._scratch = np.empty(int(self._widths.sum()))  # for intermediate results, used again at every measurement
+        self._scratch = np.empty(int(self._widths.sum()))  # reused by every measurement
+        # A copy, since the next read writes over the values.
         self._start = np.array(parameters.read()) if start is None else self._joined(start)
 
     @np.errstate(over="ignore", invalid="ignore")  # where training has diverged, infinity and NaN are the answer
@@ -63,7 +64,7 @@ class AffineStatistics:
         """Compute the statistics of the present values.
 
         Args:
-            per_layer: Whether to return those of single layers too.
+            per_layer: Whether to return the statistics of every layer too.
 
         Returns:
             `{layer}/scale_mean`, `_std`, `_min`, `_max`, `_drift` and the same for `shift_`; over all channels of the
@@ -77,7 +78,7 @@ class AffineStatistics:
         result: dict[str, float] = {}
         if per_layer:
             mean = sums / self._widths
-            # From the mean, in a second pass: trained scales may lie close together and far from 0.
+            # A second pass, since trained scales may lie close together and far from 0: E[x^2] - E[x]^2 would cancel.
             np.subtract(values, np.repeat(mean, self._widths), out=scratch)
             spread = self._sums(np.square(scratch, out=scratch))
             std, drift = np.sqrt(spread / self._widths), np.sqrt(moved / self._widths)
@@ -107,20 +108,20 @@ class AffineStatistics:
         return dict(zip(keys, rows, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values that drift is measured from: names, channels and one flat tensor, for scale and shift."""
+        """Return the values that drift is measured from: names, channels and a flat tensor, for scale and shift."""
         parameters = self._parameters
         state: dict[str, Any] = {}
         first = 0
         for kind, channels in parameters.channels.items():
             part = torch.from_numpy(self._start[first : first + sum(channels)])  # pyright: ignore[reportUnknownMemberType] # torch does not type it
             first += sum(channels)
-            # In the precision of the parameters: that holds the values, and a checkpoint does not grow by more.
+            # The precision of the parameters holds the values exactly, and keeps checkpoints small.
             values = part.to(parameters.dtype, copy=True)
             state[kind] = {"layers": parameters.names[kind], "channels": channels, "values": values}
         return state
 
     def _joined(self, start: dict[str, Any]) -> Floats:
-        """Return a saved start as one vector."""
+        """Return a saved start as a vector."""
         names, channels = self._parameters.names, self._parameters.channels
         for kind in names:
             saved = start.get(kind, {})
@@ -130,5 +131,5 @@ class AffineStatistics:
 
     def _sums(self, values: Floats) -> Floats:
         """Return the sum over the channels of every layer, scales first."""
-        # One call for all layers: a model may have thousands, and a call costs more than the sum of a layer.
+        # A single call for all layers: a model may have thousands, and a call costs more than the sum of a layer.
         return np.add.reduceat(values, self._offsets)

@@ -1,6 +1,6 @@
-"""Checks of arguments: numbers, choices and name patterns, each with an error that says what to give instead.
+"""Checks arguments: numbers, choices and name patterns, each with an error that says what to give instead.
 
-Nothing is imported here but Python's own library, so that the command line checks patterns without torch.
+This module imports only Python's own library, so that the command line checks patterns without torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ScaleSpec: TypeAlias = "float | Mapping[str, float]"
 
 
 class UnmatchedPatternError(ValueError):
-    """A name pattern that matches none of the layers; the message names the nearest layers."""
+    """A name pattern matches none of the layers; the message names the nearest layers."""
 
 
 def check_patterns_match(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ def check_patterns_match(argument: str, patterns: Iterable[str], names: Sequence
     Args:
         argument: Name of the argument, for the message.
         patterns: `fnmatch` patterns.
-        names: Dotted names of the batch norm layers; with none at all every pattern passes.
+        names: Dotted names of the batch norm layers; without any names, every pattern passes.
 
     Raises:
         UnmatchedPatternError: If a pattern matches none of the names.
@@ -61,10 +61,10 @@ def check_patterns_match(argument: str, patterns: Iterable[str], names: Sequence
 
 
 def matching_names(patterns: Iterable[str], names: Collection[str]) -> set[str]:
-    """Find the names that match one of the patterns; every pattern of this package is read here.
+    """Find the names that match any of the patterns; this function reads every pattern of the package.
 
     Args:
-        patterns: `fnmatch` patterns. A pattern that is one of the names matches that name alone: a name such as
+        patterns: `fnmatch` patterns. A pattern that equals a name matches this name alone: a name such as
             `stages[0].bn` is also a pattern, which would match `stages0.bn`.
         names: Dotted names.
 
@@ -77,6 +77,7 @@ def matching_names(patterns: Iterable[str], names: Collection[str]) -> set[str]:
     """
     found: set[str] = set()
     for pattern in patterns:
+        # `fnmatch` would ignore the case of names on some systems.
         found.update({pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)})
     return found
 
@@ -85,8 +86,8 @@ def nearest_names(text: str, names: Sequence[str]) -> list[str]:
     """Find the names that a text was probably meant for.
 
     Args:
-        text: What was given.
-        names: What exists.
+        text: The given text.
+        names: The names that exist.
 
     Returns:
         Up to three names, the nearest first.
@@ -95,17 +96,17 @@ def nearest_names(text: str, names: Sequence[str]) -> list[str]:
 
 
 def check_scale(scale: ScaleSpec) -> ScaleSpec:
-    """Return the scale, or say what is wrong with it.
+    """Check the scale.
 
     Args:
         scale: A number, or a mapping from name patterns to numbers.
 
     Returns:
-        The same as floats; a mapping as a new dict in the same order.
+        The scale as floats; a mapping as a new dict in the same order.
 
     Raises:
         ValueError: If a number is not finite and positive, or the mapping is empty.
-        TypeError: If it is neither a number nor a mapping of strings to numbers.
+        TypeError: If the scale is neither a number nor a mapping of strings to numbers.
     """
     if isinstance(scale, Mapping):
         if not scale:
@@ -117,15 +118,15 @@ def check_scale(scale: ScaleSpec) -> ScaleSpec:
 
 
 def check_choice(argument: str, value: object, choices: Iterable[object]) -> None:
-    """Raise unless the value is one of the choices.
+    """Raise unless the value is among the choices.
 
     Args:
         argument: Name of the argument, for the message.
-        value: What was given.
-        choices: What may be given.
+        value: The given value.
+        choices: The allowed values.
 
     Raises:
-        ValueError: If it is none of them.
+        ValueError: If the value is not allowed.
     """
     choices = list(choices)
     if value not in choices:
@@ -133,7 +134,7 @@ def check_choice(argument: str, value: object, choices: Iterable[object]) -> Non
 
 
 def check_patterns(argument: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return name patterns as a tuple; a single string counts as one pattern.
+    """Return name patterns as a tuple; a string counts as a single pattern.
 
     Args:
         argument: Name of the argument, for the message.
@@ -143,7 +144,7 @@ def check_patterns(argument: str, patterns: Sequence[str]) -> tuple[str, ...]:
         The patterns.
 
     Raises:
-        TypeError: If a pattern is no string.
+        TypeError: If a pattern is not a string.
     """
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     return tuple(_check_pattern(argument, pattern) for pattern in patterns)
@@ -169,49 +170,49 @@ def _check_scale_value(value: object, where: str) -> float:
 
 
 def check_divisor(divisor: float) -> float:
-    """Return the divisor, or say what is wrong with it.
+    """Check the divisor.
 
     Args:
         divisor: The constant c.
 
     Returns:
-        The same as a float.
+        The divisor as a float.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not finite and positive.
+        TypeError: If the divisor is not a number.
+        ValueError: If the divisor is not finite and positive.
     """
     return _check_factor(divisor, "the divisor of the scales", "the paper uses 100, and 1 switches the rule off")
 
 
 def check_multiplier(multiplier: float) -> float:
-    """Return the multiplier, or say what is wrong with it.
+    """Check the multiplier.
 
     Args:
         multiplier: The factor k.
 
     Returns:
-        The same as a float.
+        The multiplier as a float.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not finite and positive.
+        TypeError: If the multiplier is not a number.
+        ValueError: If the multiplier is not finite and positive.
     """
     return _check_factor(multiplier, "the multiplier of the shifts", "1 leaves the shifts alone")
 
 
 def check_eps(eps: float | None) -> float | None:
-    """Return eps, or say what is wrong with it.
+    """Check eps.
 
     Args:
         eps: The number that batch norm layers add to variances; None for their own.
 
     Returns:
-        The same as a float, or None.
+        eps as a float, or None.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not finite and positive.
+        TypeError: If eps is not a number.
+        ValueError: If eps is not finite and positive.
     """
     if eps is None:
         return None
@@ -233,14 +234,14 @@ def _check_factor(value: object, factor: str, advice: str) -> float:
 
 
 def as_number(value: object) -> float | None:
-    """Read a number in each of the forms in which users have one.
+    """Read a number in any form in which users have it.
 
     Args:
-        value: A number of Python or NumPy, an array without dimensions, or a text. A text is what a YAML file gives for
-            `1e-1`, which PyYAML takes for a word since it lacks the dot.
+        value: A number of Python or NumPy, an array without dimensions, or a text: PyYAML reads `1e-1`, which lacks the
+            dot, as a text.
 
     Returns:
-        The number as a float; None if the value is no number, as a bool is none.
+        The number as a float; None for a bool and for any other value that is not a number.
 
     Example:
         >>> as_number("1e-1"), as_number("big"), as_number(True)
@@ -264,7 +265,7 @@ def as_integer(value: object) -> int | None:
         value: The number.
 
     Returns:
-        The number as an int; None if the value is no whole number, as a bool is none.
+        The number as an int; None for a bool and for any other value that is not a whole number.
 
     Example:
         >>> as_integer(3), as_integer(3.0), as_integer(True)
@@ -277,12 +278,12 @@ def as_integer(value: object) -> int | None:
 
 
 def is_flat(value: object) -> bool:
-    """Tell whether a value out of a file is a setting: a plain value, or a list or mapping of plain values.
+    """Tell whether a value from a file is a setting: a plain value, or a list or mapping of plain values.
 
-    A few lines of YAML or a pickle can nest lists that share their parts to 10^9 values, which no error text may quote.
+    In a few lines, YAML or a pickle can nest shared lists to 10^9 values, which no error text may quote.
 
     Args:
-        value: Anything.
+        value: Any value.
 
     Returns:
         True if so.

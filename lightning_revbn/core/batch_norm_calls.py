@@ -1,4 +1,4 @@
-"""Sees every call of batch norm in a block of code, whichever of torch's two ways the code calls it by."""
+"""Intercepts every call of batch norm in a block of code, by either of torch's two ways to call it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["BatchNormCalls"]
 
 
 class BatchNormCalls(TorchFunctionMode):
-    """Hands calls of `torch.nn.functional.batch_norm` to `answer` while it is entered; a subclass defines that."""
+    """Passes calls of batch norm to `answer` while the mode is entered; a subclass defines `answer`."""
 
     def __init__(self) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
@@ -37,7 +37,7 @@ class BatchNormCalls(TorchFunctionMode):
         Args:
             call: Makes the call.
             input: The input, shape `(N, C)` or `(N, C, *)`.
-            running_mean: As in torch's function, like all that follow.
+            running_mean: The running mean; all arguments from here on are as in torch's function.
             running_var: The running variance.
             weight: The scale.
             bias: The shift.
@@ -46,7 +46,7 @@ class BatchNormCalls(TorchFunctionMode):
             eps: Added to the variance.
 
         Returns:
-            What the caller gets.
+            The result for the caller.
         """
         raise NotImplementedError
 

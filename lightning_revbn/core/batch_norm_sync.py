@@ -1,8 +1,8 @@
-"""Batch norm layers that normalise by the batch of all ranks, each with its own class and whatever that does.
+"""Lets batch norm layers normalise by the batch of all ranks, and keeps the classes of the layers.
 
-torch's converter puts a `SyncBatchNorm` in place of every layer, and so drops what a subclass adds: an activation,
-dropout, auxiliary layers, hooks. Here no layer is replaced. Only its call of `torch.nn.functional.batch_norm` is
-answered otherwise while it trains on several ranks, and on CPUs too.
+torch's converter puts a `SyncBatchNorm` in place of every layer, and so drops the additions of a subclass: an
+activation, dropout, auxiliary layers, hooks. Here no layer is replaced. While a layer trains on several ranks, only its
+call of `torch.nn.functional.batch_norm` gets another answer, on CPUs too.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ __all__ = [
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _HARMLESS = {"__init__", "__repr__", "_check_input_dim", "extra_repr", "reset_parameters"}
-"""What a subclass may define without losing anything when it is converted."""
+"""The methods that a subclass may define without losing anything in the conversion."""
 
 
 def synchronize_batch_norms(model: _Model, process_group: Any = None, exclude: Sequence[str] = ()) -> _Model:
-    """Let batch norm layers normalise by the batch of all ranks while they train, without replacing any of them.
+    """Let batch norm layers normalise by the batch of all ranks while they train, without replacing a layer.
 
-    Classes, parameters, hooks, training flags and the keys of `state_dict` stay. In training mode, with a process group
-    of two ranks or more, every call of `torch.nn.functional.batch_norm` in the layer's forward pass uses mean and
-    variance of all ranks, and updates the running statistics with them: one collective forwards, and one backwards if
-    the input needs a gradient. Ranks may have different numbers of samples, and none. In any other case the layer does
-    what it did. Layers are left alone that synchronise by themselves (`SyncBatchNorm`, `InputBatchNorm`) or that are
-    synchronised already. A deep copy is synchronised too; a pickle holds the layer as it was before.
+    Classes, parameters, hooks, training flags and the keys of `state_dict` stay. In training mode on two or more ranks,
+    every call of `torch.nn.functional.batch_norm` in the layer's forward pass uses the mean and variance of all ranks.
+    They also update the running statistics. This takes a collective forwards, and another
+    backwards if the input needs a gradient. Ranks may have different numbers of samples, or none. In all other cases
+    the layer works as before. Layers that synchronise by themselves (`SyncBatchNorm`, `InputBatchNorm`), or that are
+    synchronised already, are left alone. A deep copy is synchronised too; a pickle holds the layer as it was before.
 
     Args:
         model: A model on every rank, changed in place.
@@ -111,13 +111,14 @@ def shared_batch(layer: nn.Module) -> tuple[int, Any]:
 
 
 def innermost_forward(layer: nn.Module) -> tuple[object, str]:
-    """Tell where the forward of a layer's own class is called from.
+    """Find the attribute through which the forward of a layer's own class is called.
 
     Args:
         layer: A batch norm layer.
 
     Returns:
-        The object and the name of its attribute: the layer's `forward`, or what a synchronised layer calls inside.
+        The object and the name of its attribute: the layer and `forward`, or the wrapper that synchronises the layer
+        and `__wrapped__`.
     """
     synchronized = _Synchronized.of(layer)
     return (layer, "forward") if synchronized is None else (synchronized, "__wrapped__")
@@ -130,7 +131,7 @@ def damaged_by_conversion(model: nn.Module) -> dict[str, str]:
         model: The model.
 
     Returns:
-        What would be lost, in words, by the layer's dotted name.
+        The losses in words, by the layer's dotted name.
 
     Example:
         >>> class WithReLU(nn.BatchNorm2d):
@@ -144,8 +145,8 @@ def damaged_by_conversion(model: nn.Module) -> dict[str, str]:
 
 
 def _losses(layer: nn.Module) -> list[str]:
-    """List what the converter would drop: methods, parametrisations, children, hooks."""
-    if isinstance(layer, nn.SyncBatchNorm):  # converted before, or made by someone who knows
+    """List the losses by the converter: methods, parametrisations, children, hooks."""
+    if isinstance(layer, nn.SyncBatchNorm):  # converted before, or a choice of the user
         return []
     losses: list[str] = []
     for cls in type(layer).__mro__:
@@ -163,7 +164,7 @@ def _losses(layer: nn.Module) -> list[str]:
         losses.append("its parametrisation")
     else:
         losses += [f"its child {name!r}" for name, _ in layer.named_children()]
-    if has_hooks(layer) and not isinstance(layer, LazyModuleMixin):  # which is made by hooks
+    if has_hooks(layer) and not isinstance(layer, LazyModuleMixin):  # hooks make a lazy layer
         losses.append("its hooks")
     return losses
 
@@ -174,7 +175,7 @@ def _batch_norms(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 class _Synchronized:
-    """Stands as the attribute `forward` of one layer, and calls its forward pass with synchronised statistics."""
+    """Stands as the attribute `forward` of a layer, and calls its forward pass with synchronised statistics."""
 
     def __init__(self, name: str, layer: nn.Module, forward: Callable[..., Any], group: Any) -> None:
         self.group = group
@@ -182,12 +183,12 @@ class _Synchronized:
         self._name = name
         self._layer = layer
         self._had_own = "forward" in vars(layer)
-        # Collectives and the mode are no code for torch.compile, which goes on before and after the layer.
+        # torch.compile cannot compile collectives and the mode. It goes on before and after the layer.
         self._run = cast("Callable[..., Any]", torch.compiler.disable(self._run_synchronized))  # pyright: ignore[reportUnknownMemberType] # torch does not type it
 
     @classmethod
     def of(cls, layer: nn.Module) -> _Synchronized | None:
-        """Return what synchronises a layer; None if nothing does."""
+        """Return the wrapper that synchronises a layer; None if the layer is not synchronised."""
         forward = vars(layer).get("forward")
         return forward if isinstance(forward, cls) else None
 
@@ -197,7 +198,7 @@ class _Synchronized:
         return self._run(*args, **kwargs)
 
     def _run_synchronized(self, *args: Any, **kwargs: Any) -> Any:
-        # The layer's own forward runs, with all that a subclass adds to it; the mode catches the one call inside.
+        # The layer's own forward runs, with all that a subclass adds to it; the mode catches the call inside.
         with _GlobalStatisticsMode(self.group) as mode:
             output = self.__wrapped__(*args, **kwargs)
         if not mode.was_used:
@@ -221,12 +222,12 @@ class _Synchronized:
         return duplicate
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., Any]]]:
-        # No process group can be pickled. A partial of the forward alone is read back without this package.
+        # A process group cannot be pickled. A partial of the forward alone loads without this package.
         return functools.partial, (self.__wrapped__,)
 
 
 class _GlobalStatisticsMode(BatchNormCalls):
-    """Answers calls of batch norm with batch statistics by those of the batch of all ranks."""
+    """Answers calls of batch norm in training with the statistics of the batch of all ranks."""
 
     def __init__(self, group: Any) -> None:
         super().__init__()

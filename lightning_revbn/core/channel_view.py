@@ -1,4 +1,4 @@
-"""Looks at a tensor as (outer, channels, inner) in the order of its memory, in pieces that stay in the cache."""
+"""Views a tensor as (outer, channels, inner) in the order of its memory, in pieces that stay in the cache."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from torch import Tensor
 __all__ = ["ChannelView", "channel_view", "dense", "pieces"]
 
 _CACHED = 5 << 17
-"""Elements that a piece has on a CPU for every thread: few enough for its caches, enough to be worth the calls."""
+"""Elements of a piece on a CPU, per thread: few enough for its caches, enough to be worth the calls."""
 _LAUNCHED = 1 << 23
-"""Elements that a piece has on an accelerator, where the memory for intermediate values counts, not the cache."""
+"""Elements of a piece on an accelerator, where the memory for intermediate values counts, not the cache."""
 _NARROW = 64
-"""Channels with fewer values side by side than this are joined to wide rows, for loops that are worth their start."""
+"""Channels with fewer values side by side are joined to wide rows, since short loops are not worth their start."""
 
 
 @dataclass(frozen=True)
 class ChannelView:
     """A dense tensor as parts of shape `(outer, width, inner)`, views of its memory.
 
-    Where the values of one channel lie side by side, width is the number of channels. Where channels alternate (as in
+    Where the values of a channel lie side by side, width is the number of channels. Where channels alternate (as in
     tables, and in images with the channels last), several rows are joined: inner is 1, and width a multiple of the
     number of channels.
 
-    The point of it: a reduction over `outer` and `inner` reads memory from its beginning to its end, whatever the rank,
-    the memory format and the position of the channels, so sums and elementwise loops need one code and run at the speed
-    of memory.
+    So a reduction over `outer` and `inner` reads memory from its beginning to its end, for any rank, memory format and
+    position of the channels. Sums and elementwise loops need the same code for all, and run at the speed of memory.
 
     Attributes:
-        parts: One or two views that together hold every element once.
+        parts: At most two views that together hold every element once.
         channels: Number of channels C.
-        repeat: How many neighbours in `width` belong to one channel, before the next channel begins.
+        repeat: How many neighbours in `width` belong to a channel, before the next channel begins.
     """
 
     parts: tuple[Tensor, ...]
@@ -45,8 +44,8 @@ class ChannelView:
         """Return per-channel values so that they broadcast against a part.
 
         Args:
-            values: One value a channel, shape `(C,)`.
-            part: One of `parts`.
+            values: A value per channel, shape `(C,)`.
+            part: An element of `parts`.
 
         Returns:
             Shape `(1, width, 1)`.
@@ -63,13 +62,13 @@ class ChannelView:
         Returns:
             Shape `(M, C)`: the M values of each channel.
         """
-        # Columns run through: joined rows, then channels, then the neighbours of one channel.
+        # Columns are ordered by joined rows, then channels, then the neighbours of a channel.
         rows = values.reshape(-1, self.channels, self.repeat)
         return rows.transpose(1, 2).reshape(-1, self.channels)
 
 
 def dense(values: Tensor) -> Tensor:
-    """Return a tensor that fills its memory without gaps or overlaps: the same one if it does.
+    """Return a tensor that fills its memory without gaps or overlaps: the same tensor if it does.
 
     Args:
         values: Any tensor.
@@ -85,8 +84,9 @@ def channel_view(values: Tensor, channel_dim: int | None, like: Tensor | None = 
 
     Args:
         values: A dense tensor (see `dense`) of any rank.
-        channel_dim: Where its channels are; negative counts from the end. None takes all values as one channel.
-        like: A tensor of the same shape whose memory order to take instead; `values` is copied if its own differs.
+        channel_dim: The dimension of its channels; negative counts from the end. None takes all values as a single
+            channel.
+        like: A tensor of the same shape whose memory order to take instead; `values` is copied if its order differs.
 
     Returns:
         The view.
@@ -107,7 +107,7 @@ def channel_view(values: Tensor, channel_dim: int | None, like: Tensor | None = 
     period = channels * inner
     joined = max(1, min(outer, _NARROW * 16 // period))
     rows = permuted.reshape(outer, period)
-    whole = outer - outer % joined  # the rows that are left over are the second part
+    whole = outer - outer % joined  # the remaining rows are the second part
     parts = [rows[:whole].reshape(-1, period * joined, 1)]  # a view, unless it is a mask that was expanded
     if whole < outer:
         parts.append(rows[whole:].unsqueeze(2))
@@ -119,7 +119,7 @@ def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, s
 
     Args:
         part: Shape `(outer, width, inner)`.
-        elements: About how many elements a piece shall have; None chooses by the device.
+        elements: The approximate number of elements in a piece; None chooses by the device.
 
     Yields:
         The index of each piece.
@@ -128,8 +128,8 @@ def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, s
     outer, width, inner = part.shape
     if not part.numel():
         return
-    # As many whole rows as fit. Where not even two pieces hold one row, rows are cut as well, but never into runs so
-    # short that the loop over a run costs more to start than to run.
+    # As many whole rows as fit. A row longer than two pieces is cut as well, into runs that are worth the start of
+    # their loop.
     rows = max(1, size // (width * inner))
     columns = inner if width * inner <= 2 * size else max(256, size // width // 256 * 256)
     for row in range(0, outer, rows):
@@ -138,7 +138,7 @@ def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, s
 
 
 def _memory_order(values: Tensor) -> list[int]:
-    """Return the dimensions from the one whose neighbours are farthest apart to the one whose are nearest."""
+    """Return the dimensions in the order of memory, from the largest stride to the smallest."""
     dims = list(range(values.dim()))
     if values.is_contiguous():
         return dims

@@ -1,4 +1,4 @@
-"""Compiles a function the first time that it is asked for."""
+"""Compiles each function at most once per process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def compile_once(function: _Function) -> _Function:
-    """Return `torch.compile(function)`, one for the whole process, so that nothing is compiled twice.
+    """Return `torch.compile(function)`, the same for the whole process, so that nothing is compiled twice.
 
     Args:
         function: A function of a module.
 
     Returns:
-        The same, compiled in its first call; on CPUs that takes a C++ compiler.
+        The compiled function. Its first call compiles it; on CPUs this needs a C++ compiler.
     """
     if function not in _COMPILED:
         _COMPILED[function] = torch.compile(function)

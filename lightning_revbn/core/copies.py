@@ -1,10 +1,10 @@
 """Finds copies of a network: target networks, momentum encoders, mean teachers, averages of weights.
 
 Such a network is made by `copy.deepcopy`, is never trained, and follows the first network by a moving average. If only
-the first network starts at a small scale, the two are different networks.
+the first network started at a small scale, the two would be different networks.
 
 Fresh batch norm layers of the same width are all equal, so their own values prove no copy. The weights around them do:
-random weights are equal to the bit only where one was copied from the other.
+random weights are equal to the bit only if they were copied.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def find_copies(
     """Find batch norm layers that are copies of the batch norm layers of a module.
 
     A layer and its original have the same name in the networks around them: `target.block.bn1` and `net.block.bn1` in
-    `target` and `net`. The layer is a copy if every parameter and buffer that the two networks have in common is equal
-    to the bit, among them a weight that is no constant and belongs to no batch norm. Parts that only one network has,
-    or that have another shape, do not count: a copy may have another head, or none.
+    `target` and `net`. The layer is a copy if all parameters and buffers that the two networks have in common are equal
+    to the bit. Among them must be a weight outside of batch norm whose values vary. Parts that only one network has, or
+    that have another shape, do not count: a copy may have another head, or none.
 
     Within the module itself only frozen weights prove a copy: two parts that are trained are two networks.
 
@@ -58,7 +58,7 @@ def find_copies(
         originals: Names of its layers that may have been copied.
 
     Returns:
-        What was found by the layer's name: copies, and layers of networks of which only some weights were copied.
+        Matches by the layer's name: copies, and layers of networks in which only some weights were copied.
 
     Example:
         >>> import copy
@@ -82,8 +82,8 @@ def networks_held_by(owner: object) -> Iterator[nn.Module]:
         owner: The object.
 
     Yields:
-        Modules in its attributes, in lists, tuples and dicts there, and in the attributes of other objects there (an
-        average is often kept by a plain object).
+        Modules in its attributes, in lists, tuples and dicts there, and in the attributes of other objects there (a
+        plain object often keeps an average).
     """
     values: list[object] = list(vars(owner).values())
     for value in values:
@@ -123,11 +123,11 @@ class _Network:
                     self._weights.setdefault(part, {})[in_part] = tensor
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """Return the parameters and buffers of a part by their names in it, those alone that can be compared."""
+        """Return the parameters and buffers of a part that can be compared, by their names in the part."""
         return self._tensors.get(part, {})
 
     def weights(self, part: str) -> dict[str, Tensor]:
-        """Return the tensors of a part that may prove a copy: no constants, and nothing of a batch norm."""
+        """Return the tensors of a part that may prove a copy: their values vary, and no batch norm holds them."""
         return self._weights.get(part, {})
 
     def corner(self, tensor: Tensor, dtype: torch.dtype) -> _Corner:
@@ -140,7 +140,7 @@ class _Network:
         return self._corners[key]
 
     def _varies(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor has more than one value."""
+        """Tell whether the values of a tensor differ."""
         if len(set(self.corner(tensor, tensor.dtype)[1])) > 1:
             return True
         lowest, highest = torch.aminmax(tensor.detach())
@@ -148,7 +148,7 @@ class _Network:
 
 
 class _Search:
-    """Searches a network for copies of the parts of another, or of the same."""
+    """Searches a network for copies of the parts of another network, or of its own parts."""
 
     def __init__(self, holder: nn.Module, module: nn.Module, originals: Collection[str]) -> None:
         self._inside = holder is module
@@ -161,7 +161,7 @@ class _Search:
         self._equal: dict[tuple[int, int], bool] = {}
 
     def match(self, layer: str) -> Match | None:
-        """Return the layer that a layer is a copy of, or else the nearest that it is no copy of for one tensor."""
+        """Return the match with a layer's original, or else the first match in which a tensor differs."""
         part, near = layer, None
         while part:
             part = parent(part)
@@ -189,7 +189,7 @@ class _Search:
         return self._alike[part]
 
     def _index(self, dtype: torch.dtype) -> dict[_Corner, list[str]]:
-        """Return the names of the network's weights by how they begin, in the precision of a copy."""
+        """Return the names of the network's weights by their corners, in the precision of a copy."""
         if dtype not in self._by_corner:
             index = self._by_corner.setdefault(dtype, {})
             for path, weight in self._network.weights("").items():
@@ -198,7 +198,7 @@ class _Search:
 
     def _is_same_layer(self, layer: str, original: str) -> bool:
         copies, own = self._copies.tensors(layer), self._network.tensors(original)
-        counter = {"num_batches_tracked"}  # frozen batch norm layers, whose tensors are all buffers, have none
+        counter = {"num_batches_tracked"}  # frozen batch norm layers, whose tensors are all buffers, lack it
         return copies.keys() - counter == own.keys() - counter and all(
             self._is_equal(copies[name], own[name]) for name in copies.keys() & own.keys()
         )
@@ -220,8 +220,8 @@ class _Search:
         return self._equal[pair]
 
     def _is_copied(self, copy: Tensor, original: Tensor) -> bool:
-        """Tell whether equal weights would be a copy and its original, rather than one weight that two parts share."""
-        # Within one module a kernel that never trains may be the same in all parts, and two parts may train.
+        """Tell whether equal weights are a copy and its original, rather than a weight that two parts share."""
+        # Within a module, fixed kernels may be equal in all parts, and two equal parts may both be trained.
         trains = original.requires_grad and not copy.requires_grad
         return copy.data_ptr() != original.data_ptr() and (trains or not self._inside)
 
@@ -237,12 +237,13 @@ def _is_equal(copy: Tensor, original: Tensor) -> bool:
     if copy.shape != original.shape:
         return False
     if copy.data_ptr() == original.data_ptr() and copy.dtype == original.dtype:
+        # Views of the same memory need no comparison of values.
         return copy.stride() == original.stride()
     return torch.equal(copy.detach(), original.detach().to(copy.device, copy.dtype))
 
 
 def _networks_around(layer: str, original: str) -> tuple[str, str]:
-    """Return the names of the largest parts in which a layer and its original have one and the same name."""
+    """Return the names of the largest parts in which a layer and its original have the same name."""
     left, right = layer.split("."), original.split(".")
     while left and right and left[-1] == right[-1]:
         left.pop()

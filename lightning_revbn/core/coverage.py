@@ -1,4 +1,4 @@
-"""Which parameters learn in a way of their own, and how: what one update rule covers, and several of them together."""
+"""Tells which parameters learn differently from their group, and how, for all update rules on an optimizer."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lightning_revbn.core.rates import Rates, Role
 __all__ = ["Coverage", "Way"]
 
 Way: TypeAlias = tuple[Role, Rates]
-"""How a parameter learns: as what, and with which rates."""
+"""How a parameter learns: its role, and its rates."""
 _LIKE_GROUP: Way = "other", Rates()
 _MARKS: Mapping[Role, tuple[str, str]] = {
     "scale": (GROUP_MARK, "divisor"),
     "shift": (SHIFT_MARK, "shift multiplier"),
 }
-"""The key that `scale_param_groups` sets in a group of such parameters, and what its number is called."""
+"""The key that `scale_param_groups` sets in a group of such parameters, and the name of its number."""
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which parameters learn in a way of their own, by their `id`, and how.
+    """The parameters that learn differently from their group, by `id`, and how they learn.
 
     Attributes:
-        ways: How scales and shifts learn, those included whose rates are those of their group.
+        ways: How scales and shifts learn, even if they learn as their group does.
         exempt: Parameters that take no weight decay.
-        parameters: All of them, so that no other tensor can take over an `id`.
+        parameters: All these parameters, held so that no other tensor can take over an `id`.
     """
 
     ways: Mapping[int, Way] = field(default_factory=dict[int, Way])
@@ -43,7 +43,7 @@ class Coverage:
 
     @classmethod
     def of(cls, scales: Iterable[Tensor], shifts: Iterable[Tensor], exempt: Iterable[Tensor], rates: Rates) -> Self:
-        """Cover parameters with one pair of rates.
+        """Cover parameters with the same pair of rates.
 
         Args:
             scales: Batch norm scales.
@@ -55,7 +55,7 @@ class Coverage:
             The coverage.
 
         Raises:
-            TypeError: If one of them is no tensor.
+            TypeError: If a parameter is not a tensor.
             ValueError: If a parameter is among the scales and among the shifts.
         """
         scales, shifts = _tensors("scales", scales), _tensors("shifts", shifts)
@@ -69,17 +69,17 @@ class Coverage:
 
     @classmethod
     def joined(cls, parts: Sequence[Coverage], where: str) -> Coverage:
-        """Join what several rules cover.
+        """Join the coverages of several rules.
 
         Args:
-            parts: What each of them covers.
+            parts: The coverage of each rule.
             where: The kind of their optimizer, for the message.
 
         Returns:
-            The coverage of all together. A parameter takes no weight decay if one of them says so.
+            The coverage of all rules together. A parameter takes no weight decay if any rule exempts it.
 
         Raises:
-            ValueError: If two of them have the same scale or shift.
+            ValueError: If two rules have the same scale or shift.
         """
         ways: dict[int, Way] = {}
         for part in parts:
@@ -104,7 +104,7 @@ class Coverage:
 
     @property
     def missed(self) -> str:
-        """Say in half a sentence what an update that passes the rules by does not do."""
+        """The effects that an update loses by bypassing the rules, as half a sentence."""
         ways: Iterable[Way] = dict.fromkeys(way for way in self.ways.values() if way[1].change(way[0]))
         missed = [f"{role}s did not learn with {rates.lr_text(role)}" for role, rates in ways]
         return " and ".join(missed) or "parameters decayed that take no weight decay"
@@ -114,11 +114,11 @@ class Coverage:
 
         Args:
             parameter: The parameter.
-            group: Its group. In a group of `scale_param_groups` the learning rate is what it is to be already.
+            group: Its group. A group made by `scale_param_groups` already has the changed learning rate.
 
         Returns:
-            Whether it is a scale or a shift that learns differently from the group, and the rates; of all others, the
-            rates change nothing.
+            The role and the rates of a scale or shift that learns differently from the group. For all other parameters
+            the role is `"other"`, and the rates change nothing.
         """
         role, rates = way = self.ways.get(id(parameter), _LIKE_GROUP)
         return way if rates.change(role) and _MARKS[role][0] not in group else _LIKE_GROUP
@@ -128,7 +128,7 @@ class Coverage:
 
         Args:
             group: The group.
-            where: What the group is called, for the message.
+            where: The group's name, for the message.
 
         Raises:
             ValueError: If so; the message has both numbers.
@@ -168,7 +168,7 @@ def _tensors(argument: str, parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _claimed_twice(twice: Sequence[Tensor], there: Mapping[int, Way], here: Mapping[int, Way], where: str) -> str:
-    """Say which parameters two rules have; an optimizer knows no names of layers, so shapes and rates have to do."""
+    """Describe the parameters that two rules claim by shapes and rates, since an optimizer knows no names of layers."""
     kinds: Counter[str] = Counter()
     for parameter in twice:
         (role, rates), (own_role, own_rates) = there[id(parameter)], here[id(parameter)]

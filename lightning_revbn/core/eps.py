@@ -1,13 +1,12 @@
 """Sets eps, the number that batch norm layers add to variances.
 
-eps is an attribute of the layers, read at every forward pass. No `state_dict` holds it: a network that is built again
-has the eps that its code says, whatever it was trained with. Write eps into the code, or set it again after loading.
+eps is an attribute of the layers, read at every forward pass. No `state_dict` holds it, so a network that is built
+again has the eps of its code, whatever it was trained with. Write eps into the code, or set it again after loading.
 
-eps is set in layers that are freshly initialised, whose scale starts at 0 or at values of its own, that are lazy or
-have no scale (`affine=False`), and in frozen copies of these. It is left alone in layers that were trained, frozen or
-converted to quantised ones, in layers on the meta device, and in `InputBatchNorm`, which sees data and has an eps of
-its own. A layer without scale and running statistics has nothing that tells whether it is fresh: its eps is set unless
-another layer of the model was trained.
+eps is set in layers that are freshly initialised, lazy or without a scale (`affine=False`), and in their frozen copies.
+Their scale may start at 0 or at unusual values. Trained, frozen and quantised layers keep their eps, and so do layers
+on the meta device. `InputBatchNorm` keeps its own eps, since it sees data. A layer without scale and running statistics
+does not show whether it is fresh: its eps is set unless another layer of the model was trained.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ __all__ = [
 ]
 
 EPS_KEY = "eps_by_layer"
-"""Key under which a callback's state in a checkpoint has the eps that was set, by the layer's name."""
+"""Key in a callback's saved state: the eps that was set, by the layer's name."""
 
 
 @dataclass(frozen=True)
 class LayerEps:
-    """The eps of one batch norm layer, before and after `set_eps`.
+    """The eps of a batch norm layer, before and after `set_eps`.
 
     Attributes:
         name: Dotted name of the layer, as in `BatchNormRecord`.
         kind: Name of the layer's class.
-        before: eps before; None where the layer has none.
+        before: eps before; None if the layer has none.
         after: eps now.
-        is_set: Whether it was set, be it to the number that it had.
-        reason: What the layer was found to be, which decides whether eps is set.
+        is_set: Whether eps was set, even to the number that it had.
+        reason: The reason from the layer's record, which explains whether eps is set.
     """
 
     name: str
@@ -64,12 +63,12 @@ class LayerEps:
 
 @dataclass(frozen=True)
 class EpsReport:
-    """What eps every batch norm layer of a model has, and had.
+    """The eps of every batch norm layer of a model, before and now.
 
-    `str(report)` is a table with equal layers folded into one row.
+    `str(report)` is a table with equal layers folded into a single row.
 
     Attributes:
-        layers: One entry a layer, in the order of the model.
+        layers: An entry per layer, in the order of the model.
     """
 
     layers: tuple[LayerEps, ...]
@@ -112,25 +111,25 @@ def set_eps(
 ) -> EpsReport:
     """Set the eps of every fresh batch norm layer.
 
-    eps counts where the variance of a layer's input is small. Behind layers whose scales start at g, variances are g²
-    times those behind a scale of 1, so such a network equals a network of scale 1 with eps / g²
+    eps matters where the variance of a layer's input is small. Behind scales that start at g, variances are g² times
+    as large as behind scales of 1. So such a network equals a network of scale 1 with eps / g²
     (`lightning_revbn.core.identity`). eps 1e-3 is TensorFlow's default, 1e-5 torch's.
 
     Args:
-        module: The model, or any part of one.
+        module: The model, or any part of it.
         eps: The number to add to variances.
         include: `fnmatch` patterns on dotted names; a layer must match one of them.
         exclude: Patterns of layers to leave alone; stronger than `include`.
-        trained: `"overwrite"` sets eps in trained layers too, as after loading weights that were trained with another
-            eps than their code has; `"error"` refuses trained layers.
+        trained: `"overwrite"` sets eps in trained layers too, for loaded weights that were trained with another eps
+            than the eps in the code; `"error"` refuses trained layers.
 
     Returns:
-        The report: which layers had which eps, and have which now.
+        The report: the eps of every layer, before and now.
 
     Raises:
         ValueError: If eps is not finite and positive, a pattern matches no layer, or a trained layer is refused;
-            nothing has been set then.
-        TypeError: If eps is no number.
+            then nothing is set.
+        TypeError: If eps is not a number.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -155,15 +154,15 @@ def set_eps(
 
 
 def choose_eps(module: nn.Module, records: Sequence[BatchNormRecord], eps: float) -> dict[str, float]:
-    """Choose the layers whose eps is to be set; the rules stand at the top of this file.
+    """Choose the layers whose eps to set; the rules are at the top of this file.
 
     Args:
         module: The model.
-        records: Its layers, as `find_batch_norms` returned them before training.
+        records: The records that `find_batch_norms` returned before training.
         eps: The number.
 
     Returns:
-        eps by name for `write_eps`, also for layers that share the scale of a chosen layer and have no record.
+        eps by name for `write_eps`, also for layers without a record that share the scale of a chosen layer.
     """
     untrained = not any(map(_is_trained, records))
     chosen = {record.name: eps for record in records if _takes_eps(record, untrained)}
@@ -180,11 +179,11 @@ def write_eps(module: nn.Module, values: Mapping[str, float | None]) -> dict[str
         values: eps by the layer's dotted name.
 
     Returns:
-        What the layers had before, by name; given to this function again, it undoes the first call.
+        The earlier eps by name; given to this function again, it undoes the first call.
 
     Raises:
-        ValueError: If the model has no such layer; nothing has been set then.
-        RuntimeError: If a layer does not keep what is set.
+        ValueError: If the model has no such layer; then nothing is set.
+        RuntimeError: If a layer does not keep the new eps.
     """
     if not values:
         return {}
@@ -224,12 +223,12 @@ def _takes_eps(record: BatchNormRecord, untrained: bool) -> bool:
 
 def _is_trained(record: BatchNormRecord) -> bool:
     """Tell whether a layer has seen data."""
-    # A scale that starts at values of its own, such as 0.25, is no sign of that, but for a layer that has nothing else.
+    # A scale may start at unusual values, such as 0.25, so it counts only in layers without running statistics.
     return record.state == "trained" and (_running_mean(record) is None or statistics_moved(record.module))
 
 
 def has_seen_data(record: BatchNormRecord) -> bool:
-    """Tell whether the running statistics of a layer have moved; a layer without any tells by its scale.
+    """Tell whether the running statistics of a layer have moved; without running statistics, the scale decides.
 
     Args:
         record: The layer's record.
@@ -244,15 +243,15 @@ def has_seen_data(record: BatchNormRecord) -> bool:
 
 
 def proven_fresh(records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
-    """List the layers that cannot have been trained, as far as their values tell.
+    """List the layers whose values prove that they were not trained.
 
-    Fewer than take an eps: a layer that starts at values of its own, or has no state, may have been trained too.
+    Fewer layers than take an eps: a layer that starts at unusual values, or has no state, may have been trained.
 
     Args:
         records: The layers of a model.
 
     Returns:
-        Those of them.
+        The records of these layers.
     """
     untrained = not any(record.state == "trained" for record in records)
     return [
@@ -270,7 +269,7 @@ def _running_mean(record: BatchNormRecord) -> Tensor | None:
 
 
 def layers_with_eps(module: nn.Module) -> dict[str, nn.Module]:
-    """List every module that has an eps; records tell which of them are batch norm layers.
+    """List every module that has an eps; only the records show which are batch norm layers.
 
     Args:
         module: The model.

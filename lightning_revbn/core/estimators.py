@@ -1,4 +1,4 @@
-"""Whose mean and variance a mode normalises by: one estimator a mode."""
+"""Chooses the mean and variance that each mode normalises by."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Estimate", "Estimator", "estimator_of"]
 
 
 class Estimate(NamedTuple):
-    """What a batch is normalised by, in units of the input range; float64, shape `(C,)` each.
+    """The mean and variance to normalise a batch by, in units of the input range; float64, shape `(C,)` each.
 
     Attributes:
         mean: The mean.
-        rest: What the mean has lost by rounding.
+        rest: The part of the mean that rounding has lost.
         variance: The variance.
     """
 
@@ -41,40 +41,40 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    """What a mode does with statistics."""
+    """The way in which a mode uses the statistics."""
 
     @property
     def learns(self) -> bool:
-        """Whether training batches teach anything."""
+        """Whether training batches change the statistics."""
         ...
 
     @property
     def momentum(self) -> float | None:
-        """Weight of the newest batch in the moving average, where there is one."""
+        """Weight of the newest batch in the moving average; None without a moving average."""
         ...
 
     def estimate(self, learned: LearnedStatistics, unit: float, batch: Moments | None) -> Estimate | None:
-        """Return what to normalise by.
+        """Return the estimate to normalise by.
 
         Args:
             learned: The statistics of all training batches, in raw units, the present batch included.
-            unit: What raw values are divided by.
+            unit: The divisor of raw values.
             batch: The moments of the present training batch, in raw units; None in evaluation.
 
         Returns:
-            The estimate; None where there is nothing to tell it from.
+            The estimate; None before the first statistics.
         """
         ...
 
     def adopt(self, learned: LearnedStatistics, mode: str) -> LearnedStatistics:
-        """Return saved statistics as this mode goes on with them.
+        """Convert saved statistics for this mode.
 
         Args:
-            learned: The statistics.
-            mode: The mode that they were saved in.
+            learned: The saved statistics.
+            mode: The mode that saved them.
 
         Returns:
-            The statistics.
+            The statistics that this mode goes on with.
         """
         ...
 
@@ -100,7 +100,7 @@ class _Batch(_Everything):
         total = super().estimate(learned, unit, None)
         if total is None or batch is None:
             return total
-        # One value has no spread: its channel is standardised by everything seen so far.
+        # A single value has no spread: its channel is standardised by everything seen so far.
         lonely = batch.count <= 1
         pairs = zip(Estimate.of(batch, unit), total, strict=True)
         return Estimate(*(torch.where(lonely, of_all, of_batch) for of_batch, of_all in pairs))
@@ -121,7 +121,7 @@ class _Average:
 
 
 class _Fixed:
-    """Mode `"fixed"`: given constants, and nothing else."""
+    """Mode `"fixed"`: given constants alone."""
 
     learns = False
     momentum: float | None = None

@@ -1,4 +1,4 @@
-"""Whole batch norm parameters where an engine leaves every rank a part of them."""
+"""Gathers whole batch norm parameters where an engine leaves every rank a part of them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["gathered", "is_partitioned"]
 def gathered(model: nn.Module, *, write: bool = False, fsdp: bool = True) -> Generator[None]:
     """Let every rank see whole scales and shifts in a `with` block; all ranks must take part.
 
-    It concerns parameters that FSDP1 has sharded and those that DeepSpeed's ZeRO-3 has partitioned. FSDP2 needs no such
-    block, since its parameters know how to gather themselves; for any other model nothing is done.
+    It gathers parameters that FSDP1 has sharded or DeepSpeed's ZeRO-3 has partitioned. FSDP2 needs no such block, since
+    its parameters gather themselves; for other models, the block does nothing.
 
     Args:
         model: The model, as FSDP has wrapped it.
-        write: Whether what the block writes is to be kept.
-        fsdp: Whether to gather what FSDP1 has sharded; not before the whole model was wrapped, since FSDP takes the
-            first model that is gathered for the root.
+        write: Whether to keep the values that the block writes.
+        fsdp: Whether to gather parameters that FSDP1 has sharded. Set it to False until the whole model is wrapped,
+            since FSDP takes the first gathered model for the root.
 
     Yields:
         Nothing.
@@ -35,17 +35,17 @@ def gathered(model: nn.Module, *, write: bool = False, fsdp: bool = True) -> Gen
     with ExitStack() as stack:
         partitioned = [parameter for parameter in _parameters(model) if is_partitioned(parameter)]
         if partitioned:
-            zero: Any = sys.modules["deepspeed"].zero
+            zero: Any = sys.modules["deepspeed"].zero  # imported already, as partitioned parameters prove
             stack.enter_context(zero.GatheredParameters(partitioned, modifier_rank=0 if write else None))
         wrapper = _fsdp_class()
         if fsdp and wrapper is not None:
             wrapped = wrapper.fsdp_modules(model)
             if wrapped:
-                # On the host, so that an accelerator never holds more than one wrapped part.
+                # On the host, so that an accelerator never holds several whole parts.
                 offload = all(
                     part.compute_device.type != "cpu" and part.sharding_strategy.name != "NO_SHARD" for part in wrapped
                 )
-                with warnings.catch_warnings():  # one copy a rank is what is wanted
+                with warnings.catch_warnings():  # every rank needs its own copy
                     warnings.filterwarnings("ignore", message="offload_to_cpu=True and rank0_only=False")
                     stack.enter_context(wrapper.summon_full_params(model, writeback=write, offload_to_cpu=offload))
         yield
@@ -69,5 +69,5 @@ def _parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _fsdp_class() -> Any:
-    """Return FSDP1's wrapper class, or None where nobody has imported it, so that no model can be wrapped."""
+    """Return FSDP1's wrapper class; None if nobody has imported it, since no model can be wrapped then."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)

@@ -1,4 +1,4 @@
-"""The arithmetic of batch norm over the batch of several ranks: running statistics, output and gradients."""
+"""Computes batch norm over the batch of several ranks: running statistics, output and gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ranks_in(group: Any) -> int:
 
 
 def refuse_single_values(values: Tensor, batch: Moments) -> None:
-    """Raise, as torch does, if the batch of all ranks has one value a channel, whose variance means nothing.
+    """Raise, as torch does, if the batch of all ranks has a single value per channel, which has no variance.
 
     Args:
         values: This rank's values, shape `(N, C, *)`.
@@ -35,7 +35,7 @@ def refuse_single_values(values: Tensor, batch: Moments) -> None:
     Raises:
         ValueError: If so, on every rank.
     """
-    # A rank with two values knows the answer, so that the host waits for an accelerator on ranks with fewer alone.
+    # A rank with two values knows the answer. So the host waits for an accelerator only on ranks with fewer values.
     if values.numel() <= values.shape[1] and bool((batch.count == 1).any()):
         raise ValueError(
             "Expected more than 1 value per channel when training, got one value on all ranks together; this rank has "
@@ -45,7 +45,7 @@ def refuse_single_values(values: Tensor, batch: Moments) -> None:
 
 @torch.no_grad()
 def update_running(running_mean: Tensor, running_var: Tensor, batch: Moments, momentum: float) -> None:
-    """Add a batch to running statistics as torch does, its variance unbiased; without values nothing changes.
+    """Add a batch to running statistics as torch does, with its unbiased variance; an empty batch changes nothing.
 
     Args:
         running_mean: Shape `(C,)`, changed in place.
@@ -53,7 +53,7 @@ def update_running(running_mean: Tensor, running_var: Tensor, batch: Moments, mo
         batch: The moments of the batch of all ranks.
         momentum: Weight of the batch.
     """
-    # As in torch the running variance is the unbiased estimate, although the batch is normalised by the biased one.
+    # torch too keeps the unbiased variance, although it normalises the batch by the biased variance.
     unbiased = batch.m2 / (batch.count - 1).clamp(min=1)
     for running, newest in ((running_mean, batch.mean), (running_var, unbiased)):
         running.copy_(torch.where(batch.count > 0, torch.lerp(running.double(), newest, momentum), running))
@@ -64,8 +64,8 @@ def global_batch_norm(
 ) -> Tensor:
     """Apply batch norm to a rank's part of a batch, by the moments of the whole batch.
 
-    The gradient of the values has parts from all ranks: one collective backwards, if they need it. Those of scale and
-    shift are this rank's part of the sum, as data parallel training expects.
+    The gradient of the values has parts from all ranks: a collective backwards, if the values need a gradient. The
+    gradients of scale and shift are this rank's part of the sum, as data parallel training expects.
 
     Args:
         values: This rank's values, shape `(N, C, *)`; N may be 0.
@@ -76,7 +76,7 @@ def global_batch_norm(
         group: The process group; None is the default group.
 
     Returns:
-        The same shape and dtype; computed in float32 or better.
+        The output, with the shape and dtype of the values; computed in float32 or better.
     """
     constants = (batch.mean, (batch.variance + eps).rsqrt(), batch.count)
     output: Tensor = _GlobalBatchNorm.apply(values, weight, bias, *constants, group)  # pyright: ignore[reportUnknownMemberType, reportAssignmentType] # torch does not type it
@@ -84,12 +84,12 @@ def global_batch_norm(
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Batch norm with mean and variance of several ranks, the gradient of which has parts from all of them."""
+    """Batch norm with mean and variance of several ranks; its gradient has parts from all ranks."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         values, weight, bias, mean, invstd, count, group = args
-        # x_hat is computed again in `backward`: kept, it would take twice the memory of values in half precision.
+        # `backward` computes x_hat again: keeping it would take twice the memory of values in half precision.
         ctx.save_for_backward(values, weight, mean, invstd, count)
         ctx.group = group
         output = _x_hat(values, weight, mean, invstd)
@@ -113,8 +113,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
             # The gradients of parameters in float64 are views of `sums`, and must stay this rank's part.
             total = sums.clone()
             torch.distributed.all_reduce(total, group=ctx.group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
-            # Mean and variance depend on the values of every rank, and so take a part of the gradient of every rank:
+            # Mean and variance depend on the values of every rank, so the gradients of all ranks contribute:
             # d values = (grad - mean(grad) - x_hat * mean(grad * x_hat)) * scale / std, means over the whole batch.
+            # All ranks together may have no values.
             means = total / count.clamp(min=1)
             centred = grad - _by_channel(means[0], grad) - x_hat.mul_(_by_channel(means[1], grad))
             slope = invstd if weight is None else weight * invstd
@@ -128,10 +129,10 @@ def _x_hat(values: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor) 
     work = torch.promote_types(values.dtype, torch.float32 if weight is None else weight.dtype)
     work = torch.promote_types(work, torch.float32)
     x_hat = values.to(work) - _by_channel(mean, values, work)
-    x_hat.sub_(_by_channel(mean - mean.to(work), values, work))  # what the mean lost by rounding
+    x_hat.sub_(_by_channel(mean - mean.to(work), values, work))  # the part that the mean lost by rounding
     return x_hat.mul_(_by_channel(invstd, values, work))
 
 
 def _by_channel(vector: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a vector, shape `(C,)`, such that it broadcasts over `(N, C, *)`."""
+    """Reshape a vector of shape `(C,)` to broadcast over `(N, C, *)`."""
     return vector.to(dtype or like.dtype).view([1, -1] + [1] * (like.dim() - 2))

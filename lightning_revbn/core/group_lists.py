@@ -1,7 +1,7 @@
-"""Finds what an optimizer keeps beside its parameter groups, an entry for each, to be paired with them by position.
+"""Finds lists that an optimizer pairs with its parameter groups by position, with an entry for each group.
 
-`for group, base_lr in zip(self.param_groups, self.base_lrs)` trains wrongly in silence where a view shows more groups
-than there are entries: `zip` leaves out the last groups.
+`for group, base_lr in zip(self.param_groups, self.base_lrs)` trains wrongly without an error if a view shows more
+groups than there are entries: `zip` leaves out the last groups.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def lists_by_group(optimizer: Optimizer) -> list[str]:
         optimizer: The optimizer.
 
     Returns:
-        Names of attributes; torch's own attributes are none of them.
+        Names of attributes, without torch's own attributes.
 
     Example:
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
@@ -51,8 +51,8 @@ def lists_by_group(optimizer: Optimizer) -> list[str]:
 def tensors_by_group(optimizer: Optimizer) -> list[str]:
     """List the attributes among `lists_by_group` that hold tensors for the parameters of each group.
 
-    Numbers and dicts may be there for a log. Values of parameters are there for the update, which need not read them at
-    its first step: Lookahead does at every k-th.
+    Numbers and dicts may only serve a log. Values of parameters serve the update, which need not read them at its first
+    step: Lookahead reads them at every k-th step.
 
     Args:
         optimizer: The optimizer.
@@ -78,8 +78,8 @@ def are_values_of(value: object, params: Sequence[Tensor]) -> bool:
         params: The parameters.
 
     Returns:
-        True for a tensor that has as many elements as all the parameters, and for a list with a tensor of each
-        parameter's shape; False for a single parameter, whose values may well be a setting.
+        True for a tensor with as many elements as all the parameters, and for a list with a tensor of each parameter's
+        shape. False for a single parameter, since such values may well be a setting.
     """
     if len(params) < 2:
         return False
@@ -89,7 +89,7 @@ def are_values_of(value: object, params: Sequence[Tensor]) -> bool:
 
 
 def _entries(value: object, count: int) -> list[Any] | None:
-    """Return the entries of a container that has one for each group, by position or by number."""
+    """Return the entries of a container with an entry for each group, by position or by number."""
     if isinstance(value, dict):
         numbered = cast("dict[Any, Any]", value)
         return [numbered[index] for index in range(count)] if set(numbered) == set(range(count)) else None

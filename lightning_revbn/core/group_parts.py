@@ -1,4 +1,4 @@
-"""How one parameter group looks to an update: as it is, or as a copy for every part of it that learns differently."""
+"""Shows an update a parameter group: as it is, or as a copy for every part of it that learns differently."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from lightning_revbn.core.update_watch import ReadWatch
 __all__ = ["GroupPlan", "Part"]
 
 _NOTHING: Any = object()
-"""Stands for a key that is not there."""
+"""Stands for a missing key."""
 _ORDER: tuple[Role, ...] = "other", "shift", "scale"
-"""Parts in this order: the first copy of a group counts most."""
+"""The order of parts: the first copy of a group counts most."""
 _NUMBERS = frozenset({bool, int, float})
-"""Types of which equal values are the same to every optimizer."""
+"""Types whose equal values mean the same to every optimizer."""
 _NO_TENSORS = _NUMBERS | {str, tuple, list, dict, type(None)}
-"""Types of most values in groups. It takes longer to ask whether a value is a tensor."""
+"""Types of most values in groups. Looking a type up here is faster than asking whether a value is a tensor."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of one group that learn alike.
+    """Parameters of a group that learn alike.
 
     Attributes:
-        positions: Where the parameters stand in the group's `params`.
+        positions: The positions of the parameters in the group's `params`.
         role: Whether they are scales that learn with lr / c, shifts that learn with lr * k, or neither.
-        rates: How they learn; several rules on one optimizer may have different numbers.
+        rates: How they learn; several rules on an optimizer may have different numbers.
         exempt: Whether they take no weight decay.
     """
 
@@ -61,14 +61,14 @@ class Part:
         return self.rates.operation(self.role)
 
     def own_values(self, where: str) -> dict[str, Callable[[Any], Any]]:
-        """Return what works out, from the group's values, those that the part has for itself.
+        """Return functions that compute the part's own values from the group's values.
 
         Args:
-            where: What the group is called, for messages.
+            where: The group's name, for messages.
 
         Returns:
-            A function for the learning rate of scales and shifts, and for a weight decay that the group does not say;
-            each by its key.
+            Functions by key: for the learning rate of scales and shifts, and for a weight decay that differs from the
+            group's weight decay.
         """
         found: dict[str, Callable[[Any], Any]] = {}
         if self.role != "other":
@@ -81,19 +81,19 @@ class Part:
 
 
 class GroupPlan:
-    """The parts of one parameter group: found once, and again only when the group's parameters change.
+    """The parts of a parameter group: found once, and again only when the group's parameters change.
 
     Args:
         group: The group.
-        coverage: Which parameters learn in a way of their own.
-        where: What the group is called, for messages.
+        coverage: The parameters that learn differently from their group.
+        where: The group's name, for messages.
 
     Raises:
-        ValueError: If the group has no learning rate to work out another from, or was made by `scale_param_groups` with
-            other numbers.
+        ValueError: If the rule cannot hold for the group (the message says why), or `scale_param_groups` made the group
+            with other numbers.
 
     Attributes:
-        doubts: Watches of the parts that no update is known to have read.
+        doubts: Watches of the parts that, so far, no update has provably read.
         has_own_lr: Whether a part has a learning rate of its own.
     """
 
@@ -115,8 +115,8 @@ class GroupPlan:
         for part in parts:
             part.rates.lr(part.role, group.get("lr"), where)
         is_plain = all(part.follows_group for part in parts)
-        # An optimizer may update a tensor of the group in place, such as a count of steps. Were it one tensor in all
-        # copies, it would be updated once for every part. The first copy shares it, so the group sees one update.
+        # An optimizer may update a tensor of the group in place, such as a count of steps. A tensor in all copies would
+        # be updated once for every part. So only the first copy shares it, and the group sees a single update.
         self._copies = [
             _Copy(part, self._params, where, shares_tensors=index == 0)
             for index, part in enumerate(() if is_plain else parts)
@@ -126,22 +126,22 @@ class GroupPlan:
         self._own_keys = {key for copy in self._copies for key in copy.own_rates}
         self.has_own_lr = "lr" in self._own_keys
         self.doubts = [ReadWatch(copy.shown, copy.params, has_own_lr="lr" in copy.own_rates) for copy in self._copies]
-        # What the copies have taken over; _NOTHING where they have to do so anew.
+        # The values that the copies have taken over; _NOTHING where they must take them over again.
         self._taken: Group = {}
 
     @property
     def is_plain(self) -> bool:
-        """Whether every parameter of the group learns as it would without any of this package."""
+        """Whether every parameter of the group learns as it would without this package."""
         return not self._copies and self._marks == (None, None)
 
     @property
     def is_divided(self) -> bool:
-        """Whether an update finds more than one group in place of the group."""
+        """Whether an update finds several groups in place of the group."""
         return len(self._copies) > 1
 
     @property
     def undivided_lr(self) -> Any:
-        """The learning rate with which an update finds parameters that are neither scales nor shifts; None without."""
+        """The learning rate that an update finds for parameters other than scales and shifts; None without any."""
         if not self._copies:
             return self._group.get("lr")
         return next((copy.shown.get("lr") for copy in self._copies if "lr" not in copy.own), None)
@@ -164,14 +164,14 @@ class GroupPlan:
         )
 
     def show(self, group: Group) -> list[Group]:
-        """Return what the optimizer reads in place of a group.
+        """Return the groups that the optimizer reads in place of a group.
 
         Args:
             group: The group, which fits the plan.
 
         Returns:
-            The group itself if all of it learns as it says; else a copy of the group for every part. The copies are the
-            same objects in every call, so that an optimizer may hold on to them.
+            The group itself if all its parameters learn as it says; otherwise a copy of the group for every part. The
+            copies are the same objects in every call, so that an optimizer may hold on to them.
         """
         self._group = group
         if not self._copies:
@@ -184,7 +184,7 @@ class GroupPlan:
             for key, value in group.items():
                 self._take_over(key, value)
             return self._shown
-        # Most steps find another learning rate and nothing else. Then no other key is looked at one by one.
+        # Most steps change the learning rate alone: then the loop over all keys is spared.
         lr = group.get("lr")
         if lr is not taken.get("lr") and type(lr) is float:
             for shown, noted, changed, number in self._operations:
@@ -197,7 +197,7 @@ class GroupPlan:
         return self._shown
 
     def _take_over(self, key: str, value: Any) -> None:
-        """Bring a value of the group into the copies."""
+        """Copy a value of the group into the copies."""
         if type(value) not in _NO_TENSORS and isinstance(value, Tensor):
             for copy in self._copies:
                 copy.take_over_tensor(key, value)
@@ -209,17 +209,17 @@ class GroupPlan:
         self._taken[key] = value
 
     def write_back(self, other_rates: Callable[[], Iterable[Any]]) -> None:
-        """Carry over to the group what the optimizer wrote into its copies.
+        """Carry over to the group the values that the optimizer wrote into its copies.
 
         Args:
             other_rates: Lists the learning rates of undivided parameters in all groups.
 
         Raises:
-            RuntimeError: If the parts cannot have what was written and one group to hold it.
+            RuntimeError: If no single group can hold the written values.
         """
         for copy in self._copies:
             shown, noted = copy.shown, copy.noted
-            # Nothing is written in most steps, so this is asked without a call for each copy.
+            # Most steps write nothing, so this check makes no call for each copy.
             if (
                 shown.keys() == noted.keys()
                 and all(map(is_, shown.values(), noted.values()))
@@ -245,7 +245,7 @@ class GroupPlan:
             self._taken[key] = _NOTHING
 
     def salvage(self, other_rates: Callable[[], Iterable[Any]]) -> None:
-        """Carry over what an update wrote before an exception ended it; the copies that it did not reach do not count.
+        """Carry over the values that an update wrote before an exception ended it; unreached copies do not count.
 
         Args:
             other_rates: Lists the learning rates of undivided parameters in all groups.
@@ -255,7 +255,7 @@ class GroupPlan:
             writers = [copy for copy, keys in zip(self._copies, written, strict=True) if key in keys]
             if key in ("params", "param_names"):
                 continue
-            # The exception that is on its way is the one to see, not that the group cannot hold what was written.
+            # The user must see the exception that is on its way, rather than our refusal of the written values.
             with contextlib.suppress(RuntimeError):
                 if key in self._own_keys:
                     speakers = [copy for copy in writers if key not in copy.own]
@@ -265,7 +265,7 @@ class GroupPlan:
         self._taken = {}
 
     def _carry_number(self, key: str) -> bool:
-        """Carry over a value that is one number in all copies, as a count of steps is; tell whether it is so."""
+        """Carry over a value if it is the same number in all copies, as a count of steps is; tell whether it is."""
         value = self._shown[0].get(key)
         if type(value) not in _NUMBERS or key in self._own_keys:
             return False
@@ -297,7 +297,7 @@ class GroupPlan:
     def _carry_own(
         self, key: str, writers: Sequence[_Copy], other_rates: Callable[[], Iterable[Any]], checked: Sequence[_Copy]
     ) -> None:
-        """Carry over a learning rate or weight decay: one value for the group, which must give that of parts again."""
+        """Carry over a learning rate or weight decay: a value for the group, from which the parts' values follow."""
         if any(key not in copy.shown for copy in self._copies):
             raise RuntimeError(self._refusal(key, "by deleting it"))
         speaker = next((copy for copy in self._copies if key not in copy.own), None)
@@ -309,13 +309,13 @@ class GroupPlan:
         self._group[key] = value
 
     def _for_group(self, key: str, writer: _Copy, other_rates: Callable[[], Iterable[Any]]) -> Any:
-        """Work out the group's value from a part's own, in a group in which every part has its own."""
+        """Compute the group's value from a part's own value, in a group in which every part has its own value."""
         old, written, part = self._group[key], writer.shown[key], writer.part
         if float(written) == float(writer.own[key](old)):
             return old  # and not a number that differs by rounding
         if key == "weight_decay":
             return old if part.exempt else part.rates.group_weight_decay(part.role, written)
-        # An optimizer that writes one number into all groups takes no account of what it found there.
+        # An optimizer that writes the same number into all groups ignores the value that it found there.
         if float(written) and any(_is_same(written, lr) for lr in [old, *other_rates()]):
             raise RuntimeError(self._refusal(key, "to the number that other groups have"))
         value = part.rates.group_lr(part.role, written)
@@ -332,12 +332,12 @@ class GroupPlan:
 
 
 class _Copy:
-    """A part as a group of its own: one dict for the whole life of a plan.
+    """A part as a group of its own: the same dict for the whole life of a plan.
 
     Args:
         part: The part.
         params: The parameters of the whole group.
-        where: What the group is called, for messages.
+        where: The group's name, for messages.
         shares_tensors: Whether the copy holds the group's tensors themselves, rather than clones of them.
     """
 
@@ -362,11 +362,11 @@ class _Copy:
             values.clear()
 
     def take_over_tensor(self, key: str, value: Any) -> None:
-        """Take over a tensor of the group, or work out the part's own value from it.
+        """Take over a tensor of the group, or compute the part's own value from it.
 
         Args:
-            key: The key of the value.
-            value: The group's.
+            key: The key of the tensor.
+            value: The group's tensor.
         """
         if key in self.own:
             value = self.own[key](value)
@@ -376,7 +376,7 @@ class _Copy:
         self.versions[key] = version_of(value)
 
     def accept(self, key: str) -> None:
-        """Take the value under a key as it is for one that nobody has written."""
+        """Treat the present value under a key as unwritten."""
         if key not in self.shown:
             self.noted.pop(key, None)
             return
@@ -396,7 +396,7 @@ class _Copy:
         return keys if len(self.params) == self.count else [*keys, "params"]
 
     def is_in_place(self, key: str) -> bool:
-        """Tell whether the value under a key is the tensor that it was, with other numbers in it."""
+        """Tell whether the value under a key is the same tensor, changed in place."""
         value = self.shown.get(key)
         return (
             value is self.noted.get(key) and isinstance(value, Tensor) and version_of(value) != self.versions.get(key)
@@ -414,18 +414,18 @@ def _joined(values: Sequence[Any]) -> dict[Tensor, Any]:
 
 
 def _parts(params: Sequence[Tensor], group: Group, coverage: Coverage) -> list[Part]:
-    """Sort parameters into parts, the part that learns as the group says first if there is one."""
+    """Sort parameters into parts; a part that learns as the group says comes first."""
     positions: dict[tuple[Role, Rates, bool], list[int]] = {}
     for position, parameter in enumerate(params):
         key = *coverage.way(parameter, group), id(parameter) in coverage.exempt
         positions.setdefault(key, []).append(position)
-    # `write_back` asks the first copy: a part without a learning rate of its own says what the group's is to be.
+    # `write_back` asks the first copy: a part without a learning rate of its own holds the group's learning rate.
     parts = [Part(tuple(found), *key) for key, found in positions.items()]
     return sorted(parts, key=lambda part: (_ORDER.index(part.role), part.exempt))
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Tell whether two numbers, or tensors of one element, are equal but for rounding."""
+    """Tell whether two numbers, or tensors of a single element, are equal but for rounding."""
     return one is other or math.isclose(float(one), float(other), rel_tol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Writes the scales of batch norm layers, and reports what was written and what was left alone."""
+"""Writes the scales of batch norm layers, and reports which layers were written and which were left alone."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class InitReport:
-    """What was found in a model and what was done about it.
+    """The batch norm layers of a model, with the verdict on each.
 
-    `str(report)` is a table with equal layers folded into one row; `records` has every layer.
+    `str(report)` is a table with equal layers folded into a single row; `records` has every layer.
 
     Attributes:
-        records: One record a batch norm layer, in the order of the model.
+        records: A record per batch norm layer, in the order of the model.
     """
 
     records: tuple[BatchNormRecord, ...]
@@ -52,7 +52,7 @@ class InitReport:
 
     @property
     def left_alone(self) -> list[BatchNormRecord]:
-        """The layers that kept what they had."""
+        """The layers whose scale was not written."""
         return [record for record in self.records if record.verdict != "rewrite"]
 
     @property
@@ -62,7 +62,7 @@ class InitReport:
         return {verdict: found[verdict] for verdict in get_args(Verdict)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole report in plain values, for JSON: the counts, and every layer unfolded."""
+        """Return the whole report as plain values for JSON: the counts, and every layer unfolded."""
         layers = [
             {
                 "name": record.name,
@@ -82,18 +82,18 @@ class InitReport:
 
     @property
     def scales(self) -> list[nn.Parameter]:
-        """The scales for `ScaleUpdateRule`: every one that the patterns select, rewritten or not.
+        """The scales for `ScaleUpdateRule`: every scale that the patterns select, rewritten or not.
 
-        Scales kept at a deliberate zero are not among them: at a hundredth of the learning rate a residual branch that
-        starts closed would stay closed.
+        Scales kept at a deliberate zero are left out: at lr / 100, a residual branch that starts closed would stay
+        closed.
         """
         return rule_scales(self.records)
 
     @property
     def shifts(self) -> list[nn.Parameter]:
-        """The shifts for `ScaleUpdateRule(shifts=...)`: every one that the patterns select.
+        """The shifts for `ScaleUpdateRule(shifts=...)`: every shift that the patterns select.
 
-        Shifts of layers whose scale was kept at a deliberate zero are among them.
+        Shifts of layers whose scale was kept at a deliberate zero are included.
         """
         return rule_shifts(self.records)
 
@@ -118,26 +118,26 @@ def init_batch_norms(
 ) -> InitReport:
     """Start the scale of every fresh batch norm layer below 1 (the method of https://arxiv.org/abs/2110.13989).
 
-    Only scales are written, in place and without gradient; shifts, running statistics, hooks and classes stay as they
-    are. Call it once the model has its final values, and before training. Trained layers and scales started at 0 on
-    purpose are kept, unless asked for otherwise. Frozen copies of a network get the scales of the network.
+    Scales are written in place and without gradient, and eps is set if given. Shifts, running statistics, hooks and
+    classes stay as they are. Call it once the model has its final values, and before training. Trained layers, and
+    scales that start at 0 on purpose, are kept by default. Frozen copies of a network get the scales of the network.
 
     Args:
-        module: The model; its layers are found by `find_batch_norms`.
-        scale: The value to start from, or a mapping from name patterns to values. 0.1 is the paper's starting point;
-            it is a hyperparameter, to be chosen on validation data.
+        module: The model; `find_batch_norms` finds its layers.
+        scale: The starting value, or a mapping from name patterns to values. 0.1 is the paper's starting point; choose
+            this hyperparameter on validation data.
         include: `fnmatch` patterns on dotted names; a layer must match one of them.
         exclude: Patterns of layers to leave alone; stronger than `include`.
         zero_scale: `"keep"` or `"overwrite"` scales that start at 0.
         trained: `"keep"`, `"overwrite"` or `"error"` for layers that are not freshly initialised.
-        eps: The eps to set in the layers that are fresh, as `lightning_revbn.core.eps.set_eps` does; None
-            leaves it. It is an attribute of the layers and in no `state_dict`.
+        eps: The eps to set in fresh layers, as `lightning_revbn.core.eps.set_eps` does; None leaves it. No `state_dict`
+            holds eps.
 
     Returns:
-        The report. `report.scales` is what `ScaleUpdateRule` takes.
+        The report. `ScaleUpdateRule` takes its `scales`.
 
     Raises:
-        ValueError: If an argument is wrong or a layer cannot be rewritten; nothing has been written then.
+        ValueError: If an argument is wrong or a layer cannot be rewritten; then nothing is written.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -158,11 +158,11 @@ def init_batch_norms(
 
 
 def note_eps(records: Sequence[BatchNormRecord], before: Mapping[str, float | None]) -> list[BatchNormRecord]:
-    """Let records tell which eps their layers had before.
+    """Add the earlier eps of layers to their records.
 
     Args:
         records: The layers.
-        before: What `write_eps` has returned.
+        before: The earlier eps by name, as `write_eps` returns it.
 
     Returns:
         The records, whose table now shows eps.
@@ -171,13 +171,13 @@ def note_eps(records: Sequence[BatchNormRecord], before: Mapping[str, float | No
 
 
 def refuse(records: Sequence[BatchNormRecord]) -> None:
-    """Raise if any layer must not be trained like this.
+    """Raise if the verdict on any layer is `"refuse"`.
 
     Args:
-        records: What `find_batch_norms` returned.
+        records: The records from `find_batch_norms`.
 
     Raises:
-        ValueError: If a verdict is `"refuse"`; the message names the layers and the reasons.
+        ValueError: If so; the message names the layers and the reasons.
     """
     refused = [record for record in records if record.verdict == "refuse"]
     if refused:
@@ -190,10 +190,10 @@ def refuse(records: Sequence[BatchNormRecord]) -> None:
 def write_scales(records: Sequence[BatchNormRecord]) -> None:
     """Write the target into the scale of every layer whose verdict is `"rewrite"`.
 
-    A lazy layer is written by a hook when its first input has made it; unless a checkpoint made it before.
+    A hook writes a lazy layer when its first input has made it, unless a checkpoint has made it before.
 
     Args:
-        records: What `find_batch_norms` returned.
+        records: The records from `find_batch_norms`.
 
     Raises:
         RuntimeError: If a written value does not read back from the layer.
@@ -202,17 +202,17 @@ def write_scales(records: Sequence[BatchNormRecord]) -> None:
         if record.verdict != "rewrite" or record.target is None:
             continue
         if record.state == "lazy":
-            forget_lazy(record)
+            forget_lazy(record)  # a hook of an earlier call may have another target
             _WhenMade(record.module, record.target)
             continue
         fill_scale(record.module, record.target)
-        # A parametrisation may map what it is given to other values, and nothing else would tell.
+        # A parametrisation may map the written values to other values: only reading them back shows it.
         if not record.has_scale(record.target):
             raise RuntimeError(f"the scale of {record.name!r} did not take the value {record.target}")
 
 
 def forget_lazy(record: BatchNormRecord) -> None:
-    """Take back the order to write a lazy layer when it is made; does nothing where there is none.
+    """Remove the hook that waits to write a lazy layer, if there is such a hook.
 
     Args:
         record: The layer.
@@ -224,19 +224,19 @@ def forget_lazy(record: BatchNormRecord) -> None:
 
 
 class _WhenMade:
-    """Writes the scale of a lazy layer in the forward pass that makes it, and is gone."""
+    """Writes the scale of a lazy layer in the forward pass that makes it, then removes itself."""
 
     def __init__(self, layer: nn.Module, target: float) -> None:
         self._target = target
         self._was_lazy = False
-        # Torch's own hook, which makes the parameters, runs between these two.
+        # torch's own hook, which makes the parameters, runs between these two.
         self._handles = [
             layer.register_forward_pre_hook(self.before, prepend=True),
             layer.register_forward_pre_hook(self.after),
         ]
 
     def before(self, layer: nn.Module, inputs: Any) -> None:
-        # A checkpoint that was loaded since has made the layer, and its values are not fresh.
+        # If a checkpoint has made the layer since, its values are not fresh.
         self._was_lazy = is_lazy(cast("Tensor", layer.weight))
 
     def after(self, layer: nn.Module, inputs: Any) -> None:
@@ -251,16 +251,16 @@ class _WhenMade:
 
 @torch.no_grad()
 def fill_scale(layer: nn.Module, value: float | Tensor) -> None:
-    """Set the scale of a layer in place, through its parametrisation if it has one.
+    """Set the scale of a layer in place, or through its parametrisation.
 
     Args:
         layer: A batch norm layer that has a scale.
-        value: One value for all channels, or values of shape `(C,)`.
+        value: A value for all channels, or values of shape `(C,)`.
     """
     scale = cast("Tensor", layer.weight)
     values = value.to(scale) if isinstance(value, Tensor) else torch.full_like(scale, value)
     if is_parametrized(layer, "weight"):
-        layer.weight = values  # goes through right_inverse
+        layer.weight = values  # through right_inverse: a value filled in place would be lost
     else:
         scale.copy_(values)
 
@@ -273,8 +273,8 @@ def rule_scales(records: Sequence[BatchNormRecord], zero_kept: Sequence[str] | N
         zero_kept: Names of layers whose scale was kept at a deliberate zero; None reads them from the records.
 
     Returns:
-        Every scale that the patterns select, frozen ones too (they may be unfrozen later), without those of
-        `zero_kept`.
+        Every scale that the patterns select, except in layers of `zero_kept`. Frozen scales are included, since they
+        may be unfrozen later.
     """
     kept = set(zero_kept_names(records) if zero_kept is None else zero_kept)
     return [
@@ -291,8 +291,8 @@ def rule_shifts(records: Sequence[BatchNormRecord]) -> list[nn.Parameter]:
         records: The layers.
 
     Returns:
-        Every shift that the patterns select, frozen ones too (they may be unfrozen later). The shift of an
-        `InputBatchNorm` is fixed, and no parameter.
+        Every shift that the patterns select. Frozen shifts are included, since they may be unfrozen later. The shift
+        of an `InputBatchNorm` is fixed, so it has no parameter.
     """
     return [record.shift for record in records if record.target is not None and record.shift is not None]
 
@@ -310,7 +310,7 @@ def zero_kept_names(records: Sequence[BatchNormRecord]) -> list[str]:
 
 
 def _table(records: Sequence[BatchNormRecord]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
-    """Return header, rows and closing sentence of a report, equal layers folded into one row."""
+    """Return header, rows and closing sentence of a report, with equal layers folded into a single row."""
     shows_eps = any(record.eps_before is not None for record in records)
     folded: dict[tuple[object, ...], list[BatchNormRecord]] = {}
     for record in records:
@@ -327,7 +327,7 @@ def _table(records: Sequence[BatchNormRecord]) -> tuple[tuple[str, ...], list[tu
 
 
 def _fold_key(record: BatchNormRecord) -> tuple[object, ...]:
-    reason = record.reason if record.copy_of is None else record.state  # each copy names an original of its own
+    reason = record.reason if record.copy_of is None else record.state  # copies differ in the originals they name
     return type(record.module), record.verdict, record.target if record.verdict == "rewrite" else None, reason
 
 

@@ -1,6 +1,6 @@
-"""Which batch norm layers a model has, and the verdict on each.
+"""Finds the batch norm layers of a model, with a verdict on each.
 
-`find_batch_norms` only looks; `lightning_revbn.core.initialization` acts on what it returns.
+`find_batch_norms` changes nothing; `lightning_revbn.core.initialization` acts on its records.
 """
 
 from __future__ import annotations
@@ -65,26 +65,26 @@ State: TypeAlias = Literal[
 
 @dataclass(frozen=True)
 class BatchNormRecord:
-    """One batch norm layer of a model, what state it was found in, and what is to be done with its scale.
+    """A batch norm layer of a model, its state, and the verdict on its scale.
 
     Attributes:
         name: Dotted name of the layer in the model, `""` for the model itself; the same whether or not parts of the
             model are wrapped by `torch.compile`.
         module: The layer.
         verdict: `"rewrite"`, `"skip"` (left as it is) or `"refuse"` (training must not start like this).
-        reason: Why, in words for a reader.
-        state: What the layer was found to be, for programs: `"fresh"` (as torch initialises it, or already at the
-            target), `"zero"` (scale 0 in every channel and never trained), `"trained"` (running statistics have moved,
-            or the scale starts at other values), `"frozen"` (the scale is a buffer or does not require a gradient),
-            `"copy"` (frozen, and a copy of a layer that is rewritten, as target networks and momentum encoders are),
-            `"input"` (an `InputBatchNorm`, which starts at a scale of its own), `"no scale"` (`affine=False`),
-            `"excluded"` (by `include`, `exclude` or a scale mapping), `"lazy"` (made by its first input),
-            `"unmaterialized"` (on the meta device), `"shared"` (its scale is also a parameter of a module that is no
-            batch norm) or `"unsupported"` (quantised, or parametrised in a way that cannot be set).
-        target: The scale that the settings ask for in this layer, that of an `InputBatchNorm` the layer itself; None
-            where they ask for none. A copy has the target of its original.
-        copy_of: Name of the layer that this one is a copy of; None for a layer that is none.
-        eps_before: The layer's eps before `set_eps` or `init_batch_norms(eps=...)` set it; None where they did not.
+        reason: The reason for the verdict, in words for readers.
+        state: The state of the layer, for programs: `"fresh"` (as torch initialises it, or already at the target),
+            `"zero"` (scale 0 in every channel and never trained), `"trained"` (running statistics have moved, or the
+            scale starts at other values), `"frozen"` (the scale is a buffer or does not require a gradient), `"copy"`
+            (a frozen copy of a layer that is rewritten, as in target networks and momentum encoders), `"input"` (an
+            `InputBatchNorm`, which starts at its own scale), `"no scale"` (`affine=False`), `"excluded"` (by `include`,
+            `exclude` or a scale mapping), `"lazy"` (made by its first input), `"unmaterialized"` (on the meta device,
+            or partitioned by ZeRO-3), `"shared"` (another kind of module holds the same scale) or `"unsupported"`
+            (quantised, flattened by FSDP1, made by a hook, or parametrised in a way that cannot be set).
+        target: The scale that the settings ask for in this layer; None if they ask for none. An `InputBatchNorm` has
+            its own target, and a copy the target of its original.
+        copy_of: Name of the original if the layer is a copy; otherwise None.
+        eps_before: The layer's eps before `set_eps` or `init_batch_norms(eps=...)` set it; None if they did not.
     """
 
     name: str
@@ -98,29 +98,29 @@ class BatchNormRecord:
 
     @property
     def scale(self) -> nn.Parameter | None:
-        """The scale (gamma, `weight`), shape `(C,)`, as an optimizer holds it; None where the layer has none.
+        """The scale (gamma, `weight`), shape `(C,)`, as an optimizer holds it; None if the layer has none.
 
-        Of a parametrised scale this is the parameter behind it.
+        For a parametrised scale, it is the parameter behind the parametrisation.
         """
         return _parameter(self.module, "weight")
 
     @property
     def shift(self) -> nn.Parameter | None:
-        """The shift (beta, `bias`), shape `(C,)`; None where the layer has none."""
+        """The shift (beta, `bias`), shape `(C,)`; None if the layer has none."""
         return _parameter(self.module, "bias")
 
     @property
     def values(self) -> Tensor | None:
-        """The values that the layer multiplies with, shape `(C,)`; None where it has none yet or at all.
+        """The values that the layer multiplies with, shape `(C,)`; None if it has none, or none yet.
 
-        Part of a flat parameter counts as none: FSDP1 frees its memory between uses.
+        A part of a flat parameter counts as none: FSDP1 frees its memory between uses.
         """
         value: object = None if is_flattened(self.module) else getattr(self.module, "weight", None)
         return value.detach() if isinstance(value, Tensor) and not is_lazy(value) else None
 
     @property
     def eps(self) -> float | None:
-        """The number that the layer adds to variances now; None where the layer has none, or none is known."""
+        """The number that the layer adds to variances now; None if the layer has no eps."""
         return eps_of(self.module)
 
     @property
@@ -137,7 +137,7 @@ class BatchNormRecord:
             value: The value.
 
         Returns:
-            True if so, and where this rank holds no channel; False also for a layer without a scale.
+            True if so, or if this rank holds no channel; False for a layer without a scale.
         """
         values = self.values
         if values is None:
@@ -156,22 +156,22 @@ def find_batch_norms(
 ) -> list[BatchNormRecord]:
     """List every batch norm layer of a model with the verdict on it; change nothing.
 
-    Layers are recognised by their class (`BatchNorm1d`, `2d`, `3d`, `SyncBatchNorm` and whatever derives from torch's
-    base of these, and `InputBatchNorm`), never by name. A layer that is used twice, or whose scale belongs to two batch
-    norm layers, is listed once. A frozen copy of a fresh network (`copy.deepcopy` with gradients off) is to get the
-    scales of that network; `lightning_revbn.core.copies` says what proves a copy.
+    Classes identify layers, never names: `BatchNorm1d`, `2d`, `3d`, `SyncBatchNorm`, all classes with the same base in
+    torch, and `InputBatchNorm`. Frozen batch norm layers whose tensors are buffers are listed too. A layer that is used
+    twice is listed once, and so are layers that share a scale. A frozen copy of a fresh network (`copy.deepcopy` with
+    gradients off) gets the scales of that network; `lightning_revbn.core.copies` explains how a copy is proven.
 
     Args:
-        module: The model, or any part of one. A batch norm layer itself will do.
-        scale: Target of the scale: a number, or a mapping from patterns to numbers of which the first match counts;
-            layers that match none are left alone.
+        module: The model, a part of it, or a single batch norm layer.
+        scale: Target of the scale: a number, or a mapping from patterns to numbers. The first match counts; layers
+            without a match are left alone.
         include: `fnmatch` patterns on dotted names; a layer must match one of them.
         exclude: Patterns of layers to leave alone; stronger than `include`.
-        zero_scale: What to do with scales started at 0 on purpose, as in the last batch norm of a residual branch.
-        trained: What to do with layers that are not freshly initialised.
+        zero_scale: The policy for scales that start at 0 on purpose, as in the last batch norm of a residual branch.
+        trained: The policy for layers that are not freshly initialised.
 
     Returns:
-        One record a layer, in the order of `module.named_modules()`.
+        A record per layer, in the order of `module.named_modules()`.
 
     Raises:
         ValueError: If a scale is not finite and positive, a policy is unknown, or a pattern matches no layer.
@@ -191,11 +191,11 @@ def find_batch_norms(
 
 @dataclass(frozen=True)
 class Selection:
-    """The settings that decide on every layer, checked once; see `find_batch_norms` for each of them.
+    """The settings that decide on every layer, checked once; `find_batch_norms` explains them.
 
     Raises:
         ValueError: If a scale is not finite and positive, or a policy is unknown.
-        TypeError: If a scale is no number or a pattern no string.
+        TypeError: If a scale is not a number or a pattern not a string.
     """
 
     scale: ScaleSpec = 0.1
@@ -218,7 +218,7 @@ class Selection:
             module: The model.
 
         Returns:
-            One record a layer.
+            A record per layer.
         """
         layers, other_owners = _walk(module)
         targets = self._targets([name for name, _ in layers])
@@ -244,21 +244,20 @@ class Selection:
             names: Names of layers.
 
         Returns:
-            Those of them.
+            The names of the selected layers.
         """
         return set(self._targets(names))
 
     def follow_copies(self, module: nn.Module, records: Sequence[BatchNormRecord]) -> list[BatchNormRecord]:
-        """Let copies of the layers that are to be rewritten be rewritten too.
+        """Give frozen copies of layers the verdict on their originals.
 
         Args:
             module: The model, before its scales are written.
-            records: Its layers, as `look` has returned them.
+            records: The records that `look` has returned.
 
         Returns:
-            The records, those of frozen copies with the verdict `"rewrite"` and the target of their originals. Only
-            `exclude` leaves out a copy: `include` and a scale mapping choose networks, and a copy is part of its
-            original's choice.
+            The records; a frozen copy has the verdict and the target of its original. Only `exclude` leaves out a copy:
+            `include` and a scale mapping choose networks, and a network's copies follow its choice.
         """
         originals = {
             record.name: record
@@ -291,7 +290,7 @@ class Selection:
             records: The layers of the model.
 
         Raises:
-            UnmatchedPatternError: If so; the message has the nearest names.
+            UnmatchedPatternError: If a pattern matches none; the message has the nearest names.
         """
         names = [record.name for record in records]
         mapped = tuple(self.scale) if isinstance(self.scale, Mapping) else ()
@@ -299,8 +298,8 @@ class Selection:
             check_patterns_match(argument, patterns, names)
 
     def _targets(self, names: Sequence[str]) -> dict[str, float]:
-        """Return the scale asked for in each layer; a layer that the patterns leave out has none."""
-        # A set, since every pattern is looked up among the names first.
+        """Return the target of each layer; a layer that the patterns leave out has none."""
+        # A set, since `matching_names` first looks every pattern up among the names.
         known = set(names)
         selected = matching_names(self.include, known) - matching_names(self.exclude, known)
         if not isinstance(self.scale, Mapping):
@@ -326,9 +325,9 @@ def copies_in(holder: nn.Module, module: nn.Module, originals: Sequence[BatchNor
 
     Args:
         holder: The other network, such as an average of weights that a callback keeps. It may be larger than the
-            copy in it; whether it is frozen does not matter.
+            copy in it, and need not be frozen.
         module: The module, with the values that it was copied with.
-        originals: Those of its layers that are to be rewritten.
+        originals: The records of the module's layers to rewrite.
 
     Returns:
         A record for each copy, with the verdict `"rewrite"` and its original's target.
@@ -352,7 +351,7 @@ def _as_copy(record: BatchNormRecord, original: BatchNormRecord) -> BatchNormRec
 
 
 def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str]]:
-    """Return the batch norm layers by name, and the names of all parameters of other modules by their identity."""
+    """Return the batch norm layers by name, and the names of all parameters of other modules by `id`."""
     layers: list[tuple[str, nn.Module]] = []
     other_owners: dict[int, str] = {}
     names: set[str] = set()
@@ -363,7 +362,7 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
         if isinstance(layer, (BatchNormBase, InputBatchNorm)) or _is_frozen_batch_norm(layer):
             names.add(name)
             parameter = _parameter(layer, "weight")
-            # A scale that two layers share has one start and one learning rate.
+            # Layers that share a scale share its start and its learning rate, so the first layer stands for all.
             if parameter is not None and id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -375,7 +374,7 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str
 
 
 def _belongs_to(name: str, batch_norms: set[str]) -> bool:
-    """Tell whether a module holds the parametrisation of a batch norm layer; its parameters are that layer's own."""
+    """Tell whether a module holds the parametrisation of a batch norm layer; its parameters belong to the layer."""
     layer, found, _ = f".{name}.".partition(".parametrizations.")
     return bool(found) and layer[1:] in batch_norms
 
@@ -387,7 +386,7 @@ def _is_frozen_batch_norm(layer: nn.Module) -> bool:
 
 
 def _state_of(layer: nn.Module, target: float, other_owners: Mapping[int, str]) -> tuple[State, str]:
-    """Tell what state a selected layer is in, from its own values alone."""
+    """Return the state of a selected layer, judged by its own values alone, and the reason."""
     if any(cls.__module__.startswith(_QUANTIZED) for cls in type(layer).__mro__):
         return "unsupported", "a quantised layer is for inference; it cannot be trained"
     if is_flattened(layer):
@@ -409,6 +408,7 @@ def _state_of(layer: nn.Module, target: float, other_owners: Mapping[int, str]) 
     scale = _parameter(layer, "weight")
     if scale is None:
         return "no scale", "affine=False: the layer has no scale"
+    # A learning rate of lr / c would also act on the other use of the parameter.
     if id(scale) in other_owners:
         owner = other_owners[id(scale)]
         return "shared", f"its scale is also {owner!r}, which is no batch norm; untie them or exclude the layer"
@@ -420,7 +420,7 @@ def _state_of(layer: nn.Module, target: float, other_owners: Mapping[int, str]) 
         return "unmaterialized", "on the meta device; its values exist only once it is materialised"
     if is_partitioned(scale) and not scale.numel():
         return "unmaterialized", "partitioned by DeepSpeed's ZeRO-3; gather it with deepspeed.zero.GatheredParameters"
-    # Only from here on values are read: what is above has none, or none to judge by. A layer that has seen data is
+    # Values are read only from here on: the layers above have none, or none to judge by. A layer that has seen data is
     # trained even if its scale still is 1, so the running statistics come first.
     if statistics_moved(layer):
         return "trained", "its running statistics are not fresh"
@@ -447,7 +447,7 @@ def is_flattened(layer: nn.Module) -> bool:
 
 
 def _is_plain_tensor(layer: nn.Module) -> bool:
-    scale: object = vars(layer).get("weight")  # neither among the parameters nor among the buffers
+    scale: object = vars(layer).get("weight")  # plain tensors are in `vars`, parameters and buffers are not
     return isinstance(scale, Tensor)
 
 
@@ -458,7 +458,7 @@ def _hooked_sources(layer: nn.Module) -> list[str]:
 
 
 def _obstacle(layer: nn.Module) -> str | None:
-    """Say why a parametrised scale cannot be set by assignment; None if it can."""
+    """Return the reason why a parametrised scale cannot be set by assignment; None if it can."""
     steps = cast("ParametrizationList", getattr(layer.parametrizations, "weight"))  # noqa: B009 # typed as a module
     if not steps.is_tensor:
         return "its scale is made from several parameters"
@@ -467,15 +467,15 @@ def _obstacle(layer: nn.Module) -> str | None:
 
 
 def statistics_moved(layer: nn.Module) -> bool:
-    """Tell whether a layer's running statistics are no longer as torch initialises them.
+    """Tell whether a layer's running statistics differ from torch's initial values.
 
     Args:
         layer: The layer.
 
     Returns:
-        True if so; False for a layer that keeps none.
+        True if so; False for a layer without running statistics.
     """
-    # A model may have thousands of layers: few calls, and the cheapest sign first.
+    # A model may have thousands of layers: make few calls, and check the cheapest sign first.
     batches, mean, variance = (
         cast("Tensor | None", getattr(layer, name, None))
         for name in ("num_batches_tracked", "running_mean", "running_var")
@@ -494,14 +494,14 @@ def _bounds(values: Tensor) -> tuple[float, float]:
 
 def _is_uniform(layer: nn.Module, bounds: tuple[float, float], value: float, dtype: torch.dtype) -> bool:
     """Tell whether all channels have a value, given the least and greatest of them."""
-    if is_parametrized(layer, "weight"):  # what comes back through a parametrisation is rounded on the way
+    if is_parametrized(layer, "weight"):  # a parametrisation rounds values
         return all(math.isclose(bound, value, rel_tol=1e-3) for bound in bounds)
     return bounds[0] == bounds[1] and bounds[0] in _roundings(value, dtype)
 
 
 @lru_cache
 def _roundings(value: float, dtype: torch.dtype) -> frozenset[float]:
-    """Return what a value may have become: a model is converted to the precision of the run after it was written."""
+    """Return the roundings of a written value: a model may be converted to another precision after the write."""
     written = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return frozenset(torch.tensor(value, dtype=first).to(dtype).item() for first in written)
 
@@ -513,7 +513,7 @@ def eps_of(layer: nn.Module) -> float | None:
         layer: The layer.
 
     Returns:
-        The number; None where the layer has no attribute `eps`, or no number there.
+        The number; None if the layer has no attribute `eps`, or no number there.
     """
     eps: object = getattr(layer, "eps", None)
     return float(eps) if isinstance(eps, (int, float)) else None

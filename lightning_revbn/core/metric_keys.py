@@ -1,7 +1,7 @@
-"""The names of all metrics: the monitor writes them, readers of logs, figures and TensorBoard's layout look for them.
+"""Names all metrics: the monitor writes the keys, and readers of logs, figures and TensorBoard's layout look for them.
 
-A key is `{prefix}/{layer}/{quantity}` for a layer and `{prefix}/{quantity}` for the whole model. Nothing is imported
-here but Python's own library, so that a log can be read without torch.
+A key is `{prefix}/{layer}/{quantity}` for a layer and `{prefix}/{quantity}` for the whole model. This module imports
+only Python's own library, so that a log can be read without torch.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ SCALE_DRIFT = "scale_drift"
 SHIFT_MEAN = "shift_mean"
 SHIFT_DRIFT = "shift_drift"
 SCALE_LR = "scale_lr"
-"""The learning rate that scales are updated with."""
+"""The learning rate that updates the scales."""
 SHIFT_LR = "shift_lr"
-"""The learning rate that shifts are updated with, where it is another than their group's."""
+"""The learning rate that updates the shifts, if it differs from their group's learning rate."""
 NORMALIZED_ABSMAX = "normalized_absmax"
 """The greatest `|x_hat|` of a batch."""
 NORMALIZED_OVER_3 = "normalized_over_3"
@@ -58,8 +58,8 @@ def affine_quantity(kind: str, statistic: str) -> str:
     """Name a statistic of a parameter.
 
     Args:
-        kind: One of `AFFINE_KINDS`.
-        statistic: One of `STATISTICS`.
+        kind: An element of `AFFINE_KINDS`.
+        statistic: An element of `STATISTICS`.
 
     Returns:
         The last part of a key.
@@ -85,8 +85,8 @@ def metric_key(prefix: str, layer: str, quantity: str) -> str:
 
     Args:
         prefix: First part; may be empty.
-        layer: Dotted name of the layer; empty for the whole model, and for a model that is one batch norm layer.
-        quantity: What is logged.
+        layer: Dotted name of the layer; empty for the whole model, and for a model that is a batch norm layer itself.
+        quantity: The name of the quantity.
 
     Returns:
         The parts that are not empty, joined by `/`.
@@ -105,7 +105,7 @@ def first_part(prefix: str) -> str:
         prefix: The prefix; may be empty.
 
     Returns:
-        The prefix with its slash, or nothing.
+        The prefix with its slash; empty without a prefix.
     """
     return f"{prefix}/" if prefix else ""
 
@@ -115,8 +115,8 @@ def input_key(prefix: str, quantity: str, name: str = "") -> str:
 
     Args:
         prefix: First part; may be empty.
-        quantity: `"mean"` or `"std"`, of a single channel with its number, as in `"mean_0"`.
-        name: The name of the input, where there are several.
+        quantity: `"mean"` or `"std"`; for a single channel with its number, as in `"mean_0"`.
+        name: The name of the input, if there are several.
 
     Returns:
         The key.

@@ -1,4 +1,4 @@
-"""Dotted names of modules and tensors, the same whether or not a part of the model is wrapped."""
+"""Builds dotted names of modules and tensors, the same whether or not a part of the model is wrapped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["join", "parent", "unwrapped"]
 
 
 def unwrapped(path: str) -> str:
-    """Return the name that a module or a tensor has where nothing is compiled or wrapped.
+    """Return the name that a module or a tensor has if nothing is compiled or wrapped.
 
     Args:
         path: Its name in `named_modules()`, `named_parameters()` or `named_buffers()`.

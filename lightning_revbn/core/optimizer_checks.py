@@ -1,7 +1,7 @@
-"""Says for which optimizers the update rule cannot hold, before anything was updated.
+"""Refuses optimizers for which the update rule cannot hold, before anything is updated.
 
-Some optimizers do their update elsewhere than in a step that reads `param_groups`; they are refused always. Others keep
-something that belongs to a whole group, or to a place in it; they are refused where the rule would divide a group.
+Some optimizers do not update in a step that reads `param_groups`; they are always refused. Others keep values that
+belong to a whole group, or to a place in it; they are refused if the rule would divide a group.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _FROM_ALL_PARAMETERS = {
     "reps_rel": ("DoG", "step size"),  # with lists of values that its first step makes
     "amplifier": ("pytorch_optimizer.ASGD", "learning rate"),
 }
-"""Settings by which optimizers are known that work out one number for a group from the norms of its parameters."""
+"""Settings of optimizers that compute a single number for a group from the norms of all its parameters."""
 
 
 def wraps_another(optimizer: Optimizer, name: str) -> str | None:
-    """Say why an optimizer that holds other optimizers, in an attribute or in a container there, is refused.
+    """Return the reason to refuse an optimizer that holds another optimizer, in an attribute or in a container there.
 
     Args:
         optimizer: The optimizer.
-        name: What it is called.
+        name: The name of the optimizer.
 
     Returns:
         The message; None if it holds no optimizer.
@@ -49,16 +49,16 @@ def wraps_another(optimizer: Optimizer, name: str) -> str | None:
 
 
 def updates_in_backward(optimizer: Optimizer, name: str) -> str | None:
-    """Say why an optimizer that updates while gradients are computed is refused: its `step` does nothing.
+    """Return the reason to refuse an optimizer that updates while gradients are computed: its `step` does nothing.
 
-    Known are the gradient release of flashoptim and of torch-optimi, and LOMO's `fused_backward`.
+    It recognises the gradient release of flashoptim and of torch-optimi, and LOMO's `fused_backward`.
 
     Args:
         optimizer: The optimizer.
-        name: What it is called.
+        name: The name of the optimizer.
 
     Returns:
-        The message; None if nothing of this is seen.
+        The message; None for all other optimizers.
     """
     if getattr(optimizer, "_gradient_release", False) or optimizer.defaults.get("gradient_release"):
         return (
@@ -74,7 +74,7 @@ def updates_in_backward(optimizer: Optimizer, name: str) -> str | None:
 
 
 def refuse_divided(optimizer: Optimizer) -> None:
-    """Raise if an optimizer, of which a group is to be divided, finds or weighs parameters by what the groups are.
+    """Raise if dividing a group would make an optimizer find other parameters, or weigh them wrongly.
 
     Args:
         optimizer: The optimizer.
@@ -83,7 +83,7 @@ def refuse_divided(optimizer: Optimizer) -> None:
         ValueError: If so; the message has the attribute or setting, and the remedy.
     """
     name = type(optimizer).__name__
-    # heavyball's: its other optimizers have the setting and do not read it.
+    # heavyball's class: other optimizers of heavyball have the setting, but do not read it.
     is_schedule_free = any(cls.__name__ == "ScheduleFree" for cls in type(optimizer).__mro__)
     if is_schedule_free and any(group.get("weight_lr_power") for group in optimizer.param_groups):
         raise ValueError(_averaged(name))
@@ -102,11 +102,11 @@ def refuse_divided(optimizer: Optimizer) -> None:
 
 
 def refuse_settings(group: Group, where: str, *, divides_lr: bool, changes_weight_decay: bool) -> None:
-    """Raise if a group has no number for a part of it to work out another number from.
+    """Raise if a group lacks a number from which to compute the number of a part.
 
     Args:
         group: The group.
-        where: What it is called.
+        where: The group's name.
         divides_lr: Whether a part learns with another learning rate.
         changes_weight_decay: Whether a part has another weight decay.
 
@@ -129,11 +129,11 @@ def refuse_settings(group: Group, where: str, *, divides_lr: bool, changes_weigh
 
 
 def refuse_divided_group(group: Group, where: str, *, has_faster: bool) -> None:
-    """Raise if a group that is to be divided holds something that belongs to all its parameters together.
+    """Raise if a group to be divided holds values that belong to all its parameters together.
 
     Args:
         group: The group.
-        where: What it is called.
+        where: The group's name.
         has_faster: Whether a part learns with lr * k.
 
     Raises:
@@ -156,8 +156,8 @@ def refuse_divided_group(group: Group, where: str, *, has_faster: bool) -> None:
 
 
 def _averaged(where: str) -> str:
-    # Where the group remembers the largest learning rate (`lr_max`), scales get the weight of the rest of the group. A
-    # learning rate that is larger has a weight of its own, and every learning rate has where there is no `lr_max`.
+    # If the group keeps the largest learning rate (`lr_max`), scales get the weight of the rest of the group. A larger
+    # learning rate has a weight of its own. Without `lr_max`, every learning rate has.
     return (
         f"{where} averages its parameters with weights that follow from their learning rate, and keeps one sum of "
         "these weights for all of them ('weight_lr_power'), so parts with other learning rates would be averaged "
@@ -166,7 +166,7 @@ def _averaged(where: str) -> str:
 
 
 def _with_entries(value: object) -> Iterator[object]:
-    """Yield a value, and what it holds if it is a container of Python's."""
+    """Yield a value, and its entries if it is a Python container."""
     yield value
     if isinstance(value, Mapping):
         yield from cast("Mapping[Any, object]", value).values()

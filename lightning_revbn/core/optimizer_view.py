@@ -1,4 +1,4 @@
-"""An object that an optimizer's step runs on in place of the optimizer: it differs in its `param_groups` alone."""
+"""Makes a view of an optimizer for its step to run on: the view differs in its `param_groups` alone."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["OptimizerView"]
 
 
 class OptimizerView:
-    """One optimizer, seen with other parameter groups.
+    """An optimizer, seen with other parameter groups.
 
-    The view is an object of a class that derives from the optimizer's. The two share one `__dict__` and all
-    `__slots__`, count as equal, and answer alike for their `__class__`. Whoever saves, loads or copies the view does it
-    to the optimizer. There is one view for the life of this object, so identities, weak references and caches hold from
-    step to step. Only `type(view)` is another, so `type(self) is SGD` and `super(type(self), self)` fail in a step.
+    The class of the view derives from the optimizer's class. View and optimizer share their `__dict__` and all
+    `__slots__`, count as equal, and give the same `__class__`. Saving, loading or copying the view acts on the
+    optimizer. The view lives as long as this object, so identities, weak references and caches hold from step to step.
+    Only `type(view)` differs, so `type(self) is SGD` and `super(type(self), self)` fail in a step.
 
     Args:
         optimizer: The optimizer.
-        read_groups: Returns what the view shows as its `param_groups`.
-        hand_back: Brings the optimizer's own groups up to what was written into the groups of the view. It is called
-            before other code than the optimizer's may read them; `read_groups` must then show what that code writes.
-        is_own_hook: Tells the step hooks that run once a step, even if the optimizer's step calls the step of its base.
+        read_groups: Returns the view's `param_groups`.
+        hand_back: Updates the optimizer's own groups from the view's groups. It is called before code other than the
+            optimizer's may use them; after it, `read_groups` must show what that code wrote.
+        is_own_hook: Tells whether a step hook runs once per step, even if the optimizer's step calls its base's step.
 
     Attributes:
         optimizer: The optimizer.
@@ -49,30 +49,31 @@ class OptimizerView:
         self._is_own_hook = is_own_hook
         self.was_stored = False
         self._attributes: dict[str, Any] = {}
+        # Without `__init__`, since the view takes its attributes from the optimizer.
         self.view: Optimizer = object.__new__(self._derived_class(type(optimizer)))
 
     def enter(self) -> Optimizer:
         """Return the view, ready for a step."""
         if self._attributes is not self.optimizer.__dict__:
             self._attributes = self.optimizer.__dict__
-            # `object` does it, since the optimizer's class may have a `__setattr__` of its own.
+            # Through `object`, since the optimizer's class may have a `__setattr__` of its own.
             object.__setattr__(self.view, "__dict__", self._attributes)
         return self.view
 
     def leave(self) -> None:
-        """Let the optimizer have itself where its step has stored the view in an attribute."""
+        """Put the optimizer into the attributes in which its step has stored the view."""
         self.was_stored = False
         attributes = vars(self.optimizer)
         attributes.update({name: self.optimizer for name, value in attributes.items() if value is self.view})
 
     def hooks(self, name: str) -> dict[int, Callable[..., Any]]:
-        """List step hooks for the step of a base class, which runs them on the view: each is to get the optimizer.
+        """List step hooks for the step of a base class, which runs them on the view; each gets the optimizer instead.
 
         Args:
-            name: The attribute that holds them.
+            name: The attribute that holds the hooks.
 
         Returns:
-            The hooks without those that run once a step.
+            The hooks, except for hooks that run once a step.
         """
         hooks: dict[int, Callable[..., Any]] = getattr(self.optimizer, name)
         found = {key: self._on_optimizer(hook) for key, hook in hooks.items() if not self._is_own_hook(hook)}
@@ -91,7 +92,7 @@ class OptimizerView:
         return run
 
     def _derived_class(self, cls: type[Optimizer]) -> type[Optimizer]:
-        """Make the view's class without a word to metaclasses, which may keep a register of classes."""
+        """Make the view's class without calling metaclasses, which may keep a register of classes."""
         namespace: dict[str, Any] = {
             "__slots__": (),
             "__module__": cls.__module__,
@@ -110,20 +111,20 @@ class OptimizerView:
 
 
 class _ViewMethods:
-    """What a view does differently. It comes before the optimizer's class among the bases of the view's class."""
+    """The methods in which a view differs; in the view's class, they take precedence over the optimizer's class."""
 
     __slots__ = ()
     revbn_host: ClassVar[OptimizerView]
 
     def __init_subclass__(cls) -> None:
-        """Keep the optimizer's class from hearing of the view's: it may keep a register, or want keywords."""
+        """Keep the optimizer's `__init_subclass__` from running: it may keep a register, or want keywords."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make another optimizer, as `type(self)(...)` means it."""
         return type(cls.revbn_host.optimizer)(*args, **kwargs)
 
     def __del__(self) -> None:
-        """Do nothing: the optimizer is not gone when its view is."""
+        """Do nothing: the optimizer may outlive its view."""
 
     @property
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] # nobody is to set it
@@ -131,7 +132,7 @@ class _ViewMethods:
 
     @property
     def param_groups(self) -> list[Group]:
-        # A property outranks the shared `__dict__`.
+        # A property takes precedence over the shared `__dict__`.
         return _host(self).read_groups()
 
     @param_groups.setter
@@ -179,7 +180,7 @@ class _ViewMethods:
 
 
 def _host(view: object) -> OptimizerView:
-    cls: Any = type(view)  # `cast` would be one more call in every step
+    cls: Any = type(view)  # `cast` would add a call to every step
     return cls.revbn_host
 
 

@@ -1,4 +1,4 @@
-"""Permanent parameter groups: scales and shifts apart from other parameters, each with its rate in the group itself."""
+"""Makes permanent parameter groups: scales and shifts get groups with learning rates of their own."""
 
 from __future__ import annotations
 
@@ -50,35 +50,35 @@ def scale_param_groups(
 ) -> list[Group]:
     """Sort a model's parameters into permanent groups, batch norm scales with lr / c and shifts with lr * k.
 
-    For engines that take the parameters away from the optimizer, such as DeepSpeed, and for those who want to see the
-    groups. Everywhere else `ScaleUpdateRule` is the better choice: schedules that write one number into every group
-    (OneCycleLR and CyclicLR with a scalar, SWALR, CosineAnnealingLR with `eta_min`) destroy the ratio of permanent
-    groups, and a checkpoint with other groups cannot be resumed.
+    Use it for engines that take the parameters away from the optimizer, such as DeepSpeed, or to see the groups.
+    Otherwise `ScaleUpdateRule` is the better choice. Schedules that write the same number into every group destroy the
+    ratio of permanent groups: OneCycleLR and CyclicLR with a scalar, SWALR, CosineAnnealingLR with `eta_min`. And a
+    checkpoint with other groups cannot be resumed.
 
     With `weight_decay_exempt="vectors"` these are the paper's groups: weight decay on convolutions and linear layers
-    alone. Scales that are 0 in every channel when this is called keep the full learning rate (see
-    `InitReport.scales`); so call it on a model that has not been trained yet, or name those layers in `exclude`.
+    alone. Scales that are 0 in every channel at the time of the call keep the full learning rate (see
+    `InitReport.scales`). So call it before the model is trained, or name those layers in `exclude`.
 
     Args:
         module: The model.
-        lr: Learning rate of everything but scales and shifts.
-        weight_decay: Weight decay of what is not exempt. Shifts get weight decay / k, so that lr * k shrinks them as
-            lr would.
+        lr: Learning rate of all parameters but scales and shifts.
+        weight_decay: Weight decay of parameters that are not exempt. Shifts get weight decay / k, so that lr * k
+            shrinks them as lr would.
         divisor: The constant c; values up to 1 leave the learning rate of scales alone.
-        weight_decay_exempt: What takes no weight decay: `"scale"`, `"norm"` (scales and shifts of batch norm),
+        weight_decay_exempt: The parameters without weight decay: `"scale"`, `"norm"` (scales and shifts of batch norm),
             `"vectors"` (batch norm and every bias) or None.
         include: `fnmatch` patterns on dotted names of the layers whose scale and shift get rates of their own.
         exclude: Patterns of layers that do not; stronger than `include`.
         shift_multiplier: The factor k; 1 leaves the learning rate of shifts alone.
 
     Returns:
-        One to six groups for `torch.optim` optimizers, each parameter in exactly one, empty groups left out. The
-        groups of scales carry the key `scale_lr_divisor`, and the groups of shifts with a rate of their own the key
-        `shift_lr_multiplier`, by which `RevisitedBatchNorm` and `ScaleUpdateRule` know them.
+        At most six groups for `torch.optim` optimizers, none of them empty; each parameter is in a single group.
+        Groups of scales or shifts with a learning rate of their own have the key `scale_lr_divisor` or
+        `shift_lr_multiplier`. `RevisitedBatchNorm` and `ScaleUpdateRule` recognise the groups by this key.
 
     Raises:
-        TypeError: If the divisor or the multiplier is no number.
-        ValueError: If one of them is not finite and positive, or a pattern or choice is unknown.
+        TypeError: If the divisor or the multiplier is not a number.
+        ValueError: If the divisor or the multiplier is not finite and positive, or a pattern or choice is unknown.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -133,10 +133,10 @@ def exempt_parameters(
         include: `fnmatch` patterns on dotted names of batch norm layers; a layer that matches none counts as any other
             module.
         exclude: Patterns of layers that count as any other module; stronger than `include`.
-        records: The batch norm layers, if they are known already; `include` and `exclude` do not count then.
+        records: The batch norm layers, if they are known already; then `include` and `exclude` do not count.
 
     Returns:
-        The parameters, each once. Scales kept at a deliberate zero are among the scales.
+        The parameters, each once. Scales kept at a deliberate zero are included.
 
     Raises:
         ValueError: If the choice is unknown, or a pattern matches no layer.
@@ -166,6 +166,7 @@ def exempt_parameters(
     if weight_decay_exempt == "vectors":
         for name, parameter in module.named_parameters():
             attribute = name.rpartition(".")[2]
+            # Recurrent layers have `bias_ih_l0` and the like, attention has `in_proj_bias`.
             if attribute == "bias" or attribute.startswith("bias_") or attribute.endswith("_bias"):
                 found[id(parameter)] = parameter
     return list(found.values())
@@ -178,13 +179,12 @@ def is_divided(
 
     Args:
         optimizer: The optimizer, of any kind.
-        scales: The scales that are to learn with lr / c.
-        exempt: The parameters that are to take no weight decay.
-        shifts: The shifts that are to learn with lr * k.
+        scales: The scales that should learn with lr / c.
+        exempt: The parameters that should take no weight decay.
+        shifts: The shifts that should learn with lr * k.
 
     Returns:
-        True if it has such groups, every scale and every shift that it holds is in one of its kind, and no exempt
-        parameter decays.
+        True if it has such groups, they hold all its scales and shifts by kind, and no exempt parameter decays.
     """
     groups: list[Group] = getattr(optimizer, "param_groups", [])
     divided, multiplied, undecayed = ({id(parameter) for parameter in own} for own in (scales, shifts, exempt))
@@ -200,9 +200,9 @@ def is_divided(
 def keep_marks(optimizer: Optimizer) -> MarkKeeper:
     """Keep the marks of `scale_param_groups` in an optimizer's groups, whatever checkpoint is loaded into it.
 
-    torch's `load_state_dict` takes over the keys of the saved groups. Groups made by hand have no mark, so after such a
-    load a rule would divide a learning rate that is divided already. A `ScaleUpdateRule` keeps the marks of its own
-    optimizer; this function is for an optimizer without a rule.
+    torch's `load_state_dict` takes over the keys of the saved groups. Groups made by hand have no mark, so after
+    loading them a rule would divide a learning rate twice. A `ScaleUpdateRule` keeps the marks of its own optimizer;
+    this function is for an optimizer without a rule.
 
     Args:
         optimizer: The optimizer.
@@ -214,7 +214,7 @@ def keep_marks(optimizer: Optimizer) -> MarkKeeper:
 
 
 class MarkKeeper:
-    """Sets the marks of groups again after a load; a mark that the checkpoint brings itself counts more."""
+    """Sets the marks of groups again after a load; a mark from the checkpoint takes precedence."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._marks: dict[int, Group] = {}
@@ -224,7 +224,7 @@ class MarkKeeper:
         ]
 
     def remove(self) -> None:
-        """Keep the marks no longer."""
+        """Stop keeping the marks."""
         for handle in self._handles:
             handle.remove()
 

@@ -1,4 +1,4 @@
-"""Text of others as text: names of files, layers and metrics may hold line breaks and commands to a terminal."""
+"""Makes foreign text printable: names of files, layers and metrics may hold line breaks and commands to a terminal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ __all__ = ["printable", "shortened"]
 
 
 def printable(text: object) -> str:
-    r"""Return a text on one line, with escapes in the place of characters that do not print.
+    r"""Return a text on a single line, with escapes in place of characters that do not print.
 
     Args:
-        text: Such as a path, or a name out of a file.
+        text: A text, such as a path or a name from a file.
 
     Returns:
-        The text; nothing of it is cut.
+        The whole text, uncut.
 
     Example:
         >>> print(printable("bn1"), printable("two\nlines \x1b[31m"))
@@ -25,11 +25,11 @@ def printable(text: object) -> str:
 
 
 def shortened(text: object, most: int) -> str:
-    """Return a text on one line that loses its middle where it is too long for an error.
+    """Return a text on a single line, without its middle if it is too long for an error.
 
     Args:
         text: A text of any length.
-        most: Characters at most.
+        most: The largest number of characters.
 
     Returns:
         The text without characters that do not print.
@@ -42,5 +42,5 @@ def shortened(text: object, most: int) -> str:
     half = (most - 3) // 2
     if len(whole) > most:
         whole = f"{whole[:half]}...{whole[-half:]}"
-    line = printable(whole)  # escapes are longer than what they stand for
+    line = printable(whole)  # escapes are longer than the characters they replace
     return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"

@@ -1,7 +1,7 @@
 """Compares settings between the ranks of a process group, through its key-value store and without a collective.
 
-A rank that lacks the code would not call a collective, and all others would wait for it. What a rank has not posted in
-the store, the others see to be missing.
+A rank that lacks the code would not call a collective, and all others would wait for it. In the store, the others see
+that the settings of this rank are missing.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -23,17 +23,17 @@ from lightning_revbn.core.torch_compat import default_store
 __all__ = ["Parts", "RankSettings", "describe_differences"]
 
 Parts: TypeAlias = Mapping[str, Mapping[str, Any]]
-"""The settings of one rank: by the name of what has them, and by their own names; plain values, as in JSON."""
+"""The settings of a rank, by the name of their owner and by their own names; plain values, as in JSON."""
 
 _PATIENCE = timedelta(seconds=10)
-"""How long a rank that has found a difference stays, so that the others find it too: rank 0 holds the store."""
+"""How long a rank that has found a difference waits, so that the others find it too: rank 0 hosts the store."""
 
 
 class RankSettings:
     """The settings of every rank, posted and compared once; ranks that agree make four requests each.
 
     Args:
-        subject: What is compared. Every rank must make its comparisons of one subject in the same order.
+        subject: The subject of the comparison. Every rank must make its comparisons of a subject in the same order.
         store: The store of the process group.
         rank: The number of this process in the group.
         ranks: How many processes the group has.
@@ -42,7 +42,7 @@ class RankSettings:
     def __init__(self, subject: str, store: dist.Store, rank: int, ranks: int) -> None:
         self._store, self._rank, self._ranks = store, rank, ranks
         subject = f"lightning_revbn/{subject}"
-        # The store counts, so that what an earlier comparison has left is never read.
+        # The store counts comparisons, so that no rank reads the entries of an earlier comparison.
         self._prefix = f"{subject}/{store.add(f'{subject}/{rank}', 1)}"
         self._same = ""
 
@@ -51,10 +51,10 @@ class RankSettings:
         """Begin a comparison between the ranks of the default process group.
 
         Args:
-            subject: What is compared.
+            subject: The subject of the comparison.
 
         Returns:
-            The comparison; None where there is one rank, or no store.
+            The comparison; None with a single rank, or without a store.
         """
         store = default_store()
         if store is None or dist.get_world_size() == 1:
@@ -62,35 +62,38 @@ class RankSettings:
         return cls(subject, store, dist.get_rank(), dist.get_world_size())
 
     def post(self, parts: Parts) -> None:
-        """Tell the other ranks the settings of this one.
+        """Post the settings of this rank for the others.
 
         Args:
             parts: The settings.
         """
+        # Settings may hold any object, which ranks compare by its repr.
         text = json.dumps(parts, default=repr)
+        # Ranks count themselves under a hash of their settings, so ranks that agree read no settings of others.
         self._same = self._key("same", hashlib.sha256(text.encode()).hexdigest())
         self._store.set(self._key("posted", self._rank), text)
         self._store.add(self._same, 1)
+        # The last rank to post releases the ranks that wait.
         if self._store.add(self._key("count"), 1) == self._ranks:
             self._store.set(self._key("complete"), "")
 
     def wait(self) -> None:
         """Wait until every rank has posted its settings, for at most the timeout of the process group."""
-        with contextlib.suppress(RuntimeError):  # a FileStore raises no more special one
+        with contextlib.suppress(RuntimeError):  # a FileStore raises nothing more specific
             self._store.wait([self._key("complete")])
 
     def differences(self) -> list[str]:
-        """Compare what has been posted up to now.
+        """Compare the settings that ranks have posted up to now.
 
         Returns:
-            In words, what differs between which ranks; nothing where all ranks have posted the same.
+            The differences in words, with their ranks; empty if all ranks have posted the same.
         """
         if self._store.add(self._same, 0) == self._ranks:
             return []
         posted = [self._read(rank) for rank in range(self._ranks)]
         self._store.set(self._key("read", self._rank), "")
         readers = [self._key("read", rank) for rank, parts in enumerate(posted) if parts is not None]
-        with contextlib.suppress(RuntimeError):  # a rank may have ended by now, and have taken the store along
+        with contextlib.suppress(RuntimeError):  # a rank may have ended by now, and the store with it
             self._store.wait(readers, _PATIENCE)
         return describe_differences(posted)
 
@@ -103,13 +106,13 @@ class RankSettings:
 
 
 def describe_differences(posted: Sequence[Parts | None]) -> list[str]:
-    """Say what differs between ranks.
+    """Describe the differences between ranks.
 
     Args:
         posted: The settings of every rank; None for a rank that has posted none.
 
     Returns:
-        One text for everything that differs. A setting that some ranks do not name is compared among the others.
+        A text for every difference. A setting that some ranks do not name is compared among the others.
 
     Example:
         >>> describe_differences([{"Net": {"lr": 0.1}}, {"Net": {"lr": 0.1}}, {"Net": {"lr": 0.2}}, None])
@@ -136,7 +139,7 @@ def describe_differences(posted: Sequence[Parts | None]) -> list[str]:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """Return the numbers of ranks in words, with a dash for those that follow each other."""
+    """Return the numbers of ranks in words, with a dash for consecutive numbers."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:

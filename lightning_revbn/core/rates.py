@@ -1,4 +1,4 @@
-"""How scales and shifts learn: their learning rate and weight decay, from those of their parameter group and back."""
+"""Converts learning rates and weight decays of a parameter group to its scales and shifts, and back."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lightning_revbn.core.arguments import as_number, check_divisor, check_multi
 __all__ = ["Rates", "Role"]
 
 Role: TypeAlias = Literal["other", "shift", "scale"]
-"""Batch norm scales, batch norm shifts, and every other parameter, as far as they learn differently."""
+"""The role of a parameter: a batch norm scale, a batch norm shift, or any other parameter."""
 
 
 @dataclass(frozen=True)
 class Rates:
     """Scales learn with lr / divisor, shifts with lr * multiplier and with weight decay / multiplier.
 
-    So a step changes a shift by lr * multiplier for its gradient, and shrinks it by lr * weight decay as before.
+    So a step moves a shift by lr * multiplier times its gradient, and shrinks it by lr * weight decay as before.
 
     Attributes:
         divisor: The constant c; values up to 1 leave scales alone.
         multiplier: The factor k; 1 leaves shifts alone.
 
     Raises:
-        TypeError: If one of them is no number.
-        ValueError: If one of them is not finite and positive.
+        TypeError: If the divisor or the multiplier is not a number.
+        ValueError: If the divisor or the multiplier is not finite and positive.
     """
 
     divisor: float = 1.0
@@ -49,10 +49,10 @@ class Rates:
         return self.multiplier != 1
 
     def change(self, role: Role) -> bool:
-        """Tell whether some parameters learn differently from their group.
+        """Tell whether the parameters of a role learn differently from their group.
 
         Args:
-            role: Which parameters.
+            role: The role.
 
         Returns:
             Whether they do.
@@ -60,10 +60,10 @@ class Rates:
         return self.divides_scales if role == "scale" else self.multiplies_shifts if role == "shift" else False
 
     def number(self, role: Role) -> float:
-        """Return the number that is set for some parameters.
+        """Return the number that is set for a role.
 
         Args:
-            role: Which parameters.
+            role: The role.
 
         Returns:
             The divisor of scales, the multiplier of shifts, and 1 for all others.
@@ -71,10 +71,10 @@ class Rates:
         return self.divisor if role == "scale" else self.multiplier if role == "shift" else 1.0
 
     def told(self, role: Role) -> str:
-        """Say how some parameters learn.
+        """Describe how a parameter of a role learns.
 
         Args:
-            role: Which parameters.
+            role: The role.
 
         Returns:
             A few words, such as `a scale with lr / 100`.
@@ -82,10 +82,10 @@ class Rates:
         return f"a {'parameter' if role == 'other' else role} with {self.lr_text(role)}"
 
     def lr_text(self, role: Role) -> str:
-        """Say with which learning rate some parameters learn.
+        """Describe the learning rate of a role.
 
         Args:
-            role: Which parameters.
+            role: The role.
 
         Returns:
             A formula, such as `lr / 100`.
@@ -93,12 +93,12 @@ class Rates:
         return "lr" if role == "other" else f"lr {'/' if role == 'scale' else '*'} {self.number(role):g}"
 
     def lr(self, role: Role, group_lr: Any, where: str) -> Any:
-        """Work out a learning rate; a tensor gives a new tensor, since one tensor may serve all groups.
+        """Compute the learning rate of a role; a tensor gives a new tensor, since all groups may share the tensor.
 
         Args:
-            role: Of which parameters.
-            group_lr: The learning rate of their group: a number of Python or NumPy, or a tensor.
-            where: What holds the learning rate, for the message.
+            role: The role.
+            group_lr: The learning rate of the group: a number of Python or NumPy, or a tensor.
+            where: The holder of the learning rate, for the message.
 
         Returns:
             The learning rate, a number if the group has a number and a tensor if the group has a tensor.
@@ -113,39 +113,39 @@ class Rates:
                 f"{where} has lr={group_lr!r}: {'lr / c' if role == 'scale' else 'lr * k'} needs a number or a tensor, "
                 "so give the optimizer an explicit lr"
             )
-        # NumPy's numbers keep their precision, as they do in a group that somebody divided by hand.
+        # NumPy's numbers keep their precision, as in a group that was divided by hand.
         changed, number = self.operation(role)
         return changed(group_lr, number)
 
     def operation(self, role: Role) -> tuple[Callable[[Any, float], Any], float]:
-        """Tell how a learning rate follows from that of the group.
+        """Return how a learning rate follows from the group's learning rate.
 
         Args:
-            role: Of which parameters.
+            role: The role.
 
         Returns:
-            A function of the group's learning rate and of the number that is set.
+            A function of the group's learning rate and a number, and this number.
         """
         return (_divided if role == "scale" else _multiplied), self.number(role)
 
     def group_lr(self, role: Role, lr: Any) -> Any:
-        """Work out the learning rate of the group, for which parameters learn with a given one.
+        """Compute the learning rate of the group from the learning rate of a role.
 
         Args:
-            role: Of which parameters.
-            lr: Their learning rate.
+            role: The role.
+            lr: The learning rate of the role.
 
         Returns:
-            The group's.
+            The learning rate of the group.
         """
         return {"other": lambda: lr, "scale": lambda: lr * self.divisor, "shift": lambda: lr / self.multiplier}[role]()
 
     def weight_decay(self, role: Role, group_weight_decay: Any) -> Any:
-        """Work out a weight decay.
+        """Compute the weight decay of a role.
 
         Args:
-            role: Of which parameters.
-            group_weight_decay: The weight decay of their group; None where the optimizer takes that for none.
+            role: The role.
+            group_weight_decay: The weight decay of the group; some optimizers take None for no weight decay.
 
         Returns:
             The weight decay.
@@ -155,14 +155,14 @@ class Rates:
         return group_weight_decay / self.multiplier
 
     def group_weight_decay(self, role: Role, weight_decay: Any) -> Any:
-        """Work out the weight decay of the group, for which parameters have a given one.
+        """Compute the weight decay of the group from the weight decay of a role.
 
         Args:
-            role: Of which parameters.
-            weight_decay: Theirs.
+            role: The role.
+            weight_decay: The weight decay of the role.
 
         Returns:
-            The group's.
+            The weight decay of the group.
         """
         return weight_decay * self.multiplier if role == "shift" and weight_decay is not None else weight_decay
 

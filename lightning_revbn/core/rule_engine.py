@@ -1,4 +1,4 @@
-"""Makes the steps of one optimizer run on the parts of its groups, for all update rules on it together."""
+"""Makes the steps of an optimizer run on the parts of its groups, for all update rules on it together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Joined(Protocol):
     """A rule, as the engine knows it.
 
     Attributes:
-        coverage: What it covers.
+        coverage: The parameters that the rule covers.
         warn_if_unused: Whether to warn, at the next step, that the optimizer holds none of these parameters.
     """
 
@@ -37,9 +37,9 @@ class Joined(Protocol):
 
 
 class RuleEngine:
-    """One view of an optimizer, the plans of its groups and the hooks of its step.
+    """The view of an optimizer, the plans of its groups and the hooks of its step.
 
-    It is on the optimizer as long as a rule is.
+    The engine stays on the optimizer as long as a rule does.
 
     Args:
         optimizer: The optimizer.
@@ -59,7 +59,7 @@ class RuleEngine:
         self._shown: list[Group] = []
         self._expected: list[Group] = []
         self._plans: list[GroupPlan] = []
-        self._doubts: list[ReadWatch] = []  # of the parts that no update is known to have read
+        self._doubts: list[ReadWatch] = []  # parts that no update has provably read
         self._candidates: list[Tensor] = []
         self._chosen: Tensor | None = None
         self._watch = UpdateWatch()
@@ -67,15 +67,15 @@ class RuleEngine:
         self._handles: list[RemovableHandle | MarkKeeper] = []
 
     def join(self, rule: Joined) -> None:
-        """Let a rule act on the optimizer from now on; nothing has changed if it cannot.
+        """Let a rule act on the optimizer from now on; if it cannot, nothing changes.
 
         Args:
             rule: The rule.
 
         Raises:
-            ValueError: If the rule covers scales or shifts of another one, or a group does not go with it.
+            ValueError: If another rule covers its scales or shifts, or the rule cannot hold for a group.
         """
-        rules = [*self.rules, rule]
+        rules = [*self.rules, rule]  # a new list: if a group refuses the rule, the engine stays as it was
         coverage = self._joined(rules)
         self._cover(rules, coverage, self._planned(self.optimizer.param_groups, [], coverage))
         self._is_new = True
@@ -85,11 +85,11 @@ class RuleEngine:
                 self.optimizer.register_step_post_hook(self._after_step),
                 keep_marks(self.optimizer),
                 self.optimizer.register_load_state_dict_post_hook(self._after_load),
-                self.optimizer.register_state_dict_pre_hook(lambda _: self._salvage()),
+                self.optimizer.register_state_dict_pre_hook(lambda _: self._salvage()),  # exception checkpoints
             ]
 
     def leave(self, rule: Joined) -> None:
-        """End a rule. With the last one the optimizer becomes what it was.
+        """End a rule; the end of the last rule restores the optimizer.
 
         Args:
             rule: The rule.
@@ -106,7 +106,7 @@ class RuleEngine:
             self._handles.pop().remove()
 
     def recover(self) -> None:
-        """End a step that an exception has ended; does nothing after any other step."""
+        """Clean up after a step that an exception has ended; do nothing after any other step."""
         if self._in_step:
             self._salvage()
             self._in_step = False
@@ -126,11 +126,11 @@ class RuleEngine:
         self._doubts = [doubt for plan in plans for doubt in plan.doubts]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        self.recover()
+        self.recover()  # an exception in the last step has kept `_after_step` from running
         self._in_step, self._was_read, self._is_stale = True, False, True
         if self._chosen is None or not self._chosen.requires_grad:
             self._choose_watched()
-        # Until a step has read its groups, changes between steps count: the update may be done by gradient hooks.
+        # Until a step has read its groups, changes between steps count: gradient hooks may do the update.
         self._watch.start(self._chosen, since_before=not self.updates)
         for doubt in self._doubts:
             doubt.start(optimizer.state)
@@ -153,7 +153,7 @@ class RuleEngine:
             self.updates += 1
             self._watch.by_value = False
             return
-        # A step that does nothing at all is the optimizer's right; one that updates must have read its groups.
+        # A step may do nothing at all, but a step that updates must have read its groups.
         if self._chosen is not None and (args[0] is not self._view.view or self._watch.has_changed()):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() did not update from its param_groups, so {self._coverage.missed}: "
@@ -169,7 +169,7 @@ class RuleEngine:
         return getattr(hook, "__self__", None) is self
 
     def _choose_watched(self) -> None:
-        """Choose the parameter by which to tell whether a step has updated: a covered one that the optimizer holds."""
+        """Choose a covered parameter of the optimizer, whose change shows that a step has updated."""
         # FSDP1 leaves some ranks no part of a scale.
         self._candidates = [p for p in self._candidates if is_lazy(p) or p.numel()]
         self._chosen = next((p for p in self._candidates if not is_lazy(p) and p.requires_grad), None)
@@ -192,7 +192,7 @@ class RuleEngine:
         return run
 
     def _read_groups(self) -> list[Group]:
-        """Return what the view shows as its `param_groups`: in a step the parts of the groups, else the groups."""
+        """Return the view's `param_groups`: in a step the parts of the groups, otherwise the groups."""
         if not self._in_step:
             return self.optimizer.param_groups
         self._was_read = True
@@ -204,7 +204,7 @@ class RuleEngine:
         return self._shown
 
     def _refresh(self) -> None:
-        """Bring the view's groups up to the optimizer's."""
+        """Update the view's groups from the optimizer's groups."""
         groups = self.optimizer.param_groups
         self._plan(groups)
         shown: list[Group] = []
@@ -226,7 +226,7 @@ class RuleEngine:
             self._find_candidates()
 
     def _planned(self, groups: list[Group], plans: Sequence[GroupPlan], coverage: Coverage) -> list[GroupPlan]:
-        """Return a plan for each group, the present one where it fits."""
+        """Return a plan for each group; a present plan that fits is kept."""
         name = type(self.optimizer).__name__
         planned = [
             plans[index]
@@ -245,13 +245,13 @@ class RuleEngine:
         self._chosen = None
 
     def _hand_back(self) -> None:
-        """Let code that is not the optimizer's find its groups up to date, and the optimizer what that code writes."""
+        """Update the optimizer's groups before other code uses them; the next read shows what that code wrote."""
         if self._in_step and self._was_read and not self._is_stale:
             self._write_back()
             self._is_stale = True
 
     def _write_back(self) -> None:
-        """Carry over to the groups what the optimizer wrote into their copies."""
+        """Carry over to the groups the values that the optimizer wrote into their copies."""
         if self._doubts:
             self._pause()
         shown, expected = self._shown, self._expected
@@ -261,18 +261,18 @@ class RuleEngine:
             plan.write_back(self._undivided_rates)
 
     def _salvage(self) -> None:
-        """Carry over what was written into the groups' copies in a step that an exception may have ended."""
+        """Carry over the values written into the groups' copies, in a step that an exception may have ended."""
         self._pause()
         if not self._in_step or not self._was_read or self._is_stale:
             return
         self._is_stale = True
-        with contextlib.suppress(RuntimeError):  # the step's own exception is the one to see
+        with contextlib.suppress(RuntimeError):  # the user must see the step's own exception
             self._adopt(self._shown, self._expected)
         for plan in self._plans:
             plan.salvage(self._undivided_rates)
 
     def _adopt(self, shown: list[Group], expected: list[Group]) -> None:
-        """Make groups that the step has added the optimizer's own."""
+        """Add the groups that the step has added to the optimizer's own groups."""
         if len(shown) < len(expected) or not all(map(is_, shown, expected)):
             name = type(self.optimizer).__name__
             raise RuntimeError(f"{name}.step() has removed or reordered its param_groups: use scale_param_groups")
@@ -280,7 +280,7 @@ class RuleEngine:
         self._expected = shown.copy()
 
     def _pause(self) -> None:
-        """Let other code than the optimizer's read and change what it likes."""
+        """Pause the watches, since code other than the optimizer's may read and change anything."""
         for doubt in self._doubts:
             doubt.pause()
 
@@ -289,7 +289,7 @@ class RuleEngine:
 
 
 def _settle_doubts(name: str, plans: Sequence[GroupPlan], doubts: Sequence[ReadWatch]) -> None:
-    """Refuse an optimizer whose update has not read how parts learn, and forget the doubts that are over."""
+    """Refuse an optimizer whose update has not read how parts learn, and drop the settled doubts."""
     refuse_unread(name, doubts, has_own_lr=any(plan.has_own_lr for plan in plans))
     for plan in plans:
         plan.doubts = [doubt for doubt in plan.doubts if not doubt.is_settled]
@@ -312,10 +312,11 @@ def engine_of(optimizer: Optimizer) -> RuleEngine | None:
     """Find the engine that is on an optimizer.
 
     Args:
-        optimizer: The optimizer, or what Fabric or Lightning hand out in its place.
+        optimizer: The optimizer, or the object that Fabric or Lightning hand out in its place.
 
     Returns:
         The engine, or None.
     """
+    # Hooks are the only record of the engine: copies and pickles of the optimizer lose both together.
     owners = (getattr(hook, "__self__", None) for hook in step_pre_hooks(optimizer))
     return next((owner for owner in owners if isinstance(owner, RuleEngine)), None)

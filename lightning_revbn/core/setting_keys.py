@@ -1,6 +1,6 @@
-"""The names of a run's settings among its hyperparameters: loggers get them, readers of logs look for them.
+"""Names a run's settings among its hyperparameters: loggers get these names, readers of logs look for them.
 
-Nothing is imported here but Python's own library, so that a log can be read without torch.
+This module imports only Python's own library, so that a log can be read without torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import MappingProxyType
 __all__ = ["BASELINE_SETTINGS", "SEED_KEY", "SETTINGS_PREFIX"]
 
 SETTINGS_PREFIX = "revbn/"
-"""What every name begins with."""
+"""The first part of every name."""
 
 SEED_KEY = f"{SETTINGS_PREFIX}seed"
 """The seed of `seed_everything`, which pairs runs."""
@@ -29,4 +29,4 @@ BASELINE_SETTINGS: Mapping[str, object] = MappingProxyType(
         "trained": "keep",
     }
 )
-"""The settings of `RevisitedBatchNorm` by name, at values with which a run is a baseline."""
+"""The settings of `RevisitedBatchNorm` by name, with the values of a baseline."""

@@ -1,4 +1,4 @@
-"""Draws a table of text: plain for logs and pipes, by rich for terminals. No cell is ever cut."""
+"""Draws a table of text: plain for logs and pipes, with rich for terminals. No cell is ever cut."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["first_to_last", "plain_table", "print_table", "rich_table", "use_rich"]
 
 _LEAST_PROSE = 20
-"""Characters a line in which a sentence of the last column can still be read."""
+"""The fewest characters per line in which a sentence of the last column can still be read."""
 _LEAST_WIDTH = 20
 _NOTHING = ("", "-")
-"""Cells of a column that has nothing to say of a row."""
+"""Cells without a value."""
 
 
 def print_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], summary: str, spare: Sequence[Sequence[int]] = ()
 ) -> None:
-    """Print a table to stdout, by rich on a terminal, otherwise as plain text.
+    """Print a table to stdout: on a terminal with rich, if it is installed, otherwise as plain text.
 
-    A pipe gets every column on one line a row. A terminal gets what fits into it, and no cell is cut: what is the same
-    in every row is said once below, then columns are left out in the order of `spare`, then the last column is wrapped,
-    and where all this does not help the cells of a row are printed below each other.
+    A pipe gets every column, with a line per row. A terminal never cuts a cell. If the table is too wide, columns with
+    the same cell in every row move into a line below the table. Then columns are left out in the order of `spare`, and
+    the last column is wrapped. If all this does not help, the cells of a row are printed below each other.
 
     Args:
         header: Names of the columns; the first tells rows apart, the last may be prose.
@@ -53,7 +53,7 @@ def use_rich(stream: TextIO | None) -> bool:
     """Tell whether rich draws for a stream.
 
     Args:
-        stream: Such as `sys.stderr`, which is None where a process was started without it.
+        stream: A stream such as `sys.stderr`, which is None if a process was started without it.
 
     Returns:
         Whether the stream is a terminal and rich is installed.
@@ -93,6 +93,7 @@ def plain_table(
         1 layer
     """
     table = _Table.of(header, rows, spare)
+    # Nothing surrounds plain columns, and no separator follows the last column.
     shown = table if width is None else table.fitted(width, outside=-3)
     lines = [*shown.lines(width)] if shown.is_stacked else _aligned([shown.header, *shown.rows], shown.prose)
     rule = "-" * min(max(map(_cells, lines)), width or sys.maxsize)
@@ -104,7 +105,7 @@ def plain_table(
 def rich_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], summary: str, spare: Sequence[Sequence[int]] = ()
 ) -> object:
-    """Draw the same for rich's console, as wide as the console is when it prints.
+    """Draw a table for rich's console, in the width that the console has when it prints.
 
     Args:
         header: Names of the columns.
@@ -113,16 +114,16 @@ def rich_table(
         spare: As in `print_table`.
 
     Returns:
-        What rich can print.
+        An object that rich can print.
     """
     return _RichTable(_Table.of(header, rows, spare), printable(summary))
 
 
 def first_to_last(names: Sequence[str]) -> str:
-    """Name the layers that one row stands for.
+    """Name the layers that a row stands for.
 
     Args:
-        names: Their dotted names, `""` for the model itself.
+        names: Dotted names of the layers, `""` for the model itself.
 
     Returns:
         The name of a single layer; of several layers the first, the last and their number.
@@ -141,10 +142,10 @@ class _Table:
 
     Attributes:
         header: Names of the columns.
-        rows: The cells, one line each.
-        spare: Columns to do without, by position, in groups.
-        notes: What is said below of columns that are not shown.
-        prose: Characters a line of the last column; None leaves it on one line.
+        rows: The cells, each on a single line.
+        spare: Columns that may be left out, by position, in groups.
+        notes: Lines below the table on columns that are not shown.
+        prose: Characters per line of the last column; None leaves it unwrapped.
         is_stacked: Whether the cells of a row stand below each other.
     """
 
@@ -160,11 +161,11 @@ class _Table:
         return cls([*header], [[printable(cell) for cell in row] for row in rows], spare)
 
     def fitted(self, width: int, outside: int) -> _Table:
-        """Return the table as it is shown in a line of some characters, where three part two columns.
+        """Return the table fitted to a width; three characters separate two columns.
 
         Args:
-            width: How many.
-            outside: How many stand around all columns, beyond three for each.
+            width: The number of characters in a line.
+            outside: The number of characters around all columns, beyond three for each column.
         """
         room = max(width, _LEAST_WIDTH) - outside
         if self._fits([*range(len(self.header))], room):
@@ -190,7 +191,7 @@ class _Table:
         return self._of(shown, notes, prose=prose)
 
     def lines(self, width: int | None) -> Iterator[str]:
-        """Yield the lines of the rows whose cells stand below each other: the first cell, and its others indented."""
+        """Yield the lines of rows whose cells stand below each other: the first cell, then the others indented."""
         for first, *others in self.rows:
             yield from textwrap.wrap(first, max(width or 0, _LEAST_WIDTH), break_on_hyphens=False) or [""]
             pairs = [
@@ -212,7 +213,7 @@ class _Table:
         return _Table([self.header[column] for column in columns], rows, (), notes, prose, is_stacked)
 
     def _varied(self) -> tuple[list[int], list[int]]:
-        """Return the columns that tell rows apart, and those that are the same in all."""
+        """Return the columns that tell rows apart, and the columns that are the same in all rows."""
         columns = range(len(self.header))
         alike = {c for c in columns if c and len(self.rows) > 1 and len({row[c] for row in self.rows}) == 1}
         return [c for c in columns if c not in alike], sorted(alike)
@@ -226,7 +227,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _RichTable:
-    """Draws a table in the width that rich's console has."""
+    """Draws a table in the width of rich's console."""
 
     table: _Table
     summary: str
@@ -237,7 +238,7 @@ class _RichTable:
         from rich.text import Text
 
         shown = self.table.fitted(options.max_width, outside=1)
-        # A Text is no markup: a layer may be called bn[1], and a path [/x].pt.
+        # A Text is not read as markup: a layer may be called bn[1], and a path [/x].pt.
         if shown.is_stacked:
             yield from (
                 Text(line, style="" if line.startswith(" ") else "bold") for line in shown.lines(options.max_width)
@@ -256,7 +257,7 @@ class _RichTable:
 
 
 def _aligned(rows: Sequence[Sequence[str]], prose: int | None) -> list[str]:
-    """Return rows as lines, cells below each other in columns; the last column is wrapped or as long as it is."""
+    """Return rows as lines with aligned columns; the last column is wrapped, or left at its length."""
     last = len(rows[0]) - 1
     widths = [max(_cells(row[column]) for row in rows) for column in range(last)]
     lines: list[str] = []
@@ -278,7 +279,7 @@ def _padded(cell: str, width: int) -> str:
 
 
 def _cells(text: str) -> int:
-    """Return how many characters of a terminal a text takes: letters of East Asia take two, accents on others none."""
+    """Return the width of a text on a terminal: letters of East Asia take two characters, combining accents none."""
     if text.isascii():
         return len(text)
     return sum(

@@ -1,4 +1,4 @@
-"""Every private name of torch that this package uses, each with what is lost where a version of torch lacks it."""
+"""Every private name of torch that this package uses, each with the loss if a version of torch lacks the name."""
 
 # pyright: reportPrivateImportUsage=false
 # torch.distributed is the documented home of Store, which it re-exports without saying so.
@@ -29,20 +29,20 @@ __all__ = [
 ]
 
 BatchNormBase = batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage] # no public name
-"""The base of torch's batch norm classes and no others. Without it no layer is recognised, so nothing here works."""
+"""The base of torch's batch norm classes and no others. Without it, no layer is recognised, so nothing here works."""
 
 WRAPPER_LEVELS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Levels that `torch.compile`, FSDP1 and activation checkpointing put into the path of a module.
 
-Where a version calls a level otherwise, the level stays in the names of layers: patterns on full names do not match a
-wrapped model, and a checkpoint of one does not fit a model that is not wrapped.
+If a version renames a level, the level stays in the names of layers. Then patterns on full names do not match a wrapped
+model, and a checkpoint of a wrapped model does not fit a model that is not wrapped.
 """
 
 STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 """Attributes that hold an optimizer's step hooks.
 
-Where a version calls them otherwise, an optimizer whose step calls its base's step hands hooks of that inner step the
-object that it runs on itself, with groups in which scales stand apart.
+If a version renames them, an optimizer whose step calls its base's step passes the view to the hooks of the inner step:
+the groups of the view are divided.
 """
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -51,8 +51,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def is_functorch_wrapped(tensor: Tensor) -> bool:
     """Tell whether a tensor is a wrapper of `torch.func`, which has no values of its own to read.
 
-    Without torch's name for this question every tensor counts as a plain one. A model trains as before; only a
-    `BatchNormMonitor(activations=True)` around a transform of `torch.func` fails where it reads the values.
+    Without torch's function, every tensor counts as plain. A model trains as before; only a
+    `BatchNormMonitor(activations=True)` around a transform of `torch.func` fails when it reads the values.
 
     Args:
         tensor: Any tensor.
@@ -68,8 +68,8 @@ def is_functorch_wrapped(tensor: Tensor) -> bool:
 def is_in_backward() -> bool:
     """Tell whether gradients are being computed in this thread, as when gradient checkpointing runs a forward again.
 
-    Without torch's name for this question the second run counts too: in the metrics over all layers, layers that are
-    checkpointed weigh twice.
+    Without torch's function, the second run counts too: in the metrics over all layers, checkpointed layers weigh
+    twice.
 
     Returns:
         Whether they are.
@@ -81,8 +81,8 @@ def is_in_backward() -> bool:
 def runs_step_hooks(optimizer: Optimizer) -> bool:
     """Tell whether an optimizer's `step()` runs the hooks that are registered for it.
 
-    torch marks the step when the first optimizer of a class calls `Optimizer.__init__`. Without the mark no optimizer
-    gets a `ScaleUpdateRule`: in an optimizer that runs no hooks the rule would do nothing, and nothing would say so.
+    torch marks the step when the first optimizer of a class calls `Optimizer.__init__`. Without the mark, no optimizer
+    gets a `ScaleUpdateRule`: in an optimizer that runs no hooks, the rule would silently do nothing.
 
     Args:
         optimizer: The optimizer.
@@ -94,13 +94,13 @@ def runs_step_hooks(optimizer: Optimizer) -> bool:
 
 
 def step_pre_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
-    """List the hooks that run before an optimizer's step, by which a `ScaleUpdateRule` is found.
+    """List the hooks that run before an optimizer's step, among them the hook of a `ScaleUpdateRule`.
 
-    Without torch's name for them no rule is found: the first step with a second rule on one optimizer is refused, and
-    the learning rate of the scales is logged as it stands in the groups.
+    Without torch's attribute, no rule is found: the first step with a second rule on an optimizer is refused, and the
+    learning rate of the scales is logged as it stands in the groups.
 
     Args:
-        optimizer: The optimizer, or what Lightning hands out in its place.
+        optimizer: The optimizer, or the object that Lightning hands out in its place.
 
     Returns:
         The hooks in the order in which they run.
@@ -110,10 +110,10 @@ def step_pre_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """List the hooks that run before a module's forward pass, among them the order to write a lazy layer.
+    """List the hooks that run before a module's forward pass, among them the hook that writes a lazy layer.
 
-    Without torch's name for them such an order cannot be taken back: a lazy layer would be written that the user has
-    decided to leave alone after a first look.
+    Without torch's attribute, this hook cannot be removed: a lazy layer would be written even if the user decides to
+    leave it alone after a first look.
 
     Args:
         module: The module.
@@ -128,7 +128,7 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether a module has forward or backward hooks, which torch's converter to `SyncBatchNorm` drops.
 
-    Without torch's names for them the warning of what the converter drops does not name hooks.
+    Without torch's attributes, the warning about the converter does not name hooks.
 
     Args:
         module: The module.
@@ -142,26 +142,26 @@ def has_hooks(module: nn.Module) -> bool:
 def version_of(tensor: Tensor) -> int | None:
     """Count the changes of a tensor in place, as far as torch counts them: its fused optimizers do not.
 
-    Without torch's name for the count, and for tensors made in inference mode, no change is seen. An update that did
-    not read its groups is then told by the values, one step later.
+    Without torch's count, and for tensors made in inference mode, no change is seen. Then an update that did not read
+    its groups is found by the values, a step later.
 
     Args:
         tensor: The tensor.
 
     Returns:
-        The count, or None where there is none.
+        The count, or None if torch keeps none.
     """
     try:
         return tensor._version
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError):  # tensors made in inference mode raise a RuntimeError
         return None
 
 
 def default_store() -> dist.Store | None:
     """Return the key-value store of the default process group.
 
-    Without torch's name for it the settings of ranks are not compared: ranks that train with different settings
-    diverge, or wait for each other, as they do without this package.
+    Without torch's function, the settings of ranks are not compared: ranks that train with different settings diverge,
+    or wait for each other, as they do without this package.
 
     Returns:
         The store; None without a process group, and for a backend without a store (MPI).

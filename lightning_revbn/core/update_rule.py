@@ -1,9 +1,9 @@
 """The update rule: scales learn with lr / c and shifts with lr * k, inside the optimizer's own step.
 
-The optimizer that everybody holds is never changed. For the time of one update its code runs on a *view* of it: the
-same object in every respect (they share one `__dict__`), except that `param_groups` shows each group that holds scales
-or shifts as several, the scales with lr / c. Schedulers, gradient clipping, loggers, `state_dict()` and exception
-handlers hold the optimizer itself, so none of them can ever meet a divided group, whatever happens inside the step.
+The optimizer itself never changes. During an update, its code runs on a *view*: an object that shares the optimizer's
+`__dict__` and behaves like the optimizer. Only `param_groups` differs: the view shows each group with scales or shifts
+as several groups, the scales with lr / c. Schedulers, gradient clipping, loggers, `state_dict()` and exception handlers
+hold the optimizer itself. So they never meet a divided group, whatever happens inside the step.
 """
 
 from __future__ import annotations
@@ -28,38 +28,37 @@ __all__ = ["ScaleUpdateRule", "active_rule", "active_rules", "scale_learning_rat
 class ScaleUpdateRule:
     """Divide the learning rate of batch norm scales by a constant c at every step of an optimizer.
 
-    The division happens while the optimizer updates, on the learning rate that is in force then, so lr / c holds under
-    every schedule, and a checkpoint of the optimizer is the same with and without the rule. It equals permanent
-    parameter groups (see `scale_param_groups`) to the bit, where a schedule lets those keep their ratio. Scales may
-    be added to the optimizer later; groups made by `scale_param_groups` are left as they are.
+    The rule divides the learning rate in force at each update, so lr / c holds under every schedule. A checkpoint of
+    the optimizer is the same with and without the rule. If a schedule keeps the ratio of permanent parameter groups
+    (see `scale_param_groups`), these give the same updates to the bit. Scales may be added to the optimizer later.
+    Groups made by `scale_param_groups` are left as they are.
 
     Batch norm shifts can learn faster in the same way, with lr * k. Their weight decay becomes weight_decay / k, so
     that a step shrinks them as before.
 
-    Several rules may be on one optimizer, each for layers of its own with its own c and k: they act together. A
-    parameter takes no weight decay if one of them exempts it.
+    Several rules may act on an optimizer, each for its own layers with its own c and k. A parameter takes no weight
+    decay if any rule exempts it.
 
     The rule ends with `remove()`, at the end of a `with` block, or with the optimizer. Copies and pickles of the
     optimizer do not carry it.
 
-    During a step, the optimizer finds a copy of a group for each part that learns differently. What becomes of the
-    values that it writes there:
+    During a step, the optimizer finds a copy of a group for each part that learns differently. It may write into the
+    copies:
 
-    - A key that is set, deleted or changed in place is so in the group. If the copies disagree, the first copy that was
-      written counts, and parameters that are neither scales nor shifts come first.
-    - A learning rate or weight decay becomes the group's if the parts follow from it: `group["lr"] *= 0.9` in every
-      group does. One number for scales and other parameters alike, or a change in one part alone, is a RuntimeError.
-    - A group that `add_param_group` adds is the optimizer's. Removed, replaced or reordered groups, and other
-      parameters in a group, are a RuntimeError.
-    - What a step has written before an exception ends it reaches the group too, by the next step, `state_dict()` or
-      `remove()`; what no single number for the group could give all parts is dropped.
-    - State that an optimizer keeps in a group (a count of steps, the d of D-Adaptation, the sum of weights of
-      schedule-free optimizers) is shared by all parts. Permanent groups would each have their own. This is the one
-      difference to them.
+    - Setting, deleting or changing a key in place does the same in the group. If the copies disagree, the first
+      written copy counts. The copy of parameters other than scales and shifts comes first.
+    - A learning rate or weight decay becomes the group's if all parts follow from it, as with `group["lr"] *= 0.9` in
+      every group. The same number for scales and other parameters, or a change in a single part, is a RuntimeError.
+    - A group that `add_param_group` adds becomes a group of the optimizer. Removed, replaced or reordered groups, and
+      other parameters in a group, are a RuntimeError.
+    - If an exception ends a step, the values written before reach the group by the next step, `state_dict()` or
+      `remove()`. Values that no single number for the group can give all parts are dropped.
+    - All parts share the state that an optimizer keeps in a group: a count of steps, the d of D-Adaptation, the sum of
+      weights of schedule-free optimizers. Permanent groups would each have their own state: the only difference.
 
     Args:
-        optimizer: Any optimizer that derives from `torch.optim.Optimizer` and updates from its `param_groups`; or what
-            `Fabric.setup` returned for one.
+        optimizer: Any optimizer that derives from `torch.optim.Optimizer` and updates from its `param_groups`, also as
+            `Fabric.setup` returns it.
         scales: The scales, as the optimizer holds them: take them after the model was moved or wrapped.
         divisor: The constant c. Any sufficiently large value works in the paper, which uses 100
             (https://arxiv.org/abs/2110.13989). Values up to 1 leave the learning rate of scales alone.
@@ -70,10 +69,10 @@ class ScaleUpdateRule:
         warn_if_unused: Whether to warn, at the first step, that the optimizer holds none of these parameters.
 
     Raises:
-        TypeError: If `optimizer` is no torch optimizer, a scale or shift is no tensor, or a number is none.
-        ValueError: If the divisor or the multiplier is not finite and positive, the optimizer is one for which the rule
-            cannot hold (the message names it), another rule on it has one of the scales or shifts, a group with
-            scales or shifts has no learning rate, or `scale_param_groups` has made it with other numbers.
+        TypeError: If `optimizer` is not a torch optimizer, a scale or shift not a tensor, or c or k not a number.
+        ValueError: If c or k is not finite and positive, or the rule cannot hold for the optimizer (the message says
+            why). Also if another rule on it covers a scale or shift, a group with scales or shifts has no learning
+            rate, or `scale_param_groups` has made the group with other numbers.
 
     Example:
         >>> from torch import nn
@@ -126,7 +125,7 @@ class ScaleUpdateRule:
         )
 
     def remove(self) -> None:
-        """End the rule; a second call does nothing. The last rule leaves the optimizer as if none had been there."""
+        """End the rule; a second call does nothing. The last rule to end leaves the optimizer as it was before."""
         if self._updates is None:
             self._updates = self.updates
             self._engine.leave(self)
@@ -160,7 +159,7 @@ class ScaleUpdateRule:
     def updates(self) -> int:
         """How many steps have read their groups from the rule.
 
-        It stands still where `optimizer.step` was replaced by a function that calls no step hooks.
+        The count stands still if `optimizer.step` was replaced by a function that calls no step hooks.
         """
         return self._engine.updates - self._updates_before if self._updates is None else self._updates
 
@@ -168,7 +167,7 @@ class ScaleUpdateRule:
         """Return the learning rates that the scales would be updated with now.
 
         Returns:
-            One number for every parameter group that holds scales, in the order of the groups; empty if the optimizer
+            A number for every parameter group that holds scales, in the order of the groups; empty if the optimizer
             holds none.
         """
         return self._learning_rates("scale", GROUP_MARK)
@@ -177,7 +176,7 @@ class ScaleUpdateRule:
         """Return the learning rates that the shifts would be updated with now.
 
         Returns:
-            One number for every parameter group that holds shifts, in the order of the groups; empty if the optimizer
+            A number for every parameter group that holds shifts, in the order of the groups; empty if the optimizer
             holds none.
         """
         return self._learning_rates("shift", SHIFT_MARK)
@@ -195,6 +194,7 @@ class ScaleUpdateRule:
     def _learning_rates(self, role: Role, mark: str) -> list[float]:
         own = self._claimed(role) if self._rates.change(role) else set[int]()
         return [
+            # A mark shows that `scale_param_groups` has already changed the rate in the group.
             float(group["lr"] if mark in group else self._rates.lr(role, group["lr"], type(self.optimizer).__name__))
             for group in self.optimizer.param_groups
             if any(id(parameter) in own for parameter in group["params"])
@@ -202,14 +202,14 @@ class ScaleUpdateRule:
 
 
 def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list[float]:
-    """Return the learning rates that an optimizer would update scales with now, whoever set them.
+    """Return the learning rates that an optimizer would update scales with now, with or without a rule.
 
     Args:
         optimizer: The optimizer, with or without a `ScaleUpdateRule`.
-        scales: The scales; with rules those that they cover count instead.
+        scales: The scales; on an optimizer with rules, the scales that the rules cover count instead.
 
     Returns:
-        One number for every parameter group that holds scales, rule by rule; empty if the optimizer holds none.
+        A number for every parameter group that holds scales, rule by rule; empty if the optimizer holds none.
     """
     rules = [rule for rule in active_rules(optimizer) if rule.divisor > 1]
     if rules:
@@ -218,14 +218,14 @@ def scale_learning_rates(optimizer: Optimizer, scales: Iterable[Tensor]) -> list
 
 
 def shift_learning_rates(optimizer: Optimizer, shifts: Iterable[Tensor]) -> list[float]:
-    """Return the learning rates that an optimizer would update shifts with now, whoever set them.
+    """Return the learning rates that an optimizer would update shifts with now, with or without a rule.
 
     Args:
         optimizer: The optimizer, with or without a `ScaleUpdateRule`.
-        shifts: The shifts; with rules those that they cover count instead.
+        shifts: The shifts; on an optimizer with rules, the shifts that the rules cover count instead.
 
     Returns:
-        One number for every parameter group that holds shifts, rule by rule; empty if the optimizer holds none.
+        A number for every parameter group that holds shifts, rule by rule; empty if the optimizer holds none.
     """
     rules = [rule for rule in active_rules(optimizer) if rule.shift_multiplier != 1]
     if rules:
@@ -249,7 +249,7 @@ def active_rule(optimizer: Optimizer) -> ScaleUpdateRule | None:
         optimizer: The optimizer.
 
     Returns:
-        The rule, the first of several; or None.
+        The first rule, or None.
     """
     return next(iter(active_rules(optimizer)), None)
 
@@ -268,9 +268,9 @@ def active_rules(optimizer: Optimizer) -> list[ScaleUpdateRule]:
 
 
 def _behind_stand_in(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer itself where Fabric or Lightning hand out another object in its place.
+    """Return the optimizer itself if Fabric or Lightning handed out another object in its place.
 
-    Such an object has the class of the optimizer among its own and no groups: it only passes calls on.
+    Such an object derives from the optimizer's class but holds no groups: it only passes calls on.
     """
     behind: object = getattr(optimizer, "optimizer", None)
     has_groups = "param_groups" in getattr(optimizer, "__dict__", {})
@@ -316,4 +316,4 @@ _OBSTACLES: tuple[Callable[[Optimizer, str], str | None], ...] = (
     _runs_no_hooks,
     updates_in_backward,
 )
-"""Each says why the rule cannot hold for an optimizer, or returns None. The first that objects is heard."""
+"""Each returns the reason why the rule cannot hold for an optimizer, or None. The first reason is raised."""

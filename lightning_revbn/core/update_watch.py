@@ -1,4 +1,4 @@
-"""Tells whether a step has changed a parameter, for a rule that no step may pass by."""
+"""Tells whether a step has changed a parameter, for rules that no step may bypass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["ReadWatch", "UpdateWatch", "refuse_unread"]
 
 
 class UpdateWatch:
-    """Watches one parameter over a step.
+    """Watches a parameter over a step.
 
-    The parameter's version counter is free to read, but neither torch's fused optimizers nor those that write through
-    `.data` move it. So the values are compared as well, as long as there is a doubt.
+    The parameter's version counter is free to read, but torch's fused optimizers and writes through `.data` do not move
+    it. So values are compared as well, as long as there is a doubt.
 
     Attributes:
-        by_value: Whether to compare values. At first, and whenever a step has left a doubt.
+        by_value: Whether to compare values: at first, and after a step that left a doubt.
     """
 
     def __init__(self) -> None:
@@ -45,11 +45,11 @@ class UpdateWatch:
             self._values = parameter.detach().clone() if self.by_value else None
 
     def start_again(self) -> None:
-        """Take what the parameter is now for what it was: a closure may have changed it, which is no update."""
+        """Watch from the present values on: a change by a closure does not count as an update."""
         self.start(self._parameter)
 
     def has_changed(self) -> bool:
-        """Tell whether the parameter is another than at the start."""
+        """Tell whether the parameter has changed since the start."""
         parameter = self._parameter
         if parameter is None:
             return False
@@ -62,16 +62,17 @@ class ReadWatch:
     """Tells whether the first update of a part of a group has read the part's own learning rate and parameters.
 
     While the optimizer's code runs, two keys of the part's dict are strings that note each comparison with another
-    string, and a look-up is one. The dict stays one plain dict, and holds plain strings again after the first update.
+    string, as every look-up makes it. The dict stays a plain dict, and holds plain strings again after the first
+    update.
 
     Args:
         shown: The dict that the optimizer finds.
         params: The parameters in it.
-        has_own_lr: Whether the part has a learning rate of its own. Then all its parameters are watched, since
-            some may take no part in an update; else the first does, which may be large.
+        has_own_lr: Whether the part has a learning rate of its own. If so, all its parameters are watched, since an
+            update may skip some. Otherwise only the first is watched, since parameters may be large.
 
     Attributes:
-        read: The keys, of "lr" and "params", that were read.
+        read: The keys among "lr" and "params" that were read.
         has_changed: Whether the optimizer has changed a watched parameter.
         had_state: Whether the optimizer had state for these parameters before. It may have read the rate long ago.
     """
@@ -92,7 +93,7 @@ class ReadWatch:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the first update has come, so that nothing is left to be found out."""
+        """Whether the first update has come, which answers the question of this watch."""
         return self.has_changed or self.has_read_all
 
     def start(self, state: Container[Tensor]) -> None:
@@ -107,7 +108,7 @@ class ReadWatch:
         self._values = [(parameter, _local(parameter).clone()) for parameter in watched]
 
     def listen(self, state: Container[Tensor]) -> None:
-        """Note from now on what is read.
+        """Note from now on which keys are read.
 
         Args:
             state: The optimizer's state, by parameters.
@@ -118,10 +119,10 @@ class ReadWatch:
         self._exchange_keys({key: _Heard(key, self.read) for key in _READ})
 
     def pause(self) -> None:
-        """Listen no more, and find out what has changed, before other code than the optimizer's runs."""
+        """Stop listening, and check for changes, before code other than the optimizer's runs."""
         if self._listens:
             self._listens = False
-            # Keys that compare count as read, and this comparison is not the optimizer's.
+            # Exchanging the keys compares them, which notes reads that are not the optimizer's.
             read = self.read.copy()
             self._exchange_keys({key: key for key in _READ})
             self.read.intersection_update(read)
@@ -131,13 +132,14 @@ class ReadWatch:
         self._values = []
 
     def _exchange_keys(self, keys: dict[str, str]) -> None:
+        # A dict keeps the key that it has for an equal key, so all items are put in anew, in their order.
         items = [(keys.get(key, key), value) for key, value in self._shown.items()]
         self._shown.clear()
         self._shown.update(items)
 
 
 def refuse_unread(name: str, doubts: Sequence[ReadWatch], *, has_own_lr: bool) -> None:
-    """Raise if an update has changed a part of a group and has not read how the part learns.
+    """Raise if an update has changed a part of a group without reading how the part learns.
 
     Args:
         name: The kind of the optimizer.
@@ -145,11 +147,11 @@ def refuse_unread(name: str, doubts: Sequence[ReadWatch], *, has_own_lr: bool) -
         has_own_lr: Whether a part has a learning rate of its own.
 
     Raises:
-        RuntimeError: If so; it names the remedy.
+        RuntimeError: If so; the message names the remedy.
     """
     reads_rates = any("lr" in doubt.read for doubt in doubts)
     unread = [doubt for doubt in doubts if doubt.has_changed and not doubt.has_read_all]
-    # With state from before, as Rprop has it, the rate may have been read long ago.
+    # An optimizer with earlier state, such as Rprop, may have read the rate long ago.
     unrated = [doubt for doubt in unread if has_own_lr and "lr" not in doubt.read and not doubt.had_state]
     if any(reads_rates or "params" in doubt.read for doubt in unrated):
         raise RuntimeError(
@@ -166,16 +168,16 @@ def refuse_unread(name: str, doubts: Sequence[ReadWatch], *, has_own_lr: bool) -
 
 
 _READ = "lr", "params"
-"""What an update must read of each part."""
+"""The keys that an update must read of each part."""
 
 
 class _Heard(str):
-    """A key that notes that it was looked up."""
+    """A key that notes its look-ups."""
 
     _read: set[str]
 
     def __new__(cls, key: str, read: set[str]) -> _Heard:
-        """Make a key that is equal to another."""
+        """Make a key that equals a plain key."""
         heard = super().__new__(cls, key)
         heard._read = read
         return heard
@@ -189,7 +191,7 @@ class _Heard(str):
     __hash__ = str.__hash__
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """Let copies and pickles of the group have the plain key."""
+        """Give copies and pickles of the group the plain key."""
         return str, (str(self),)
 
 

@@ -14,6 +14,7 @@ Scales: find, judge, write, train
     rates               their learning rates and weight decays
     group_parts         a parameter group as an update sees it: copied into parts, and written back
     update_watch        whether a step has changed a parameter, and has read how it learns
+    update_doubts       undoes a first update that has not read how scales and shifts learn
     param_groups        permanent groups, for engines that take the parameters away from the optimizer
     gathered            whole parameters where FSDP1 or ZeRO-3 leaves every rank a part
     identity            the equivalent settings of a network whose scales start at 1

@@ -19,7 +19,8 @@ from lightning_revbn.core.optimizer_checks import refuse_divided
 from lightning_revbn.core.optimizer_view import OptimizerView
 from lightning_revbn.core.param_groups import MARKS, Group, MarkKeeper, keep_marks
 from lightning_revbn.core.torch_compat import step_pre_hooks
-from lightning_revbn.core.update_watch import ReadWatch, UpdateWatch, refuse_unread
+from lightning_revbn.core.update_doubts import UpdateDoubts
+from lightning_revbn.core.update_watch import UpdateWatch
 
 __all__ = ["Joined", "RuleEngine", "engine_of"]
 
@@ -59,7 +60,7 @@ class RuleEngine:
         self._shown: list[Group] = []
         self._expected: list[Group] = []
         self._plans: list[GroupPlan] = []
-        self._doubts: list[ReadWatch] = []  # parts that no update has provably read
+        self._doubts = UpdateDoubts(optimizer)
         self._candidates: list[Tensor] = []
         self._chosen: Tensor | None = None
         self._watch = UpdateWatch()
@@ -123,7 +124,7 @@ class RuleEngine:
 
     def _take(self, plans: list[GroupPlan]) -> None:
         self._plans = plans
-        self._doubts = [doubt for plan in plans for doubt in plan.doubts]
+        self._doubts.take(plans)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self.recover()  # an exception in the last step has kept `_after_step` from running
@@ -132,8 +133,7 @@ class RuleEngine:
             self._choose_watched()
         # Until a step has read its groups, changes between steps count: gradient hooks may do the update.
         self._watch.start(self._chosen, since_before=not self.updates)
-        for doubt in self._doubts:
-            doubt.start(optimizer.state)
+        self._doubts.start()
         view = self._view.enter()
         if len(args) > 1 and callable(args[1]):
             return (view, self._wrap(args[1]), *args[2:]), kwargs
@@ -146,10 +146,9 @@ class RuleEngine:
         if self._was_read:
             if self._view.was_stored:
                 self._view.leave()
-            self._write_back()
             if self._doubts:
-                _settle_doubts(type(optimizer).__name__, self._plans, self._doubts)
-                self._take(self._plans)
+                self._doubts.settle()
+            self._write_back()
             self.updates += 1
             self._watch.by_value = False
             return
@@ -178,15 +177,13 @@ class RuleEngine:
         """Let the closure run on the optimizer's own groups, since it may change learning rates or add groups."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._doubts:
-                self._pause()
+            self._doubts.pause()
             self._hand_back()
             result = closure(*args, **kwargs)
             if self._was_read and self._in_step:
                 self._refresh()  # the optimizer may hold the groups that it read before
             self._watch.start_again()
-            for doubt in self._doubts:
-                doubt.start(self.optimizer.state)
+            self._doubts.start()
             return result
 
         return run
@@ -215,8 +212,7 @@ class RuleEngine:
         if self._is_new:
             self._is_new = False
             _warn_if_unused(self.rules, groups)
-        for doubt in self._doubts:
-            doubt.listen(self.optimizer.state)
+        self._doubts.listen()
 
     def _plan(self, groups: list[Group]) -> None:
         """Find the parts of every group, anew where its parameters have changed."""
@@ -252,8 +248,7 @@ class RuleEngine:
 
     def _write_back(self) -> None:
         """Carry over to the groups the values that the optimizer wrote into their copies."""
-        if self._doubts:
-            self._pause()
+        self._doubts.pause()
         shown, expected = self._shown, self._expected
         if len(shown) != len(expected) or not all(map(is_, shown, expected)):
             self._adopt(shown, expected)
@@ -262,7 +257,7 @@ class RuleEngine:
 
     def _salvage(self) -> None:
         """Carry over the values written into the groups' copies, in a step that an exception may have ended."""
-        self._pause()
+        self._doubts.pause()
         if not self._in_step or not self._was_read or self._is_stale:
             return
         self._is_stale = True
@@ -279,20 +274,8 @@ class RuleEngine:
         self.optimizer.param_groups.extend(shown[len(expected) :])
         self._expected = shown.copy()
 
-    def _pause(self) -> None:
-        """Pause the watches, since code other than the optimizer's may read and change anything."""
-        for doubt in self._doubts:
-            doubt.pause()
-
     def _undivided_rates(self) -> Iterator[Any]:
         return (rate for plan in self._plans if (rate := plan.undivided_lr) is not None)
-
-
-def _settle_doubts(name: str, plans: Sequence[GroupPlan], doubts: Sequence[ReadWatch]) -> None:
-    """Refuse an optimizer whose update has not read how parts learn, and drop the settled doubts."""
-    refuse_unread(name, doubts, has_own_lr=any(plan.has_own_lr for plan in plans))
-    for plan in plans:
-        plan.doubts = [doubt for doubt in plan.doubts if not doubt.is_settled]
 
 
 def _warn_if_unused(rules: Sequence[Joined], groups: Sequence[Group]) -> None:

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_revbn.core.torch_compat import version_of
 
-__all__ = ["ReadWatch", "UpdateWatch", "refuse_unread"]
+__all__ = ["ReadWatch", "UpdateWatch", "local_values", "refuse_unread"]
 
 
 class UpdateWatch:
@@ -105,7 +105,7 @@ class ReadWatch:
         held = [parameter for parameter in self._params if not is_lazy(parameter) and parameter.requires_grad]
         watched = held if self._has_own_lr else held[:1]
         self.had_state = self.had_state or any(parameter in state for parameter in watched)
-        self._values = [(parameter, _local(parameter).clone()) for parameter in watched]
+        self._values = [(parameter, local_values(parameter).clone()) for parameter in watched]
 
     def listen(self, state: Container[Tensor]) -> None:
         """Note from now on which keys are read.
@@ -127,7 +127,7 @@ class ReadWatch:
             self._exchange_keys({key: key for key in _READ})
             self.read.intersection_update(read)
         self.has_changed = self.has_changed or any(
-            not torch.equal(_local(parameter), values) for parameter, values in self._values
+            not torch.equal(local_values(parameter), values) for parameter, values in self._values
         )
         self._values = []
 
@@ -156,15 +156,29 @@ def refuse_unread(name: str, doubts: Sequence[ReadWatch], *, has_own_lr: bool) -
     if any(reads_rates or "params" in doubt.read for doubt in unrated):
         raise RuntimeError(
             f"{name}.step() takes one learning rate for all parameters, and does not read 'lr' in each of its "
-            "param_groups, so scales or shifts did not learn with a rate of their own. scale_param_groups does "
-            "not help this optimizer: use another, or let its step() read 'lr' of every group"
+            "param_groups, so scales or shifts cannot learn with a rate of their own. The update was undone. "
+            "scale_param_groups does not help this optimizer: use another, or let its step() read 'lr' of every group"
         )
     if any("params" not in doubt.read for doubt in unread):
         raise RuntimeError(
             f"{name}.step() updates parameters that it has kept from before the step, and does not read "
-            "'params' in its param_groups, so scales or shifts did not learn in their own way: use "
-            "scale_param_groups for this optimizer, or let its step() read 'params' of every group"
+            "'params' in its param_groups, so scales or shifts cannot learn in their own way. The update was undone: "
+            "use scale_param_groups for this optimizer, or let its step() read 'params' of every group"
         )
+
+
+def local_values(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter that this rank holds, so that no rank waits for another to compare them.
+
+    Args:
+        parameter: The parameter; it may be a DTensor.
+
+    Returns:
+        A view of its memory without gradient.
+    """
+    local = getattr(parameter, "to_local", None)
+    found: Tensor = parameter.detach() if local is None else local().detach()
+    return found
 
 
 _READ = "lr", "params"
@@ -193,10 +207,3 @@ class _Heard(str):
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         """Give copies and pickles of the group the plain key."""
         return str, (str(self),)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """Return the values that this rank holds, so that no rank waits for another to compare them."""
-    local = getattr(parameter, "to_local", None)
-    found: Tensor = parameter.detach() if local is None else local().detach()
-    return found

@@ -92,8 +92,12 @@ class CopiesGroups(Plain):
 def test_an_update_that_reads_no_rate_of_scales_is_refused_at_once(make: Callable[[Any], Optimizer], said: str) -> None:
     model = residual_net()
     optimizer = make(model.parameters())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     with ScaleUpdateRule(optimizer, scales(model), C, scales(model)), pytest.raises(RuntimeError, match=said):
         train(model, optimizer, steps=1)
+    assert all(map(torch.equal, model.parameters(), before))
+    assert optimizer.param_groups[0]["count"] == 0
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("make", [Plain, CopiesGroups, lambda params: torch.optim.SGD(params, LR)])

@@ -39,8 +39,8 @@ INPUTS_ON_DIGITS = [
 ON_MNIST1D = [BASELINE, *(f"scale={scale}" for scale in ("0.5", "0.25", "0.1")), SHIFTS[10], EPS, *BOTH.values()]
 ON_FASHION = [BASELINE, "scale=0.25", "scale=0.1", SHIFTS[3], SHIFTS[10], EPS, BOTH[3], BOTH[10]]
 FASHION_CELLS = ((2000, 10), (5000, 10), (2000, 30), (10_000, 10), (5000, 30), (2000, 100), (10_000, 30))
-ADAMW_RATES = ("1e-3", "3e-3", "1e-2", "3e-2")
-ADAMW_RATE = "1e-2"
+ADAMW_RATES = ("1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
+ADAMW_RATE = "3e-2"
 
 
 def _fashion(images: int, epochs: int) -> list[str]:

@@ -38,7 +38,7 @@ HEADER = (
     "time",
 )
 PREFIXES = ("digits", "mnist1d", "fashion-mnist", "ablation", "adamw_rate")
-"""Prefixes of the grids' names; each prefix has its own table."""
+"""Prefixes of the grids' names; each prefix has its own place on the page."""
 
 
 def read_all(folder: Path) -> dict[str, list[Cell]]:
@@ -59,13 +59,13 @@ def _markdown(header: Sequence[str], left: int, rows: Sequence[Sequence[str]]) -
 
 
 def _result_table(prefix: str, grids: dict[str, list[Cell]]) -> str:
-    rows: list[list[str]] = []
+    """Return a table for each grid, below the grid's name."""
+    parts: list[str] = []
     for name, cells in grids.items():
         if name.startswith(prefix):
-            rows += [[name.replace("_", " "), *row] for row in map(_row, cells)]
-            if not cells:
-                rows.append([name.replace("_", " "), "not run", *[""] * (len(HEADER) - 1)])
-    return _markdown(["Grid", *HEADER], 2, rows)
+            table = f":\n\n{_markdown(HEADER, 1, [_row(cell) for cell in cells])}" if cells else ": not run"
+            parts.append(f"**{name.replace('_', ' ')}**{table}")
+    return "\n\n".join(parts)
 
 
 def _row(cell: Cell) -> list[str]:

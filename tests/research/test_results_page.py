@@ -130,7 +130,7 @@ def test_a_grid_without_runs_says_so_and_an_arm_has_its_worst_and_best_cell(fold
     grids = results_page.read_all(folder)
     assert [name for name in grids if grids[name]] == ["digits"]
     found = results_page.tables(grids)
-    assert "| mnist1d 20 | not run |" in found["mnist1d"]
+    assert "**mnist1d 20**: not run" in found["mnist1d"]
     assert "| `digits_torch` | 4 | 15 | not run |" in found["planned"]
     rows = {line.split("|")[1].strip(): line for line in found["arms"].splitlines()}
     assert rows["scale 0.1"].endswith("| not everywhere |")

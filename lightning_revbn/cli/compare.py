@@ -22,6 +22,8 @@ from lightning_revbn.runs.names import one_line, suffixes
 
 __all__ = ["CompareError", "add_parser"]
 
+_BASELINE = "baseline"
+"""What the first arm is called in tables and figures, and no other."""
 _MOST_WARNINGS = 5
 _MOST_ARMS = 24  # that can be told apart in a figure
 _SIGNS = {"greater": "proposed > baseline", "less": "proposed < baseline", "two-sided": "either direction"}
@@ -213,9 +215,20 @@ def _labels(arguments: argparse.Namespace, found: Sequence[str]) -> list[str]:
     labels = list(arguments.labels or found)
     if len(labels) != len(found):
         raise CompareError(f"--labels has {len(labels)} names for {len(found)} arms ({_named(arguments, found)})")
-    if len(set(labels)) < len(labels):
-        raise CompareError(f"two arms are called {one_line(max(labels, key=labels.count))}: name them by --labels")
+    names = [_BASELINE, *labels]
+    if len(set(names)) < len(names):
+        raise CompareError(f"two arms are called {one_line(max(names, key=names.count))}: name them by --labels")
     return labels
+
+
+def _ends(arms: Sequence[Sequence[Path]]) -> list[str]:
+    """Name arms by the ends of their directories; a directory called baseline gets its parent's name too."""
+    directories = [Path(os.path.commonpath([path.absolute() for path in arm])) for arm in arms]
+    ends = suffixes(directories)
+    return [
+        "/".join(directory.parts[-2:]) if end == _BASELINE else end
+        for end, directory in zip(ends, directories, strict=True)
+    ]
 
 
 def _named(arguments: argparse.Namespace, found: Sequence[str]) -> str:
@@ -245,9 +258,9 @@ def _read_arms(arguments: argparse.Namespace) -> list[tuple[str, dict[int, Finis
         sorted_runs = [arm.runs for arm in arms]
     else:
         paths: list[list[Path]] = arguments.against
-        labels = _labels(arguments, suffixes([Path(os.path.commonpath([p.absolute() for p in arm])) for arm in paths]))
+        labels = _labels(arguments, _ends(paths))
         sorted_runs = _read([find_logs(arm) for arm in (arguments.baseline, *paths)], wanted)
-    return [(label, by_seed(runs)) for label, runs in zip(["baseline", *labels], sorted_runs, strict=True)]
+    return [(label, by_seed(runs)) for label, runs in zip([_BASELINE, *labels], sorted_runs, strict=True)]
 
 
 def _read(arms: Sequence[Sequence[Log]], wanted: Wanted) -> list[list[FinishedRun]]:

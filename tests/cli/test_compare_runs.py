@@ -40,6 +40,18 @@ def test_the_table_says_what_is_shown_and_what_is_not(tmp_path: Path, capsys: py
     assert "Holm" not in out
 
 
+def test_an_arm_in_a_directory_called_baseline_has_a_name_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = write_arm(tmp_path / "a" / "baseline", BASELINE), write_arm(tmp_path / "x" / "baseline", BETTER)
+    options = arms[0], "--against", arms[1], "--metric", "test_acc"
+    _, out, _ = compare(capsys, *options)
+    assert [line.partition(" ")[0] for line in out.splitlines()[2:4]] == ["baseline", "x/baseline"]
+    code, _, err = compare(capsys, *options, "--labels", "baseline")
+    assert code == 1
+    assert "two arms are called baseline: name them by --labels" in err
+
+
 def test_a_pattern_finds_seeds_in_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arm, scores in (("a", BASELINE), ("b", BETTER)):
         for index, score in enumerate(scores):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 from lightning_revbn.cli.figure_file import check_output, matplotlib_needed, save_figure
+from lightning_revbn.cli.seed_pattern import check_time, parse_seed_pattern
 from lightning_revbn.cli.terminal import CommandError, print_json, progress_bar, say, show_table, tell
 from lightning_revbn.compare import Alternative
 from lightning_revbn.runs import curves
@@ -235,31 +235,20 @@ def _named(arguments: argparse.Namespace, found: Sequence[str]) -> str:
     return "--against" if arguments.against else one_line("; ".join(found))
 
 
-def _seed_pattern(text: str | None) -> re.Pattern[str] | None:
-    if text is None:
-        return None
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise CompareError(f"--seed-pattern {one_line(text)} is no regular expression: {error}") from error
-    if pattern.groups < 1:
-        raise CompareError(f"--seed-pattern {one_line(text)} must have a group, such as 'run_(\\d+)'")
-    return pattern
-
-
 def _read_arms(arguments: argparse.Namespace) -> list[tuple[str, dict[int, FinishedRun]]]:
     """Return the baseline and the proposed arms, each with its label."""
-    wanted = Wanted(arguments.metric, arguments.curves, _seed_pattern(arguments.seed_pattern))
-    if arguments.against is None:
-        logs = find_logs(arguments.baseline)
-        (runs,) = _read([logs], wanted)
-        arms = sort_runs(runs)
+    pattern = None if arguments.seed_pattern is None else parse_seed_pattern(arguments.seed_pattern)
+    wanted = Wanted(arguments.metric, arguments.curves, pattern)
+    paths: list[list[Path]] = arguments.against or []
+    logs = [find_logs(arm) for arm in (arguments.baseline, *paths)]
+    if pattern is not None:
+        check_time(pattern, [log.path for arm in logs for log in arm])
+    labels = _labels(arguments, _ends(paths)) if paths else []
+    sorted_runs = _read(logs, wanted)
+    if not paths:
+        arms = sort_runs(sorted_runs[0])
         labels = _labels(arguments, [arm.label for arm in arms[1:]])
         sorted_runs = [arm.runs for arm in arms]
-    else:
-        paths: list[list[Path]] = arguments.against
-        labels = _labels(arguments, _ends(paths))
-        sorted_runs = _read([find_logs(arm) for arm in (arguments.baseline, *paths)], wanted)
     return [(label, by_seed(runs)) for label, runs in zip([_BASELINE, *labels], sorted_runs, strict=True)]
 
 

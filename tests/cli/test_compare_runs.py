@@ -85,6 +85,8 @@ def test_runs_that_stop_by_themselves_may_differ_in_length(tmp_path: Path, capsy
         (["--alpha", "0"], "--alpha 0.0 must be above 0"),
         (["--labels", "x", "y"], "--labels has 2 names for 1 arms"),
         (["--seed-pattern", "("], "is no regular expression"),
+        (["--seed-pattern", "(a{99999999999})"], "is no regular expression: the repetition number is too large"),
+        (["--seed-pattern", "(" * 5000 + ")" * 5000], "is no regular expression: maximum recursion depth"),
         (["--seed-pattern", "run"], "must have a group"),
         (["--seed-pattern", "(nowhere)"], "finds nothing in"),
         (["--seed-pattern", "(see)"], "finds no number in"),

@@ -44,11 +44,19 @@ class Scalars:
         series: By key; in the order they were logged in as far as that is known, then by name.
         in_order: The keys whose order is known. A metrics.csv does not tell: its columns are sorted.
         warnings: What is missing or was left out, a line each.
+        on_other_axes: The keys whose steps the user counts otherwise than the run's: by epochs or seconds, say.
     """
 
     series: Mapping[str, Series]
     in_order: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    on_other_axes: frozenset[str] = frozenset()
+
+    @property
+    def last_step(self) -> int:
+        """The last step of the run at which anything was logged."""
+        own = [one for key, one in self.series.items() if key not in self.on_other_axes]
+        return max(int(one.steps[-1]) for one in own or self.series.values() if len(one.steps))
 
 
 class Columns:

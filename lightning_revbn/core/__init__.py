@@ -44,6 +44,7 @@ Batch norm over several ranks
 Checks and names
     arguments           checks of arguments
     metric_keys         the names of all metrics
+    next_call           calls of a method that go through a function, once or until it is undone
     table               tables of text
     torch_compat        every private name of torch, and what is lost without it
 

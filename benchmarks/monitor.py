@@ -1,4 +1,4 @@
-"""Measures the cost of BatchNormMonitor: an event against `log_dict`, and statistics against the number of layers."""
+"""Measures the cost of BatchNormMonitor: events against `log_dict`, statistics, and watching activations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import lightning as L
+import timm
 import torch
 import torchvision
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_revbn import BatchNormMonitor, find_batch_norms
+from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
 from lightning_revbn.core.affine_statistics import AffineStatistics
 
 WARM_UP = 3
@@ -135,8 +137,41 @@ def statistics_alone(rounds: int) -> None:
         )
 
 
+def forward_seconds(network: nn.Module, images: Tensor, *, watched: bool) -> float:
+    """Return seconds of a forward pass, with the activations of all layers measured or not."""
+    records = find_batch_norms(network)
+    metric = NormalizedActivations(len(records))
+    start = time.perf_counter()
+    with torch.no_grad():
+        if watched:
+            with ActivationHooks(records, metric):
+                network(images)
+            metric.compute()
+        else:
+            network(images)
+    return time.perf_counter() - start
+
+
+def watched_activations(rounds: int) -> None:
+    print(f"a forward pass, activations watched / not watched: 8 images of 64 x 64, {rounds} rounds")
+    print(f"{'network':<22} {'without':>10} {'with':>10}   ratio (quartiles, in one round)")
+    images = torch.randn(8, 3, 64, 64)
+    networks = {
+        "torchvision resnet18": torchvision.models.resnet18(),  # torch's own layers
+        "timm efficientnet_b0": timm.create_model("efficientnet_b0"),  # layers with a forward of their own
+    }
+    for name, network in networks.items():
+        rows = [
+            (forward_seconds(network, images, watched=False), forward_seconds(network, images, watched=True))
+            for _ in range(WARM_UP + rounds)
+        ][WARM_UP:]
+        bare, watched = (statistics.median(column) * 1e3 for column in zip(*rows, strict=True))
+        low, middle, high = statistics.quantiles((watched / bare for bare, watched in rows), n=4)
+        print(f"{name:<22} {bare:>7.1f} ms {watched:>7.1f} ms   {middle:.2f} ({low:.2f} to {high:.2f})")
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison (default: %(default)s)")
     arguments = parser.parse_args()
@@ -144,6 +179,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     statistics_alone(300)
+    watched_activations(30)
     compare_events(arguments.rounds)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
 
-from lightning_revbn.callbacks.next_call import NextCall, followed_by
+from lightning_revbn.core.next_call import NextCall, followed_by
 from lightning_revbn.core.rank_settings import RankSettings
 from lightning_revbn.lightning_compat import END_OF_SETUP, MisconfigurationException, callbacks_of
 

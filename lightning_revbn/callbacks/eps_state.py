@@ -14,12 +14,12 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_revbn.callbacks.next_call import EveryCall, NextCall
 from lightning_revbn.callbacks.rewriting import copies_of_callbacks
 from lightning_revbn.callbacks.written_eps import WrittenEps, note_of
 from lightning_revbn.core.eps import EPS_KEY, choose_eps, has_seen_data, proven_fresh
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
 from lightning_revbn.core.layers import BatchNormRecord, Selection, eps_of
+from lightning_revbn.core.next_call import EveryCall, NextCall
 from lightning_revbn.lightning_compat import rank_zero_warn
 
 __all__ = ["EpsState", "StageEps"]

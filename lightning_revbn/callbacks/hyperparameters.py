@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from lightning_revbn.callbacks.next_call import NextCall
+from lightning_revbn.core.next_call import NextCall
 from lightning_revbn.core.setting_keys import SEED_KEY, SETTINGS_PREFIX
 from lightning_revbn.lightning_compat import logs_hyperparameters, rank_zero_warn, twins
 

@@ -19,7 +19,6 @@ from typing_extensions import override
 
 from lightning_revbn.callbacks import hyperparameters
 from lightning_revbn.callbacks.agreement import SameOnAllRanks
-from lightning_revbn.callbacks.next_call import NextCall
 from lightning_revbn.callbacks.saved_by_arguments import SavedByArguments, save_by_arguments
 from lightning_revbn.callbacks.scalar_layout import scalar_layout
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations
@@ -37,6 +36,7 @@ from lightning_revbn.core.metric_keys import (
     WHOLE_MODEL_QUANTITIES,
     metric_key,
 )
+from lightning_revbn.core.next_call import NextCall
 from lightning_revbn.core.printable import shortened
 from lightning_revbn.core.setting_keys import BASELINE_SETTINGS
 from lightning_revbn.core.torch_compat import BatchNormBase

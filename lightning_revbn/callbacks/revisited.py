@@ -14,7 +14,6 @@ from lightning_revbn.callbacks import hyperparameters
 from lightning_revbn.callbacks.companions import Companion
 from lightning_revbn.callbacks.eps_state import EpsState, StageEps
 from lightning_revbn.callbacks.monitor import BatchNormMonitor
-from lightning_revbn.callbacks.next_call import EveryCall, NextCall, followed_by
 from lightning_revbn.callbacks.rewriting import Rewriting
 from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.callbacks.rules import UpdateRules
@@ -31,6 +30,7 @@ from lightning_revbn.core.arguments import (
 )
 from lightning_revbn.core.initialization import InitReport, note_eps
 from lightning_revbn.core.layers import Selection
+from lightning_revbn.core.next_call import EveryCall, NextCall, followed_by
 from lightning_revbn.core.param_groups import WeightDecayExempt
 from lightning_revbn.lightning_compat import (
     MisconfigurationException,

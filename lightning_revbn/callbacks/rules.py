@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_revbn.callbacks.engine_groups import check_engine_groups, what_groups_miss
-from lightning_revbn.callbacks.next_call import EveryCall
 from lightning_revbn.callbacks.rewriting import Rewriting
 from lightning_revbn.callbacks.rule_settings import RuleSettings
 from lightning_revbn.core.coverage import Coverage
 from lightning_revbn.core.initialization import rule_scales, rule_shifts
 from lightning_revbn.core.layers import Selection
+from lightning_revbn.core.next_call import EveryCall
 from lightning_revbn.core.param_groups import exempt_parameters, is_divided
 from lightning_revbn.core.rates import Rates
 from lightning_revbn.core.rule_engine import engine_of

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_revbn.core.module_names import unwrapped
+from lightning_revbn.core.printable import error_text
 
 __all__ = ["BatchNorm", "Modules", "OddLayer", "from_state_dict", "known_layers"]
 
@@ -144,7 +145,7 @@ def _fault(tensor: Tensor, *, is_count: bool) -> str | None:
     try:
         _numbers(tensor)
     except (RuntimeError, TypeError) as error:
-        return f"is {_short(tensor.dtype)}, which torch cannot read as numbers: {' '.join(str(error).split())[:60]}"
+        return f"is {_short(tensor.dtype)}, which torch cannot read as numbers: {error_text(error, 200)}"
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_revbn.cli.terminal import CommandError
-from lightning_revbn.core.printable import shortened
+from lightning_revbn.core.printable import error_text
 
 __all__ = ["TargetError", "as_dict", "is_whole", "load_state_dict", "read_checkpoint", "tensors_of"]
 
@@ -50,8 +50,7 @@ def read_checkpoint(path: Path) -> dict[Any, Any]:
                 f"{path} holds pickled objects besides tensors; refused, and none of its code was run. "
                 "Save the model's state_dict() alone to inspect it"
             ) from error
-        text = shortened(" ".join(str(error)[:1000].split()), 100)
-        raise TargetError(f"{path} is no checkpoint of torch.save, or is damaged: {text}") from error
+        raise TargetError(f"{path} is no checkpoint of torch.save, or is damaged: {error_text(error, 100)}") from error
     top = as_dict(content)
     if top is None:
         raise TargetError(f"{path} holds a {type(content).__name__}, not a model's state_dict")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 from lightning_revbn.cli.figure_file import check_output, matplotlib_needed, save_figure
+from lightning_revbn.cli.seed_pattern import check_time, parse_seed_pattern
 from lightning_revbn.cli.terminal import CommandError, print_json, progress_bar, say, show_table, tell
 from lightning_revbn.compare import Alternative
 from lightning_revbn.runs import curves
@@ -22,6 +22,8 @@ from lightning_revbn.runs.names import one_line, suffixes
 
 __all__ = ["CompareError", "add_parser"]
 
+_BASELINE = "baseline"
+"""What the first arm is called in tables and figures, and no other."""
 _MOST_WARNINGS = 5
 _MOST_ARMS = 24  # in a figure; readers cannot tell more arms apart
 _SIGNS = {"greater": "proposed > baseline", "less": "proposed < baseline", "two-sided": "either direction"}
@@ -214,42 +216,41 @@ def _labels(arguments: argparse.Namespace, found: Sequence[str]) -> list[str]:
     labels = list(arguments.labels or found)
     if len(labels) != len(found):
         raise CompareError(f"--labels has {len(labels)} names for {len(found)} arms ({_named(arguments, found)})")
-    if len(set(labels)) < len(labels):
-        raise CompareError(f"two arms are called {one_line(max(labels, key=labels.count))}: name them by --labels")
+    names = [_BASELINE, *labels]
+    if len(set(names)) < len(names):
+        raise CompareError(f"two arms are called {one_line(max(names, key=names.count))}: name them by --labels")
     return labels
+
+
+def _ends(arms: Sequence[Sequence[Path]]) -> list[str]:
+    """Name arms by the ends of their directories; a directory called baseline gets its parent's name too."""
+    directories = [Path(os.path.commonpath([path.absolute() for path in arm])) for arm in arms]
+    ends = suffixes(directories)
+    return [
+        "/".join(directory.parts[-2:]) if end == _BASELINE else end
+        for end, directory in zip(ends, directories, strict=True)
+    ]
 
 
 def _named(arguments: argparse.Namespace, found: Sequence[str]) -> str:
     return "--against" if arguments.against else one_line("; ".join(found))
 
 
-def _seed_pattern(text: str | None) -> re.Pattern[str] | None:
-    if text is None:
-        return None
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise CompareError(f"--seed-pattern {one_line(text)} is no regular expression: {error}") from error
-    if pattern.groups < 1:
-        raise CompareError(f"--seed-pattern {one_line(text)} must have a group, such as 'run_(\\d+)'")
-    return pattern
-
-
 def _read_arms(arguments: argparse.Namespace) -> list[tuple[str, dict[int, FinishedRun]]]:
     """Return the baseline and the proposed arms, each with its label."""
-    wanted = Wanted(arguments.metric, arguments.curves, _seed_pattern(arguments.seed_pattern))
-    if arguments.against is None:
-        logs = find_logs(arguments.baseline)
-        (runs,) = _read([logs], wanted)
-        arms = sort_runs(runs)
+    pattern = None if arguments.seed_pattern is None else parse_seed_pattern(arguments.seed_pattern)
+    wanted = Wanted(arguments.metric, arguments.curves, pattern)
+    paths: list[list[Path]] = arguments.against or []
+    logs = [find_logs(arm) for arm in (arguments.baseline, *paths)]
+    if pattern is not None:
+        check_time(pattern, [log.path for arm in logs for log in arm])
+    labels = _labels(arguments, _ends(paths)) if paths else []
+    sorted_runs = _read(logs, wanted)
+    if not paths:
+        arms = sort_runs(sorted_runs[0])
         labels = _labels(arguments, [arm.label for arm in arms[1:]])
         sorted_runs = [arm.runs for arm in arms]
-    else:
-        paths: list[list[Path]] = arguments.against
-        # An arm may have several paths; their common folder names it.
-        labels = _labels(arguments, suffixes([Path(os.path.commonpath([p.absolute() for p in arm])) for arm in paths]))
-        sorted_runs = _read([find_logs(arm) for arm in (arguments.baseline, *paths)], wanted)
-    return [(label, by_seed(runs)) for label, runs in zip(["baseline", *labels], sorted_runs, strict=True)]
+    return [(label, by_seed(runs)) for label, runs in zip([_BASELINE, *labels], sorted_runs, strict=True)]
 
 
 def _read(arms: Sequence[Sequence[Log]], wanted: Wanted) -> list[list[FinishedRun]]:

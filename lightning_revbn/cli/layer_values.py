@@ -14,6 +14,7 @@ from lightning_revbn.core.initialization import InitReport
 from lightning_revbn.core.layers import BatchNormRecord, Verdict, find_batch_norms
 from lightning_revbn.core.metric_keys import AFFINE_KINDS, affine_quantity, metric_key
 from lightning_revbn.core.module_names import unwrapped
+from lightning_revbn.core.printable import error_text
 
 __all__ = ["SHOWN", "UNKNOWN", "counts", "describe_checkpoint", "describe_model"]
 
@@ -126,4 +127,4 @@ def _channels(module: nn.Module) -> int:
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error)[:500].split())[:100]}"
+    return f"{type(error).__name__}: {error_text(error, 200)}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_revbn.cli.checkpoints import TargetError, read_checkpoint, tensors_of
 from lightning_revbn.core.arguments import nearest_names
-from lightning_revbn.core.printable import shortened
+from lightning_revbn.core.printable import error_text, shortened
 
 __all__ = ["Checkpoint", "resolve"]
 
@@ -161,8 +161,7 @@ def _made(target: str, make: Callable[[], Any]) -> Any:
         with redirect_stdout(sys.stderr):
             return make()
     except (Exception, SystemExit) as error:  # a script may call sys.exit() when it is imported
-        text = " ".join(str(error)[:1000].split())
-        raise TargetError(f"{_short(target)} failed with {type(error).__name__}: {shortened(text, 300)}") from error
+        raise TargetError(f"{_short(target)} failed with {type(error).__name__}: {error_text(error, 300)}") from error
 
 
 def _short(target: str) -> str:

@@ -57,6 +57,7 @@ Checks and names
     metric_keys         the names of all metrics
     setting_keys        the names of a run's settings among its hyperparameters
     module_names        dotted names of modules, without the levels of wrappers
+    next_call           calls of a method that go through a function, once or until it is undone
     table               tables of text
     printable           foreign text, made safe to print
     torch_compat        every private name of torch, and the loss without it

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_revbn.core.batch_norm_calls import BatchNormCalls
 from lightning_revbn.core.batch_norm_sync import innermost_forward, shared_batch
 from lightning_revbn.core.layers import BatchNormRecord
+from lightning_revbn.core.next_call import EveryCall
 from lightning_revbn.core.torch_compat import BatchNormBase, is_functorch_wrapped, is_in_backward
 
 __all__ = ["ActivationHooks", "NormalizedActivations", "NormalizedExtremes", "compute_x_hat"]
@@ -126,20 +126,20 @@ class ActivationHooks:
 
     def __init__(self, records: Sequence[BatchNormRecord], metric: NormalizedActivations) -> None:
         metric.update(0, torch.empty(0))  # torchmetrics warns of what was never updated, though no layer may run
-        self._handles: list[RemovableHandle | _WatchedForward] = []
+        self._removals: list[Callable[[], None]] = []
         for index, record in enumerate(records):
             layer, measure = record.module, _Measure(metric, index)
             # Of torch's own forward the input tells everything, and a hook costs least.
-            self._handles.append(
-                layer.register_forward_pre_hook(measure.before, with_kwargs=True)
-                if _has_torchs_forward(layer)
-                else _WatchedForward(layer, measure)
-            )
+            if _has_torchs_forward(layer):
+                removal = layer.register_forward_pre_hook(measure.before, with_kwargs=True).remove
+            else:
+                removal = _WatchedForward(layer, measure).undo
+            self._removals.append(removal)
 
     def remove(self) -> None:
         """Remove the hooks; a second call does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
+        while self._removals:
+            self._removals.pop()()
 
     def __enter__(self) -> ActivationHooks:
         return self
@@ -186,46 +186,35 @@ class _Measure:
                 self._metric.update(self._index, _x_hat(layer, inputs, running, training, eps))
 
 
-class _WatchedForward:
-    """Stands in the place of a layer's forward until it is removed, and measures the calls of batch norm in it."""
+class _WatchedForward(EveryCall):
+    """Measures the calls of batch norm in a layer's forward until it is undone."""
 
     def __init__(self, layer: nn.Module, measure: _Measure) -> None:
+        # A synchronised layer answers its call of batch norm itself: there the call is seen from inside alone.
+        super().__init__(*innermost_forward(layer), self._watch)
         self._layer = layer
         self._measure = measure
-        self._is_removed = False
-        # A synchronised layer answers its call of batch norm itself: there the call is seen from inside alone.
-        self._owner, self._name = innermost_forward(layer)
-        self._was_attribute = self._name in vars(self._owner)
-        self._forward: Callable[..., Any] = getattr(self._owner, self._name)
         # Layers inside this one are measured by themselves.
         inner = [module for module in layer.modules() if module is not layer and isinstance(module, BatchNormBase)]
         self._foreign = {id(tensor) for module in inner for tensor in (module.running_mean, module.weight)} - {id(None)}
-        vars(self._owner)[self._name] = self
 
-    def remove(self) -> None:
-        """Give the layer its own forward again; under a second watch, once that one is removed."""
-        self._is_removed = True
-        attributes = vars(self._owner)
-        while isinstance(top := attributes.get(self._name), _WatchedForward) and top._is_removed:
-            if top._was_attribute:
-                attributes[self._name] = top._forward
-            else:
-                del attributes[self._name]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._is_removed or torch.compiler.is_compiling():
-            return self._forward(*args, **kwargs)
+    def _watch(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
         with _MeasuredCalls(self._layer, self._measure, self._foreign) as calls:
-            output = self._forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         if not calls.were_seen:
             self._measure.after(self._layer, args, kwargs, output)
         return output
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return copy.deepcopy(self._forward, memo)  # a copy of the layer is not watched
+    # What synchronises a layer copies its forward before itself, so the method cannot be looked up in the copy.
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., Any]]]:
-        return functools.partial, (self._forward,)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    @override
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return functools.partial, (self.__wrapped__,)
 
 
 class _MeasuredCalls(BatchNormCalls):

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from lightning_revbn.core.input_batch_norm import InputBatchNorm
@@ -33,7 +34,7 @@ def gathered(model: nn.Module, *, write: bool = False, fsdp: bool = True) -> Gen
         Nothing.
     """
     with ExitStack() as stack:
-        partitioned = [parameter for parameter in _parameters(model) if is_partitioned(parameter)]
+        partitioned = _partitioned(model)
         if partitioned:
             zero: Any = sys.modules["deepspeed"].zero  # imported already, as partitioned parameters prove
             stack.enter_context(zero.GatheredParameters(partitioned, modifier_rank=0 if write else None))
@@ -63,11 +64,19 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def _parameters(model: nn.Module) -> list[nn.Parameter]:
+# BatchNormMonitor gathers at every event, and a walk over a large model costs more than the statistics do.
+
+
+def _partitioned(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of batch norm layers that ZeRO-3 has partitioned."""
+    if "deepspeed" not in sys.modules:
+        return []
     layers = (layer for layer in model.modules() if isinstance(layer, (BatchNormBase, InputBatchNorm)))
-    return [parameter for layer in layers for parameter in layer.parameters()]
+    return [parameter for layer in layers for parameter in layer.parameters() if is_partitioned(parameter)]
 
 
 def _fsdp_class() -> Any:
-    """Return FSDP1's wrapper class; None if nobody has imported it, since no model can be wrapped then."""
+    """Return FSDP1's wrapper class, or None where no model can be wrapped: not imported, or no process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)

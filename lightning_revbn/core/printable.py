@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["printable", "shortened"]
+__all__ = ["error_text", "printable", "shortened"]
 
 
 def printable(text: object) -> str:
@@ -44,3 +44,20 @@ def shortened(text: object, most: int) -> str:
         whole = f"{whole[:half]}...{whole[-half:]}"
     line = printable(whole)  # escapes are longer than the characters they replace
     return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"
+
+
+def error_text(error: BaseException, most: int) -> str:
+    r"""Return what an error says on one line, without its middle where that is too long.
+
+    Args:
+        error: The error.
+        most: Characters at most.
+
+    Returns:
+        The text, with single spaces in the place of line breaks and indents.
+
+    Example:
+        >>> error_text(ValueError("no\n  layer"), 40)
+        'no layer'
+    """
+    return shortened(" ".join(str(error).split()), most)

@@ -27,8 +27,7 @@ __all__ = ["draw"]
 _BASELINE = "0.25"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The colours of Okabe and Ito, which colour-blind readers can tell apart."""
-
-
+_DASHED = ",\ndashed: from where an arm is ahead for good"
 _MOST_INSIDE = 6  # arms; the names of more arms would cover the curves
 _MOST_ROWS = 13  # of names beside the curves
 _NAME_WIDTH = 2.0  # in inches
@@ -66,7 +65,8 @@ def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: boo
         _draw_band(below, comparison.steps, comparison.difference, colour)
         ahead = ahead_for_good(comparison, lower_is_better)
         if ahead is not None:
-            below.axvline(ahead, color=colour, linewidth=0.9, linestyle=(0, (4, 2)))
+            # Above the spines, which stand where an arm is ahead from its first step on.
+            below.axvline(ahead, color=colour, linewidth=1.5, linestyle=(0, (4, 2)), clip_on=False, zorder=3)
     ends = [step for comparison in comparisons for step in comparison.steps[[0, -1]].tolist()]
     pad = 0.5 if min(ends) == max(ends) else 0.0
     below.set_xlim(min(ends) - pad, max(ends) + pad)
@@ -87,9 +87,10 @@ def _draw(comparisons: Sequence[CurveComparison], key: str, lower_is_better: boo
         nothing = "" if _drawn(band).any() else f"\n({NOTHING_FINITE})"
         # Set as a text, since matplotlib leaves out labels with a leading underscore.
         text.set_text(name + nothing)
+    is_ahead = any(ahead_for_good(comparison, lower_is_better) is not None for comparison in comparisons)
     figure.suptitle(
-        f"Mean of {first.pairs} runs and its 95 % interval at each step; below: paired differences,\n"
-        "dashed: from where an arm is ahead for good",
+        f"Mean of {first.pairs} runs and its 95 % interval at each step; below: paired differences"
+        f"{_DASHED if is_ahead else ''}",
         fontsize=NORMAL,
     )
     return figure

@@ -160,13 +160,12 @@ def _read(log: Log, wanted: Wanted, advance: Advance) -> FinishedRun:
             raise LogError(
                 f"{one_line(log.path)} ends with {wanted.metric}={score}: a run that failed has no score to compare"
             )
-    last_step = max(int(one.steps[-1]) for one in scalars.series.values() if len(one.steps))
     try:
         hyperparameters, unread = read_hyperparameters(log), ""
     except LogError as error:
         hyperparameters, unread = dict[str, Any](), str(error)
     seed = _seed(log.path, wanted.seed_pattern, hyperparameters, unread)
-    return FinishedRun(log.path, seed, score, last_step, curve, hyperparameters, unread, scalars.warnings)
+    return FinishedRun(log.path, seed, score, scalars.last_step, curve, hyperparameters, unread, scalars.warnings)
 
 
 def _series(log: Log, scalars: Scalars, key: str) -> Series:

@@ -44,11 +44,19 @@ class Scalars:
         series: Series by key: first the keys whose order is known, as they were logged, then the others by name.
         in_order: The keys whose order is known. A metrics.csv does not keep the order: its columns are sorted.
         warnings: A line for each part of the log that is missing or was left out.
+        on_other_axes: Keys whose steps the user counts on another axis than the run's, such as epochs or seconds.
     """
 
     series: Mapping[str, Series]
     in_order: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    on_other_axes: frozenset[str] = frozenset()
+
+    @property
+    def last_step(self) -> int:
+        """The last step of the run at which anything was logged."""
+        own = [one for key, one in self.series.items() if key not in self.on_other_axes]
+        return max(int(one.steps[-1]) for one in own or self.series.values() if len(one.steps))
 
 
 class Columns:

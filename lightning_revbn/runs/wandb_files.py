@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_revbn.runs.names import one_line
-from lightning_revbn.runs.scalars import Advance, Columns, LogError, Scalars
+from lightning_revbn.runs.scalars import Advance, Columns, LogError, Scalars, Series
 
 __all__ = ["WANDB_SUFFIX", "read_wandb", "read_wandb_settings"]
 
@@ -33,30 +33,95 @@ def read_wandb(path: Path, advance: Advance) -> Scalars:
         advance: Called with the number of bytes after every read.
 
     Returns:
-        The scalars in the order they were logged in. Their steps are the Trainer's if Lightning's logger wrote them,
-        otherwise W&B's own.
+        The scalars in the order they were logged in, each at the steps that W&B draws it over: the steps of its
+        `define_metric`, else the Trainer's, else W&B's own.
 
     Raises:
         LogError: If the file holds no value, or wandb is missing.
     """
-    columns = Columns()
+    rows = _Rows()
     damage: list[str] = []
     for record in _until_damage(path, advance, damage):
-        if record.WhichOneof("record_type") != "history":
-            continue
-        row = dict(_items(record.history.item))
-        step = _number(row.get(_STEP, record.history.step.num))
-        if step is None or step != step // 1:  # not whole, or not finite
-            continue
-        for key, value in row.items():
-            number = _number(value)
-            # W&B's own keys begin with an underscore: _step, _runtime, _timestamp.
-            if number is not None and not key.startswith("_") and key != _STEP:
-                columns.add(key, int(step), number)
-    series = columns.series()
+        kind = record.WhichOneof("record_type")
+        if kind == "metric":
+            rows.axes.define(record.metric)
+        elif kind == "history":
+            rows.add(dict(_items(record.history.item)), record.history.step.num)
+    series = rows.series()
     if not series:
         raise LogError(damage[0] if damage else f"{one_line(path)} holds no values")
-    return Scalars(series, frozenset(series), tuple(f"{text}; what is before was read" for text in damage))
+    warnings = [f"{text}; what is before was read" for text in damage]
+    left_out = rows.left_out
+    if left_out:
+        key = min(left_out)
+        axis, count = left_out[key]
+        more = f" (and of {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+        what = f"{count} values of {one_line(key)}{more}"
+        warnings.append(f"{one_line(path)}: left out {what} that stand at no step of {one_line(axis)}")
+    return Scalars(series, frozenset(series), tuple(warnings), frozenset(series) & rows.on_other_axes)
+
+
+class _Axes:
+    """Tells by which scalar the steps of another are counted, as `wandb.define_metric` has set it."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, str] = {}
+        self._by_start: dict[str, str] = {}
+
+    def define(self, metric: Any) -> None:
+        """Take in a record of `define_metric`, whose name may end with `*`."""
+        if metric.step_metric and metric.glob_name:
+            self._by_start[metric.glob_name.removesuffix("*")] = metric.step_metric
+        elif metric.step_metric:
+            self._by_name[metric.name] = metric.step_metric
+
+    def of(self, key: str) -> str:
+        """Return the axis of a key: the Trainer's where nothing is said, or for all keys alike by Lightning."""
+        if key in self._by_name:
+            return self._by_name[key]
+        starts = [start for start in self._by_start if key.startswith(start)]
+        return self._by_start[max(starts, key=len)] if starts else _STEP
+
+
+class _Rows:
+    """Collects the values of a file at the steps of their axes, and at W&B's own for keys that have none there."""
+
+    def __init__(self) -> None:
+        self.axes = _Axes()
+        self.left_out: dict[str, tuple[str, int]] = {}
+        self.on_other_axes: set[str] = set()
+        self._on_axes = Columns()
+        self._on_own = Columns()
+
+    def add(self, row: dict[str, Any], own_step: int) -> None:
+        """Take in a row."""
+        for key, value in row.items():
+            number = _number(value)
+            if number is None or key.startswith("_") or key == _STEP:
+                continue
+            self._on_own.add(key, own_step, number)
+            axis = self.axes.of(key)
+            step = _number(row.get(axis))
+            if step is not None and step == step // 1:
+                self._on_axes.add(key, int(step), number)
+                if axis != _STEP:
+                    self.on_other_axes.add(key)
+            else:
+                self.left_out[key] = axis, self.left_out.get(key, (axis, 0))[1] + 1
+
+    def series(self) -> dict[str, Series]:
+        """Return the series; `left_out` then tells of the values that belong to no step."""
+        made, apart = self._on_axes.series(), set[str]()
+        for key, own in self._on_own.series().items():
+            # Past Lightning's logger W&B repeats the Trainer's last step: there it would draw such a key as one point.
+            stands_still = key in made and key not in self.on_other_axes and len(made[key].steps) == 1 < len(own.steps)
+            if key not in made or stands_still:
+                made[key] = own
+                apart.add(key)
+        self.left_out = {key: told for key, told in self.left_out.items() if key not in apart}
+        if not (self.on_other_axes | apart).issuperset(made):  # the Trainer's steps are there, and W&B's own are others
+            self.on_other_axes |= apart
+        return made
 
 
 def read_wandb_settings(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_revbn.callbacks.revisited import RevisitedBatchNorm
-from lightning_revbn.core.printable import shortened
+from lightning_revbn.core.printable import error_text, shortened
 from lightning_revbn.lightning_compat import MisconfigurationException, callbacks_of, rank_zero_info, rank_zero_warn
 from lightning_revbn.switches.environment import VARIABLE, asked
 from lightning_revbn.switches.settings_text import KEYS, settings_from
@@ -117,7 +117,7 @@ def callback_from(text: str, variable: str) -> RevisitedBatchNormFromEnvironment
         return RevisitedBatchNormFromEnvironment(**settings_from(text))
     except Exception as error:  # a bad variable must end a script with a clear error only
         # A text may be as long as a file, and an error may quote all of it.
-        told = f"{variable}={shortened(repr(text), 200)}: {shortened(' '.join(str(error).split()), 400)}"
+        told = f"{variable}={shortened(repr(text), 200)}: {error_text(error, 400)}"
         raise MisconfigurationException(
             f"{told}. It takes 1, settings such as 'scale=0.1,scale_lr_divisor=50', or the path "
             f"of a YAML file of settings, out of: {', '.join(KEYS)}. Unset it to train without the callback."

@@ -40,6 +40,18 @@ def test_the_table_says_what_is_shown_and_what_is_not(tmp_path: Path, capsys: py
     assert "Holm" not in out
 
 
+def test_an_arm_in_a_directory_called_baseline_has_a_name_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = write_arm(tmp_path / "a" / "baseline", BASELINE), write_arm(tmp_path / "x" / "baseline", BETTER)
+    options = arms[0], "--against", arms[1], "--metric", "test_acc"
+    _, out, _ = compare(capsys, *options)
+    assert [line.partition(" ")[0] for line in out.splitlines()[2:4]] == ["baseline", "x/baseline"]
+    code, _, err = compare(capsys, *options, "--labels", "baseline")
+    assert code == 1
+    assert "two arms are called baseline: name them by --labels" in err
+
+
 def test_a_pattern_finds_seeds_in_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arm, scores in (("a", BASELINE), ("b", BETTER)):
         for index, score in enumerate(scores):
@@ -73,6 +85,8 @@ def test_runs_that_stop_by_themselves_may_differ_in_length(tmp_path: Path, capsy
         (["--alpha", "0"], "--alpha 0.0 must be above 0"),
         (["--labels", "x", "y"], "--labels has 2 names for 1 arms"),
         (["--seed-pattern", "("], "is no regular expression"),
+        (["--seed-pattern", "(a{99999999999})"], "is no regular expression: the repetition number is too large"),
+        (["--seed-pattern", "(" * 5000 + ")" * 5000], "is no regular expression: maximum recursion depth"),
         (["--seed-pattern", "run"], "must have a group"),
         (["--seed-pattern", "(nowhere)"], "finds nothing in"),
         (["--seed-pattern", "(see)"], "finds no number in"),

@@ -396,6 +396,17 @@ def sparse():
     odd = nn.BatchNorm1d(3)
     odd.weight = nn.Parameter(torch.ones(3).to_sparse())
     return nn.Sequential(nn.BatchNorm1d(2), odd, nn.LazyBatchNorm1d(), nn.BatchNorm1d(4, device="meta"))
+class Wordy(nn.BatchNorm1d):
+    @property
+    def weight(self):
+        raise RuntimeError(f"no weight:\n  {self.words}")
+    @weight.setter
+    def weight(self, value): pass
+    def reset_parameters(self): pass
+def wordy():
+    net = nn.Sequential(Wordy(2), Wordy(2))
+    net[0].words, net[1].words = "a b", "word " * 5000 + "the end"
+    return net
 def deep():
     net = nn.Sequential(nn.BatchNorm1d(2))
     for _ in range(5000):
@@ -426,6 +437,15 @@ def test_an_odd_layer_of_a_model_is_a_row_too(odd_nets: str, capsys: pytest.Capt
     assert [layer["name"] for layer in layers] == ["0", "1", "2", "3"]
     assert [layer["verdict"] for layer in layers] == ["rewrite", "unknown", "rewrite", "refuse"]
     assert [layer["scale"] is None for layer in layers] == [False, True, True, True]
+
+
+def test_a_long_reason_says_where_it_was_cut(odd_nets: str, capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = (layer["reason"] for layer in inspected(f"{odd_nets}:wordy", capsys=capsys)["layers"])
+    assert short == "RuntimeError: no weight: a b"
+    assert long.startswith("RuntimeError: no weight: word word")
+    assert "..." in long
+    assert long.endswith("word the end")
+    assert len(long) < 250
 
 
 def test_a_model_may_have_thousands_of_levels(odd_nets: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_revbn import find_batch_norms
 from lightning_revbn.core.activations import ActivationHooks, NormalizedActivations, compute_x_hat
+from lightning_revbn.core.next_call import EveryCall
 
 
 def seen(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[float], list[float]]:
@@ -244,10 +245,10 @@ def test_recomputed_activations_do_not_shift_the_share() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_layers_that_are_checkpointed_do_not_weigh_twice_in_the_whole(reentrant: bool) -> None:
+    torch.manual_seed(0)
     inputs = torch.randn(500, 2, requires_grad=True)
     shares: list[list[float]] = []
     for checkpointed in (False, True):
-        torch.manual_seed(0)
         first, second = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
         model = nn.Sequential(first, nn.ReLU(), second)
 
@@ -326,6 +327,18 @@ def test_two_watches_of_one_layer_end_in_any_order(first_ends_first: bool) -> No
     assert "forward" not in vars(layer)
     ended, other = metrics if first_ends_first else reversed(metrics)
     assert (ended.count.item(), other.count.item()) == (16 * 4 * 9, 2 * 16 * 4 * 9)
+
+
+@pytest.mark.parametrize("watch_ends_first", [True, False])
+def test_a_watch_below_another_addition_to_forward_ends_in_any_order(watch_ends_first: bool) -> None:
+    layer = AmidArithmetic(4)
+    watch = ActivationHooks(find_batch_norms(layer), NormalizedActivations(1))
+    addition = EveryCall(layer, "forward", lambda forward, *args: forward(*args))
+    ends = [watch.remove, addition.undo]
+    for end in ends if watch_ends_first else reversed(ends):
+        layer(torch.randn(16, 4, 3, 3))
+        end()
+    assert "forward" not in vars(layer)
 
 
 class OwnStatistics(nn.BatchNorm1d):

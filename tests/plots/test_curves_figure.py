@@ -67,3 +67,10 @@ def test_names_whose_ends_are_alike_are_written_out() -> None:
     labels = [f'scale={{"backbone.layer1.*": {scale}, "backbone.layer2.*": 0.5, "*": 0.1}}' for scale in (0.1, 0.2)]
     figure = draw([comparison(label) for label in labels], "loss", lower_is_better=True)
     assert [name.replace("\n", "") for name in names(figure)] == ["Baseline", *labels]
+
+
+@pytest.mark.parametrize(("lower_is_better", "told"), [(True, True), (False, False)])
+def test_the_dashed_line_is_explained_where_there_is_one(lower_is_better: bool, told: bool) -> None:
+    figure: Any = draw([comparison("b")], "loss", lower_is_better=lower_is_better)
+    assert any(line.get_linestyle() == "--" for line in figure.axes[1].lines) == told
+    assert ("dashed: from where an arm is ahead for good" in figure.get_suptitle()) == told

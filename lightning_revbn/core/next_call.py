@@ -32,7 +32,7 @@ class EveryCall:
             return self.__wrapped__(*args, **kwargs)
         return self._around(self.__wrapped__, *args, **kwargs)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (self._owner, self._name)
 
     @property

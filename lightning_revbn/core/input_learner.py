@@ -96,7 +96,7 @@ class InputLearner:
         if batch.kind is Kind.UNKNOWN:  # no rank has any values
             return
         learned = self.learned.add(batch, self._estimator.momentum)
-        if not self._is_checked(batch):
+        if not _answers_at_once(batch.samples.device):
             learned = learned.where(batch.faults.sum() == 0, replace(self.learned, kind=batch.kind))
         self._take(learned)
 

@@ -49,6 +49,11 @@ class NamedInput:
         """Return a standardiser that has learned nothing, with the same scale."""
         return OnlineStandardizer(self.settings, self.online.scale if self.online.knows_scale else None)
 
+    def check(self) -> None:
+        """Raise if a training batch could not be measured; on accelerators this waits for the batch."""
+        with naming(self.name):
+            self.online.check()
+
     def select(self, batch: Any, *, is_training: bool) -> Found:
         """Return the raw input of a batch.
 

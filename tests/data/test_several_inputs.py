@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_revbn import InputNorm, OnlineInputNormMixin
+from lightning_revbn.core import input_learner
 from lightning_revbn.core.input_norm import InputError, MissingStatisticsError, OnlineStandardizer
 
 RGB = raw_images(48)[0]
@@ -159,6 +160,22 @@ def test_a_fault_in_one_input_names_it_and_no_input_learns_the_batch(tmp_path: P
     assert data.input_statistics("radar").count.tolist() == [16 * 9] * 2
     with pytest.raises(InputError, match="input 'rgb': the input has shape"):
         fitted(tmp_path, Sensors({**SETTINGS, "rgb": InputNorm(4)}))
+
+
+@pytest.mark.parametrize("is_collected", [False, True], ids=["fit", "pass"])
+def test_a_fault_that_is_told_later_names_its_input_and_no_input_learns_the_batch(
+    is_collected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_learner, "_answers_at_once", lambda device: False)
+    radar = RADAR.clone()
+    radar[20, 1, 3] = torch.nan
+    data = Sensors(radar=radar)
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=0, log_every_n_steps=50)
+    with pytest.raises(InputError, match=r"^input 'radar': NaN or infinity in a training batch"):
+        data.collect_input_statistics() if is_collected else run.fit(Net(), data)
+    if not is_collected:
+        assert data.input_statistics("radar").count.tolist() == [40 * 9] * 2
+        assert data.input_statistics("rgb").count.tolist() == [40 * 36] * 3
 
 
 def test_evaluation_before_training_names_what_to_do(tmp_path: Path) -> None:

@@ -187,8 +187,6 @@ class OnlineStandardizer:
     def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standardise a batch before there are statistics, by its own alone; learn nothing, communicate nothing.
 
-        Until there are statistics, `denormalize` undoes the newest preview.
-
         Args:
             values: The batch, raw.
             mask: True where values count.
@@ -204,6 +202,7 @@ class OnlineStandardizer:
     def stand_in(self) -> OnlineStandardizer:
         """Return a standardiser for one batch; `denormalize` undoes the batch until there are statistics."""
         self._stand_in = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.scale)
+        self._stand_in.learner = InputLearner(self._stand_in.settings, ignores_infinity=True)
         return self._stand_in
 
     def check(self) -> None:

@@ -116,7 +116,10 @@ class NamedInput:
         if self.online.has_statistics:
             return self.evaluate(parts, dtype)
         own = InputParts(self.name, self.online.stand_in(), parts)
-        return train_together([own], dtype, None, 1, torch.device("cpu"))[0]
+        try:
+            return train_together([own], dtype, None, 1, torch.device("cpu"))[0]
+        except InputError as error:
+            raise InputError(f"the sanity check normalises each batch by itself: {error}") from error
 
 
 class InputSet:

@@ -43,6 +43,7 @@ class OnlineStandardizer:
     Args:
         settings: What is done; where batches hold the input is the caller's business.
         scale: What takes the place of `settings.scale` while that is "auto".
+        name: What warnings call the input, where there are several.
 
     Example:
         >>> standardizer = OnlineStandardizer(InputNorm(num_features=1, scale=1.0, eps=0.0))
@@ -52,7 +53,7 @@ class OnlineStandardizer:
         [0.5]
     """
 
-    def __init__(self, settings: InputNorm, scale: float | None = None) -> None:
+    def __init__(self, settings: InputNorm, scale: float | None = None, name: str = "") -> None:
         self.settings = settings
         self._scale = scale if settings.scale == "auto" else settings.scale
         self.learner = InputLearner(settings)
@@ -60,7 +61,7 @@ class OnlineStandardizer:
         self._newest: InputTransform | None = None
         self._stand_in: OnlineStandardizer | None = None
         self._dims: int | None = None
-        self._comparison = InputComparison(settings)
+        self._comparison = InputComparison(settings, name)
 
     @property
     def scale(self) -> float:

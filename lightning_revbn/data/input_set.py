@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_revbn.core.batch_places import Key, Place, path_of, places_in
 from lightning_revbn.core.input_checks import InputError, InputPart
-from lightning_revbn.core.input_norm import InputNorm, OnlineStandardizer
+from lightning_revbn.core.input_norm import InputNorm, MissingStatisticsError, OnlineStandardizer
 from lightning_revbn.core.input_state import SavedInput, read_state
 from lightning_revbn.core.joint_training import InputParts, naming, train_together
 from lightning_revbn.data.batches import find_tensor, replace_tensor
@@ -38,7 +38,7 @@ class NamedInput:
     def __init__(self, name: str, settings: InputNorm) -> None:
         self.name = name
         self.settings = settings
-        self.online = OnlineStandardizer(settings)
+        self.online = OnlineStandardizer(settings, name=name)
 
     @property
     def label(self) -> str:
@@ -47,12 +47,27 @@ class NamedInput:
 
     def fresh(self) -> OnlineStandardizer:
         """Return a standardiser that has learned nothing, with the same scale."""
-        return OnlineStandardizer(self.settings, self.online.scale if self.online.knows_scale else None)
+        return OnlineStandardizer(self.settings, self.online.scale if self.online.knows_scale else None, self.name)
 
     def check(self) -> None:
         """Raise if a training batch could not be measured; on accelerators this waits for the batch."""
         with naming(self.name):
             self.online.check()
+
+    def require_statistics(self) -> None:
+        """Raise, naming the input, if there are no statistics yet."""
+        try:
+            self.online.statistics()
+        except MissingStatisticsError as error:
+            raise MissingStatisticsError(self._named(error)) from error
+
+    def release(self) -> str | None:
+        """Let training batches add to the statistics again; return why they stay frozen, and None if they do not."""
+        try:
+            self.online.learner.hold(is_held=False)
+        except RuntimeError as error:
+            return self._named(error)
+        return None
 
     def select(self, batch: Any, *, is_training: bool) -> Found:
         """Return the raw input of a batch.
@@ -121,6 +136,9 @@ class NamedInput:
         except InputError as error:
             raise InputError(f"the sanity check normalises each batch by itself: {error}") from error
 
+    def _named(self, error: Exception) -> str:
+        return f"{self.label}: {error}" if self.name else str(error)
+
 
 class InputSet:
     """All inputs of a DataModule.
@@ -164,7 +182,8 @@ class InputSet:
         names = ", ".join(repr(one.name) for one in self.inputs)
         if not self.inputs[0].name:
             raise ValueError(f"there is one input without a name, and none called {name!r}")
-        raise ValueError(f"there are several inputs, {names}: name one of them, got {name!r}")
+        have = "there are several inputs" if len(self.inputs) > 1 else "the only input has a name"
+        raise ValueError(f"{have}, {names}: name {'one of them' if len(self.inputs) > 1 else 'it'}, got {name!r}")
 
     def select(self, batch: Any, *, is_training: bool) -> Selected:
         """Return the input of a batch, or all inputs by name."""

@@ -178,6 +178,33 @@ def test_a_fault_that_is_told_later_names_its_input_and_no_input_learns_the_batc
         assert data.input_statistics("rgb").count.tolist() == [40 * 36] * 3
 
 
+def test_freezing_names_the_input_that_cannot_and_changes_the_others(tmp_path: Path) -> None:
+    data = Sensors({**SETTINGS, "rgb": InputNorm(3, freeze_after=8)})
+    with pytest.raises(MissingStatisticsError, match=r"^input 'rgb': there are no input statistics yet"):
+        data.freeze_input_statistics()
+    data.collect_input_statistics()
+    data.freeze_input_statistics()
+    with pytest.raises(RuntimeError, match=r"^input 'rgb': freeze_after=8 keeps the statistics"):
+        data.unfreeze_input_statistics()
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(Net(), data)
+    assert data.input_statistics("rgb").count.tolist() == [8 * 36] * 3
+    assert data.input_statistics("radar").count.tolist() == [2 * 48 * 9] * 2
+
+
+def test_a_warning_names_the_input_whose_numbers_are_others(tmp_path: Path) -> None:
+    data = Sensors()
+    data.collect_input_statistics()
+    for batch in data.batches:
+        batch["sensors"] = [1e6 * batch["sensors"][0], "near"]
+    with pytest.warns(UserWarning, match=r"^input 'radar': a batch of evaluation .* is made of other numbers"):
+        trainer(tmp_path).validate(Net(), data, verbose=False)
+
+
+def test_an_only_input_is_asked_for_by_its_name() -> None:
+    with pytest.raises(ValueError, match="the only input has a name, 'rgb': name it, got None"):
+        Sensors({"rgb": InputNorm(3)}).input_statistics()
+
+
 def test_evaluation_before_training_names_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"call collect_input_statistics\(\) on the datamodule"):
         trainer(tmp_path).validate(Net(), Sensors(), verbose=False)

@@ -213,6 +213,7 @@ class InputSet:
         for one, values, mask in zip(self.inputs, self._listed(selected), self._listed(masks), strict=True):
             places = values if isinstance(values, list) else [values]
             each = mask if isinstance(mask, list) else [mask] * len(places)
+            _refuse_other_structure(places, each)
             own = [InputPart(x, valid) for x, valid in zip(places, each, strict=True) if x is not None]
             found.append(InputParts(one.name, one.online, own))
         return found
@@ -326,6 +327,16 @@ def _found_or_error(batch: Any, place: Place | None, argument: str) -> Tensor | 
 
 def _listed(names: Sequence[object]) -> str:
     return f"the input{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+
+
+def _refuse_other_structure(places: list[Any], masks: list[Any]) -> None:
+    """Raise if overridden methods have returned anything but tensors, or another number of masks."""
+    for method, found in (("select_input", places), ("select_mask", masks)):
+        wrong = next((own for own in found if own is not None and not isinstance(own, Tensor)), None)
+        if wrong is not None:
+            raise TypeError(f"{method} must return a tensor, a list of tensors, or None, got a {type(wrong).__name__}")
+    if len(masks) != len(places):
+        raise TypeError(f"select_mask must return a mask for each place of the input, {len(places)}, got {len(masks)}")
 
 
 def _refuse_shared_places(keys: Mapping[str, Key]) -> None:

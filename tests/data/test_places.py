@@ -309,6 +309,30 @@ def test_training_misses_no_place(tmp_path: Path) -> None:
         fit(Views(InputNorm(3, key=[0, 1]), made(batches(FIRST))), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("selected", "mask", "message"),
+    [
+        ((FIRST[:8], FIRST[:8]), None, "select_input must return a tensor, a list of tensors, or None, got a tuple"),
+        (FIRST[:8].numpy(), None, "select_input must return .* got a ndarray"),
+        (FIRST[:8], "m", "select_mask must return .* got a str"),
+        ([FIRST[:8], FIRST[:8]], [None], "select_mask must return a mask for each place of the input, 2, got 1"),
+    ],
+    ids=["tuple", "array", "mask", "number of masks"],
+)
+def test_overridden_methods_that_return_no_tensors_are_refused(
+    selected: Any, mask: Any, message: str, tmp_path: Path
+) -> None:
+    class Own(Views):
+        def select_input(self, batch: Any) -> Any:
+            return selected
+
+        def select_mask(self, batch: Any) -> Any:
+            return mask
+
+    with pytest.raises(TypeError, match=message):
+        fit(Own(InputNorm(3), made(batches(FIRST, SECOND))), tmp_path)
+
+
 def test_overridden_methods_give_and_take_lists_of_tensors(tmp_path: Path) -> None:
     class Own(Views):
         def select_input(self, batch: Any) -> Any:

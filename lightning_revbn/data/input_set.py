@@ -23,6 +23,11 @@ Found: TypeAlias = Tensor | list[Tensor | None] | None
 Selected: TypeAlias = Found | dict[str, Found]
 """The input, or all inputs by name."""
 
+_NO_MASK = (
+    ". eval_mask_key names the mask in batches of evaluation. Where these have none, put None there, or override "
+    "select_mask"
+)
+
 
 class NamedInput:
     """One input: where batches hold it, and the standardiser that learns from it.
@@ -98,14 +103,22 @@ class NamedInput:
         _, key = self.settings.places(is_training=is_training)
         is_other = not is_training and self.settings.eval_mask_key is not None
         argument = "eval_mask_key" if is_other else "mask_key"
-        if key is None or not isinstance(key, list):
-            return None if key is None else find_tensor(batch, key, argument)
-        found = self.select(batch, is_training=is_training)
-        places = found if isinstance(found, list) else [found]
-        return [
-            None if values is None else find_tensor(batch, place, argument)
-            for place, values in zip(key, places, strict=True)
+        if key is None:
+            return None
+        places: list[Any] = [batch]  # a mask that is for all places is looked for in every batch
+        if isinstance(key, list):
+            found = self.select(batch, is_training=is_training)
+            places = found if isinstance(found, list) else [found]
+        masks = [
+            None if values is None else _found_or_error(batch, place, argument)
+            for place, values in zip(places_in(key), places, strict=True)
         ]
+        for error in masks:
+            if isinstance(error, TypeError):
+                hint = "" if is_training or is_other else _NO_MASK
+                raise TypeError(f"{error}{hint}") from error
+        tensors = [mask for mask in masks if not isinstance(mask, TypeError)]
+        return tensors if isinstance(key, list) else tensors[0]
 
     def replace(self, batch: Any, found: Found, *, is_training: bool) -> Any:
         """Return a copy of a batch with another input, of the structure that `select` returns."""

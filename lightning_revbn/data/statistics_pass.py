@@ -64,7 +64,7 @@ class StatisticsPass:
             For each input a standardiser that has learned from this pass alone.
 
         Raises:
-            MisconfigurationException: If the loader has no batch.
+            MisconfigurationException: If the loader has no batch, or none of an input has a value that counts.
         """
         steps = 0
         with isolate_rng(), torch.no_grad():
@@ -91,6 +91,16 @@ class StatisticsPass:
                 online.check()
         if not steps or not any(online.learns and online.has_statistics for online in self._fresh):
             raise MisconfigurationException(f"{self._name}: train_dataloader() has no batch to collect statistics from")
+        empty = [
+            one.label
+            for one, online in zip(self._inputs.inputs, self._fresh, strict=True)
+            if online.learns and not bool(online.learner.learned.total.count.any())
+        ]
+        if empty:
+            raise MisconfigurationException(
+                f"{self._name}: the batches of train_dataloader() have no value of the {', '.join(empty)} to collect "
+                "statistics from: all are masked, NaN or no data"
+            )
         samples = max(online.samples for online in self._fresh if online.learns)
         rank_zero_info(f"{self._name}: input statistics of {samples} samples are collected")
         return self._fresh

@@ -34,16 +34,17 @@ def average_size(result: Tensor, mask: Tensor | None) -> float:
 
     Args:
         result: Standardised values.
-        mask: True where values count; NaN never does.
+        mask: True where values count; NaN and infinity never do.
 
     Returns:
         The mean; NaN where no value counts.
     """
     if mask is None:
         mean = result.abs().mean(dtype=_at_least_float32(result)).item()
-        if not math.isnan(mean):
+        if math.isfinite(mean):
             return mean
-    return torch.where(result.isfinite() if mask is None else mask, result.abs(), torch.nan).nanmean().item()
+    finite = result.isfinite()
+    return torch.where(finite if mask is None else finite & mask, result.abs(), torch.nan).nanmean().item()
 
 
 def on_evaluation(

@@ -109,7 +109,7 @@ def refuse_faults(faults: Sequence[int], kind: Kind, parts: Sequence[InputPart] 
             'as they were before it. Clean the data, or leave NaN out of the statistics by nan_policy="ignore"'
         )
     if beyond:
-        raise InputError(f"a training batch has {OUT_OF_RANGE}")
+        raise InputError(f"in a training batch, {OUT_OF_RANGE}")
     if mixed:
         before = f", so far of kind {kind.name.lower()}" if kind is not Kind.UNKNOWN else ""
         raise InputError(

@@ -23,10 +23,12 @@ class InputComparison:
 
     Args:
         settings: The settings.
+        name: The name of the input; empty where there is one input alone.
     """
 
-    def __init__(self, settings: InputNorm) -> None:
+    def __init__(self, settings: InputNorm, name: str = "") -> None:
         self._settings = settings
+        self._name = name
         self._compared: set[torch.dtype] = set()
         self._told: set[str] = set()
 
@@ -86,4 +88,4 @@ class InputComparison:
         for subject, text in (("values", foreign), ("channels", unseen)):
             if text is not None and subject not in self._told:
                 self._told.add(subject)
-                warnings.warn(text, stacklevel=3)
+                warnings.warn(f"input {self._name!r}: {text}" if self._name else text, stacklevel=3)

@@ -26,6 +26,7 @@ class InputLearner:
 
     Args:
         settings: The settings.
+        ignores_infinity: Whether infinity is left out too: for batches of evaluation, which may hold it.
 
     Attributes:
         learned: The statistics of all training batches.
@@ -33,8 +34,9 @@ class InputLearner:
         is_frozen: Whether training batches change nothing any more.
     """
 
-    def __init__(self, settings: InputNorm) -> None:
+    def __init__(self, settings: InputNorm, *, ignores_infinity: bool = False) -> None:
         self._settings = settings
+        self._ignores_infinity = ignores_infinity
         self._estimator = estimator_of(settings)
         self._faults: Tensor = torch.zeros(3, dtype=torch.float64)
         self.learned = LearnedStatistics.of_nothing(settings.num_features)
@@ -96,7 +98,7 @@ class InputLearner:
         if batch.kind is Kind.UNKNOWN:  # no rank has any values
             return
         learned = self.learned.add(batch, self._estimator.momentum)
-        if not self._is_checked(batch):
+        if not _answers_at_once(batch.samples.device):
             learned = learned.where(batch.faults.sum() == 0, replace(self.learned, kind=batch.kind))
         self._take(learned)
 
@@ -193,7 +195,13 @@ class InputLearner:
 
     def _counted(self, parts: Sequence[InputPart]) -> list[InputPart]:
         """Return parts with the masks of all values that count."""
-        return [InputPart(part.values, InputMasks.of(*part, self._settings).counted) for part in parts]
+        found: list[InputPart] = []
+        for values, mask in parts:
+            counted = InputMasks.of(values, mask, self._settings).counted
+            if self._ignores_infinity and values.is_floating_point():
+                counted = values.isfinite() if counted is None else counted & values.isfinite()
+            found.append(InputPart(values, counted))
+        return found
 
     def _is_checked(self, batch: GlobalBatch) -> bool:
         """Tell whether faults of a batch are told at once."""

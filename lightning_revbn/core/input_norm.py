@@ -43,6 +43,7 @@ class OnlineStandardizer:
     Args:
         settings: What is done; where batches hold the input is the caller's business.
         scale: What takes the place of `settings.scale` while that is "auto".
+        name: What warnings call the input, where there are several.
 
     Example:
         >>> standardizer = OnlineStandardizer(InputNorm(num_features=1, scale=1.0, eps=0.0))
@@ -52,7 +53,7 @@ class OnlineStandardizer:
         [0.5]
     """
 
-    def __init__(self, settings: InputNorm, scale: float | None = None) -> None:
+    def __init__(self, settings: InputNorm, scale: float | None = None, name: str = "") -> None:
         self.settings = settings
         self._scale = scale if settings.scale == "auto" else settings.scale
         self.learner = InputLearner(settings)
@@ -60,7 +61,7 @@ class OnlineStandardizer:
         self._newest: InputTransform | None = None
         self._stand_in: OnlineStandardizer | None = None
         self._dims: int | None = None
-        self._comparison = InputComparison(settings)
+        self._comparison = InputComparison(settings, name)
 
     @property
     def scale(self) -> float:
@@ -187,8 +188,6 @@ class OnlineStandardizer:
     def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standardise a batch before there are statistics, by its own alone; learn nothing, communicate nothing.
 
-        Until there are statistics, `denormalize` undoes the newest preview.
-
         Args:
             values: The batch, raw.
             mask: True where values count.
@@ -204,6 +203,7 @@ class OnlineStandardizer:
     def stand_in(self) -> OnlineStandardizer:
         """Return a standardiser for one batch; `denormalize` undoes the batch until there are statistics."""
         self._stand_in = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.scale)
+        self._stand_in.learner = InputLearner(self._stand_in.settings, ignores_infinity=True)
         return self._stand_in
 
     def check(self) -> None:

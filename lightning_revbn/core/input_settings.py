@@ -193,7 +193,10 @@ class InputNorm:
             if isinstance(masks, list) and len(masks) != number:
                 name = "mask_key" if is_training or self.eval_mask_key is None else "eval_mask_key"
                 where = "training" if is_training else "evaluation"
-                raise ValueError(f"{name}={masks} must have a mask for each place of the input in {where}, {key!r}")
+                other = "" if is_training or name == "eval_mask_key" else ". Give eval_mask_key"
+                raise ValueError(
+                    f"{name}={masks} must have a mask for each place of the input in {where}, {key!r}{other}"
+                )
 
     def _checked_channels(self, given: object) -> tuple[int, ...]:
         """Return numbers of channels in order, counted from the first."""

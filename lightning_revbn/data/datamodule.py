@@ -9,8 +9,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_revbn.core.input_norm import InputNorm, MissingStatisticsError
+from lightning_revbn.core.batch_places import path_of, places_in
+from lightning_revbn.core.input_norm import InputError, InputNorm, MissingStatisticsError
 from lightning_revbn.core.joint_training import InputParts, train_together
+from lightning_revbn.core.moments import Kind
 from lightning_revbn.data.batches import is_sequence, replace_tensor
 from lightning_revbn.data.data_parallel import data_parallel_group
 from lightning_revbn.data.input_fit import InputFit
@@ -225,12 +227,26 @@ def _normalized_example(batch: Any, inputs: InputSet) -> Any:
 
     It is meant for the network and passed on as it is, unless it is an image or another raw integer signal, which no
     network takes. Which of several inputs a tensor would be is not known, and a key may lead to something else, as to
-    the targets.
+    the targets, of other channels or numbers.
     """
     values: Any = batch if isinstance(batch, Tensor) else next(iter(batch), None) if is_sequence(batch) else None
     if not isinstance(values, Tensor) or values.dtype not in (torch.uint8, torch.int8, torch.int16):
         return batch
-    if len(inputs.inputs) > 1 or (isinstance(inputs.inputs[0].settings.key, int) and inputs.inputs[0].settings.key):
+    if len(inputs.inputs) > 1 or not _may_hold(inputs.inputs[0], values):
         return batch
-    result = inputs.inputs[0].online.preview(values)
+    try:
+        result = inputs.inputs[0].online.preview(values)
+    except InputError:
+        return batch
     return result if batch is values else replace_tensor(batch, 0, result)
+
+
+def _may_hold(one: NamedInput, values: Tensor) -> bool:
+    """Tell whether the first tensor of an example may be an input."""
+    firsts = [0 if place is None else next(iter(path_of(place)), 0) for place in places_in(one.settings.key)]
+    if not any(first == 0 or isinstance(first, str) for first in firsts):
+        return False
+    is_auto, of_floats = one.settings.input_range == "auto", one.online.learner.learned.kind is Kind.FLOAT
+    # Bytes are divided by 255: they cannot be what floating-point numbers far outside of 0 to 1 were learned from.
+    is_of_bytes = is_auto and values.dtype == torch.uint8
+    return not (is_of_bytes and of_floats) or one.online.statistics().of(one.settings.channels).fit_range()

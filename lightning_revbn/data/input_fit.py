@@ -129,7 +129,7 @@ class InputFit(Callback):
             self._step = step
             metrics: dict[str, float] = {}
             for report, _ in known:
-                report.online.check()
+                report.source.check()
                 metrics |= report.metrics()
             publish(trainer, metrics)
             for logger in trainer.loggers:
@@ -144,7 +144,7 @@ class InputFit(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for report in self._reports:
-            report.online.check()
+            report.source.check()
             if self._is_training and report.online.has_statistics:
                 report.advise(is_end=True)
 

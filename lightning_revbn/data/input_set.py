@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_revbn.core.batch_places import Key, Place, path_of, places_in
 from lightning_revbn.core.input_checks import InputError, InputPart
-from lightning_revbn.core.input_norm import InputNorm, OnlineStandardizer
+from lightning_revbn.core.input_norm import InputNorm, MissingStatisticsError, OnlineStandardizer
 from lightning_revbn.core.input_state import SavedInput, read_state
 from lightning_revbn.core.joint_training import InputParts, naming, train_together
 from lightning_revbn.data.batches import find_tensor, replace_tensor
@@ -22,6 +22,11 @@ Found: TypeAlias = Tensor | list[Tensor | None] | None
 """An input of a batch; a list where its key lists places; None for what the batch lacks."""
 Selected: TypeAlias = Found | dict[str, Found]
 """The input, or all inputs by name."""
+
+_NO_MASK = (
+    ". eval_mask_key names the mask in batches of evaluation. Where these have none, put None there, or override "
+    "select_mask"
+)
 
 
 class NamedInput:
@@ -38,7 +43,7 @@ class NamedInput:
     def __init__(self, name: str, settings: InputNorm) -> None:
         self.name = name
         self.settings = settings
-        self.online = OnlineStandardizer(settings)
+        self.online = OnlineStandardizer(settings, name=name)
 
     @property
     def label(self) -> str:
@@ -47,7 +52,27 @@ class NamedInput:
 
     def fresh(self) -> OnlineStandardizer:
         """Return a standardiser that has learned nothing, with the same scale."""
-        return OnlineStandardizer(self.settings, self.online.scale if self.online.knows_scale else None)
+        return OnlineStandardizer(self.settings, self.online.scale if self.online.knows_scale else None, self.name)
+
+    def check(self) -> None:
+        """Raise if a training batch could not be measured; on accelerators this waits for the batch."""
+        with naming(self.name):
+            self.online.check()
+
+    def require_statistics(self) -> None:
+        """Raise, naming the input, if there are no statistics yet."""
+        try:
+            self.online.statistics()
+        except MissingStatisticsError as error:
+            raise MissingStatisticsError(self._named(error)) from error
+
+    def release(self) -> str | None:
+        """Let training batches add to the statistics again; return why they stay frozen, and None if they do not."""
+        try:
+            self.online.learner.hold(is_held=False)
+        except RuntimeError as error:
+            return self._named(error)
+        return None
 
     def select(self, batch: Any, *, is_training: bool) -> Found:
         """Return the raw input of a batch.
@@ -78,14 +103,22 @@ class NamedInput:
         _, key = self.settings.places(is_training=is_training)
         is_other = not is_training and self.settings.eval_mask_key is not None
         argument = "eval_mask_key" if is_other else "mask_key"
-        if key is None or not isinstance(key, list):
-            return None if key is None else find_tensor(batch, key, argument)
-        found = self.select(batch, is_training=is_training)
-        places = found if isinstance(found, list) else [found]
-        return [
-            None if values is None else find_tensor(batch, place, argument)
-            for place, values in zip(key, places, strict=True)
+        if key is None:
+            return None
+        places: list[Any] = [batch]  # a mask that is for all places is looked for in every batch
+        if isinstance(key, list):
+            found = self.select(batch, is_training=is_training)
+            places = found if isinstance(found, list) else [found]
+        masks = [
+            None if values is None else _found_or_error(batch, place, argument)
+            for place, values in zip(places_in(key), places, strict=True)
         ]
+        for error in masks:
+            if isinstance(error, TypeError):
+                hint = "" if is_training or is_other else _NO_MASK
+                raise TypeError(f"{error}{hint}") from error
+        tensors = [mask for mask in masks if not isinstance(mask, TypeError)]
+        return tensors if isinstance(key, list) else tensors[0]
 
     def replace(self, batch: Any, found: Found, *, is_training: bool) -> Any:
         """Return a copy of a batch with another input, of the structure that `select` returns."""
@@ -111,7 +144,13 @@ class NamedInput:
         if self.online.has_statistics:
             return self.evaluate(parts, dtype)
         own = InputParts(self.name, self.online.stand_in(), parts)
-        return train_together([own], dtype, None, 1, torch.device("cpu"))[0]
+        try:
+            return train_together([own], dtype, None, 1, torch.device("cpu"))[0]
+        except InputError as error:
+            raise InputError(f"the sanity check normalises each batch by itself: {error}") from error
+
+    def _named(self, error: Exception) -> str:
+        return f"{self.label}: {error}" if self.name else str(error)
 
 
 class InputSet:
@@ -156,7 +195,8 @@ class InputSet:
         names = ", ".join(repr(one.name) for one in self.inputs)
         if not self.inputs[0].name:
             raise ValueError(f"there is one input without a name, and none called {name!r}")
-        raise ValueError(f"there are several inputs, {names}: name one of them, got {name!r}")
+        have = "there are several inputs" if len(self.inputs) > 1 else "the only input has a name"
+        raise ValueError(f"{have}, {names}: name {'one of them' if len(self.inputs) > 1 else 'it'}, got {name!r}")
 
     def select(self, batch: Any, *, is_training: bool) -> Selected:
         """Return the input of a batch, or all inputs by name."""
@@ -186,6 +226,7 @@ class InputSet:
         for one, values, mask in zip(self.inputs, self._listed(selected), self._listed(masks), strict=True):
             places = values if isinstance(values, list) else [values]
             each = mask if isinstance(mask, list) else [mask] * len(places)
+            _refuse_other_structure(places, each)
             own = [InputPart(x, valid) for x, valid in zip(places, each, strict=True) if x is not None]
             found.append(InputParts(one.name, one.online, own))
         return found
@@ -299,6 +340,16 @@ def _found_or_error(batch: Any, place: Place | None, argument: str) -> Tensor | 
 
 def _listed(names: Sequence[object]) -> str:
     return f"the input{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+
+
+def _refuse_other_structure(places: list[Any], masks: list[Any]) -> None:
+    """Raise if overridden methods have returned anything but tensors, or another number of masks."""
+    for method, found in (("select_input", places), ("select_mask", masks)):
+        wrong = next((own for own in found if own is not None and not isinstance(own, Tensor)), None)
+        if wrong is not None:
+            raise TypeError(f"{method} must return a tensor, a list of tensors, or None, got a {type(wrong).__name__}")
+    if len(masks) != len(places):
+        raise TypeError(f"select_mask must return a mask for each place of the input, {len(places)}, got {len(masks)}")
 
 
 def _refuse_shared_places(keys: Mapping[str, Key]) -> None:

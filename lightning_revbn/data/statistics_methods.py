@@ -113,7 +113,7 @@ class InputStatisticsMethods(_Base):
             MissingStatisticsError: If there are none yet.
         """
         for one in self._inputs.inputs:
-            one.online.statistics()
+            one.require_statistics()
         for one in self._inputs.inputs:
             one.online.learner.hold(is_held=True)
 
@@ -121,10 +121,12 @@ class InputStatisticsMethods(_Base):
         """Let training batches add to the statistics again after `freeze_input_statistics`.
 
         Raises:
-            RuntimeError: If `InputNorm(freeze_after=...)` has frozen them.
+            RuntimeError: If `InputNorm(freeze_after=...)` has frozen those of an input; all other inputs learn again.
         """
-        for one in self._inputs.inputs:
-            one.online.learner.hold(is_held=False)
+        reasons = [one.release() for one in self._inputs.inputs]
+        held = [reason for reason in reasons if reason is not None]
+        if held:
+            raise RuntimeError("; ".join(held))
 
     def load_input_statistics(self, path: str | Path, *, weights_only: bool = True) -> None:
         """Load the statistics from a checkpoint, whatever the name of the class that saved them.

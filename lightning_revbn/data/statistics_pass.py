@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_revbn.core.global_moments import gather
 from lightning_revbn.core.input_norm import OnlineStandardizer
-from lightning_revbn.core.joint_training import InputParts, learn_together
+from lightning_revbn.core.joint_training import InputParts, learn_together, naming
 from lightning_revbn.data.data_parallel import data_parallel_group
 from lightning_revbn.data.input_set import InputSet
 from lightning_revbn.data.loader_shares import loader_share
@@ -64,7 +64,7 @@ class StatisticsPass:
             For each input a standardiser that has learned from this pass alone.
 
         Raises:
-            MisconfigurationException: If the loader has no batch.
+            MisconfigurationException: If the loader has no batch, or none of an input has a value that counts.
         """
         steps = 0
         with isolate_rng(), torch.no_grad():
@@ -86,10 +86,21 @@ class StatisticsPass:
                         self._send(item[0])
                     steps += 1
                     bar.update()
-        for online in self._fresh:
-            online.check()
+        for one, online in zip(self._inputs.inputs, self._fresh, strict=True):
+            with naming(one.name):
+                online.check()
         if not steps or not any(online.learns and online.has_statistics for online in self._fresh):
             raise MisconfigurationException(f"{self._name}: train_dataloader() has no batch to collect statistics from")
+        empty = [
+            one.label
+            for one, online in zip(self._inputs.inputs, self._fresh, strict=True)
+            if online.learns and not bool(online.learner.learned.total.count.any())
+        ]
+        if empty:
+            raise MisconfigurationException(
+                f"{self._name}: the batches of train_dataloader() have no value of the {', '.join(empty)} to collect "
+                "statistics from: all are masked, NaN or no data"
+            )
         samples = max(online.samples for online in self._fresh if online.learns)
         rank_zero_info(f"{self._name}: input statistics of {samples} samples are collected")
         return self._fresh

@@ -147,6 +147,23 @@ def test_the_progress_bar_is_that_of_the_trainer(
 def test_what_teaches_nothing_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match='RawData: mode="fixed" has constants'):
         RawData(InputNorm(3, mode="fixed", mean=[0.5] * 3, std=[0.2] * 3)).collect_input_statistics()
+    data = RawData(InputNorm(3, nodata=255), (torch.full_like(IMAGES, 255), LABELS))
+    with pytest.raises(MisconfigurationException, match="have no value of the input to collect statistics from"):
+        data.collect_input_statistics()
+    with pytest.raises(MissingStatisticsError):
+        data.freeze_input_statistics()
+
+
+def test_frozen_statistics_let_nan_pass_as_evaluation_does(tmp_path: Path) -> None:
+    values, labels = raw_images(48)
+    values = values / 255
+    data, network = RawData(images=(values, labels)), SeeingNet()
+    data.collect_input_statistics()
+    data.freeze_input_statistics()
+    values[3, 1, 2, 2] = torch.nan
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(network, data)
+    assert torch.cat(network.seen["train"]).isnan().nonzero().tolist() == [[3, 1, 2, 2]]
+    torch.testing.assert_close(network.seen["train"][1], data.export_normalizer()(values[8:16]))
 
 
 # --- shares of ranks --------------------------------------------------------------------------------------------------

@@ -386,6 +386,45 @@ def test_examples_for_summaries_and_exports_are_not_training_data(tmp_path: Path
         assert data.input_statistics().count.tolist() == [48 * 36] * 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "targets"),
+    [
+        (InputNorm(1, key=[1]), torch.arange(48.0).view(48, 1)),
+        (InputNorm(1, key=(1,), channel_dim=None), torch.arange(48)),
+        (InputNorm(1, key="price"), torch.arange(48.0).view(48, 1)),
+        (InputNorm(1, key="price", channel_dim=None), 1000 * torch.arange(48.0)),
+        (InputNorm(1, key="price", channel_dim=None), torch.arange(48).short()),
+    ],
+    ids=["list", "path", "other channels", "other numbers", "other integers"],
+)
+def test_an_example_that_cannot_be_the_input_stays_as_it_is(
+    settings: InputNorm, targets: Tensor, tmp_path: Path
+) -> None:
+    class Example(LitNet):
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.example_seen = inputs
+            return self.model(inputs.float())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(IMAGES[:4].float()).sum()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    class Priced(RawData):
+        def train_dataloader(self) -> Any:
+            samples: list[Any] = [*zip(IMAGES, targets, strict=True)]
+            if settings.key == "price":
+                samples = [{"image": image, "price": price} for image, price in samples]
+            return DataLoader(samples, batch_size=8)  # type: ignore[arg-type]
+
+    network, data = Example(), Priced(settings)
+    network.example_input_array = IMAGES[:2]
+    data.collect_input_statistics()
+    trainer(tmp_path, enable_model_summary=True, max_epochs=1, limit_val_batches=0).fit(network, data)
+    assert torch.equal(network.example_seen, IMAGES[:2])
+
+
 def test_the_mixin_must_come_first() -> None:
     with pytest.raises(TypeError, match=r"class Late\(OnlineInputNormMixin, LightningDataModule\)"):
         type("Late", (L.LightningDataModule, OnlineInputNormMixin), {})

@@ -26,6 +26,19 @@ def recipe(title: str) -> dict[str, Any]:
     return names
 
 
+def features_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return a tensor to classify and labels, zeros where a recipe has none."""
+    labels = None
+    if not isinstance(batch, dict):
+        inputs, labels = batch
+    elif "spectrogram" in batch:
+        inputs = batch["spectrogram"].mean(2)
+    else:
+        inputs, labels = torch.cat([batch["image"].flatten(1), batch["radar"]["range"].flatten(1)], 1), batch["label"]
+    has_labels = labels is not None and labels.dtype == torch.long  # the second of two views is no label
+    return inputs, labels if has_labels else torch.zeros(len(inputs), dtype=torch.long)
+
+
 class Classifier(L.LightningModule):
     """A network for any input, which keeps the batches that it is given."""
 
@@ -36,8 +49,7 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.seen["train"].append(batch)
-        inputs, labels = (batch["spectrogram"].mean(2), None) if isinstance(batch, dict) else batch
-        labels = torch.zeros(len(inputs), dtype=torch.long) if labels is None else labels
+        inputs, labels = features_and_labels(batch)
         return cross_entropy(self.model(inputs.flatten(1)), labels)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -58,6 +70,23 @@ def test_every_recipe_of_the_page_is_run() -> None:
     assert [*RECIPES] == re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
     tested = re.findall(r'recipe\("(.*?)"\)', Path(__file__).read_text())
     assert {*tested} == {*RECIPES}
+
+
+def test_contrastive_views(tmp_path: Path) -> None:
+    images, labels = torch.randint(20, 200, (48, 3, 6, 6), generator=GENERATOR).byte(), torch.arange(48) % 2
+    data = recipe("Contrastive views")["Views"](images, labels, lambda views: views + 5 * (views > 100).byte())
+    network = fitted(data, tmp_path, torch.zeros(1, 108))
+    raw = (images + 5 * (images > 100)).double().movedim(1, 0).flatten(1) / 255
+    mean, std, count = data.input_statistics()
+    assert count.tolist() == [2 * 48 * 36] * 3
+    torch.testing.assert_close(mean, raw.mean(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(std, raw.std(1, correction=0), rtol=1e-12, atol=0)
+    for first, second in network.seen["train"]:
+        torch.testing.assert_close(first, second)  # the augmentation of the test has no chance in it
+        assert first.std(correction=0).item() == pytest.approx(0.58, rel=1e-3)
+    seen = torch.cat([batch[0] for batch in network.seen["eval"]])
+    torch.testing.assert_close(seen, data.export_normalizer()(images))
+    assert torch.equal(torch.cat([batch[1] for batch in network.seen["eval"]]), labels)
 
 
 def test_satellite_bands_with_no_data(tmp_path: Path) -> None:
@@ -114,6 +143,28 @@ def test_tables_with_categorical_columns(tmp_path: Path) -> None:
     beyond = rows[:1].clone()
     beyond[0, 0] = torch.inf
     assert data.export_normalizer()(beyond)[0, 0] == 10
+
+
+def test_image_plus_radar(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (48, 3, 6, 6), generator=GENERATOR).byte()
+    radar = torch.randn(48, 2, 9, generator=GENERATOR) * torch.tensor([[0.01], [3.0]]) + 40
+    silent = torch.rand(48, 2, 9, generator=GENERATOR) < 0.1
+    radar[silent] = torch.nan
+    samples = [{"image": images[row], "radar": {"range": radar[row]}, "label": row % 2} for row in range(48)]
+    data = recipe("Image plus radar")["Sensors"](samples)
+    network = fitted(data, tmp_path, torch.zeros(1, 126))
+    columns = radar.double().movedim(1, 0).flatten(1).numpy()
+    np.testing.assert_allclose(data.input_statistics("radar").mean, np.nanmean(columns, 1), rtol=1e-12)
+    np.testing.assert_allclose(data.input_statistics("radar").std, np.nanstd(columns, 1), rtol=1e-9)
+    pixels = images.double().movedim(1, 0).flatten(1) / 255
+    torch.testing.assert_close(data.input_statistics("image").mean, pixels.mean(1), rtol=1e-12, atol=0)
+    seen = {name: [batch[name] for batch in network.seen["eval"]] for name in ("image", "radar")}
+    echoes = torch.cat([part["range"] for part in seen["radar"]])
+    assert (echoes[silent] == 0).all()
+    wanted = 0.58 * (columns - np.nanmean(columns, 1)[:, None]) / np.nanstd(columns, 1)[:, None]
+    np.testing.assert_allclose(echoes.movedim(1, 0).flatten(1), np.nan_to_num(wanted), atol=2e-5)
+    torch.testing.assert_close(torch.cat(seen["image"]), data.export_normalizer("image")(images))
+    torch.testing.assert_close(data.denormalize(torch.cat(seen["image"]), "image"), images / 255)
 
 
 def test_targets_of_a_regression(tmp_path: Path) -> None:

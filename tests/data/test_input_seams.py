@@ -45,6 +45,34 @@ def test_floats_in_training_and_bytes_in_validation_are_told(tmp_path: Path) -> 
         trainer(tmp_path, num_sanity_val_steps=0).fit(SeeingNet(), data)
 
 
+@pytest.mark.parametrize("settings", [{}, {"clip": 2.0, "fill": 5.0}], ids=["plain", "clipped and filled"])
+def test_the_sanity_check_takes_an_infinity_as_validation_does(settings: dict[str, Any], tmp_path: Path) -> None:
+    values = IMAGES / 255
+    validation = values.clone()
+    validation[3, 1, 2, 2], validation[4, 0, 0, 0] = -torch.inf, torch.nan
+    network = SeeingNet()
+    data = Augmented(values, validation, scale=0.5, **settings)
+    run = trainer(tmp_path, max_epochs=1, num_sanity_val_steps=1, limit_val_batches=1)
+    run.fit(network, data)
+    others = torch.ones(8, 3, 6, 6, dtype=torch.bool)
+    others[3, 1, 2, 2] = others[4, 0, 0, 0] = False
+    for seen in network.seen["eval"]:
+        assert seen[3, 1, 2, 2] == (-1.0 if settings else -torch.inf)
+        assert seen[others].isfinite().all()
+        assert seen[4, 0, 0, 0].isnan() if not settings else seen[4, 0, 0, 0] == 5
+    checked = network.seen["eval"][0][:, 1].double()[others[:, 1]]
+    raw = validation[:8, 1].double()[others[:, 1]]
+    expected = (raw - raw.mean()) / (raw.var(correction=0) + 1e-5).sqrt() * 0.5
+    torch.testing.assert_close(checked, expected.clamp(-1, 1) if settings else expected, rtol=0, atol=1e-5)
+
+
+def test_a_fault_in_the_sanity_check_says_so(tmp_path: Path) -> None:
+    wide = IMAGES.long()
+    data = Augmented(wide, wide + 2**40)
+    with pytest.raises(InputError, match=r"^the sanity check normalises each batch by itself: .* beyond 32 bits"):
+        trainer(tmp_path, num_sanity_val_steps=1, limit_val_batches=1).fit(SeeingNet(), data)
+
+
 def test_bytes_in_training_and_wider_integers_in_a_test_are_refused(tmp_path: Path) -> None:
     data, network = Augmented(IMAGES, IMAGES.short()), SeeingNet()
     run = trainer(tmp_path, limit_val_batches=0)

@@ -229,9 +229,27 @@ def test_masks_must_be_as_many_as_places() -> None:
     ):
         InputNorm(3, key=[0, 1], mask_key=[2])
     with pytest.raises(
-        ValueError, match=re.escape("mask_key=[2, 3] must have a mask for each place of the input in evaluation, 0")
+        ValueError,
+        match=re.escape(
+            "mask_key=[2, 3] must have a mask for each place of the input in evaluation, 0. Give eval_mask"
+        ),
     ):
         InputNorm(3, key=[0, 1], mask_key=[2, 3], eval_key=0)
+
+
+@pytest.mark.parametrize("mask_key", ["mask", ["mask"]], ids=["one", "list"])
+def test_evaluation_without_the_masks_of_training_is_told_what_to_do(mask_key: Any, tmp_path: Path) -> None:
+    mask = torch.rand(48, 1, 6, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    training = [{"image": image, "mask": own} for image, own in batches(FIRST, mask)]
+    evaluation: list[dict[str, Any]] = [{"image": image} for image in FIRST.split(8)]
+    settings = InputNorm(3, key=["image"] if isinstance(mask_key, list) else "image", mask_key=mask_key)
+    with pytest.raises(TypeError, match=r"mask_key='mask'\) leads nowhere .* Where these have none, put None there"):
+        fit(Views(settings, made(training), made(evaluation)), tmp_path, lambda batch: batch["image"])
+    for batch in evaluation:
+        batch["mask"] = None
+    data = Views(settings, made(training), made(evaluation))
+    kept = fit(data, tmp_path, lambda batch: batch["image"])
+    torch.testing.assert_close(kept["eval"][0]["image"], data.export_normalizer()(FIRST[:8]))
 
 
 def test_a_tensor_is_no_container() -> None:
@@ -307,6 +325,30 @@ def test_training_misses_no_place(tmp_path: Path) -> None:
         TypeError, match=re.escape("InputNorm(key=1) leads nowhere in a batch that is a list of (Tensor)")
     ):
         fit(Views(InputNorm(3, key=[0, 1]), made(batches(FIRST))), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("selected", "mask", "message"),
+    [
+        ((FIRST[:8], FIRST[:8]), None, "select_input must return a tensor, a list of tensors, or None, got a tuple"),
+        (FIRST[:8].numpy(), None, "select_input must return .* got a ndarray"),
+        (FIRST[:8], "m", "select_mask must return .* got a str"),
+        ([FIRST[:8], FIRST[:8]], [None], "select_mask must return a mask for each place of the input, 2, got 1"),
+    ],
+    ids=["tuple", "array", "mask", "number of masks"],
+)
+def test_overridden_methods_that_return_no_tensors_are_refused(
+    selected: Any, mask: Any, message: str, tmp_path: Path
+) -> None:
+    class Own(Views):
+        def select_input(self, batch: Any) -> Any:
+            return selected
+
+        def select_mask(self, batch: Any) -> Any:
+            return mask
+
+    with pytest.raises(TypeError, match=message):
+        fit(Own(InputNorm(3), made(batches(FIRST, SECOND))), tmp_path)
 
 
 def test_overridden_methods_give_and_take_lists_of_tensors(tmp_path: Path) -> None:

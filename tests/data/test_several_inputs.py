@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_revbn import InputNorm, OnlineInputNormMixin
+from lightning_revbn.core import input_learner
 from lightning_revbn.core.input_norm import InputError, MissingStatisticsError, OnlineStandardizer
 
 RGB = raw_images(48)[0]
@@ -159,6 +160,49 @@ def test_a_fault_in_one_input_names_it_and_no_input_learns_the_batch(tmp_path: P
     assert data.input_statistics("radar").count.tolist() == [16 * 9] * 2
     with pytest.raises(InputError, match="input 'rgb': the input has shape"):
         fitted(tmp_path, Sensors({**SETTINGS, "rgb": InputNorm(4)}))
+
+
+@pytest.mark.parametrize("is_collected", [False, True], ids=["fit", "pass"])
+def test_a_fault_that_is_told_later_names_its_input_and_no_input_learns_the_batch(
+    is_collected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_learner, "_answers_at_once", lambda device: False)
+    radar = RADAR.clone()
+    radar[20, 1, 3] = torch.nan
+    data = Sensors(radar=radar)
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=0, log_every_n_steps=50)
+    with pytest.raises(InputError, match=r"^input 'radar': NaN or infinity in a training batch"):
+        data.collect_input_statistics() if is_collected else run.fit(Net(), data)
+    if not is_collected:
+        assert data.input_statistics("radar").count.tolist() == [40 * 9] * 2
+        assert data.input_statistics("rgb").count.tolist() == [40 * 36] * 3
+
+
+def test_freezing_names_the_input_that_cannot_and_changes_the_others(tmp_path: Path) -> None:
+    data = Sensors({**SETTINGS, "rgb": InputNorm(3, freeze_after=8)})
+    with pytest.raises(MissingStatisticsError, match=r"^input 'rgb': there are no input statistics yet"):
+        data.freeze_input_statistics()
+    data.collect_input_statistics()
+    data.freeze_input_statistics()
+    with pytest.raises(RuntimeError, match=r"^input 'rgb': freeze_after=8 keeps the statistics"):
+        data.unfreeze_input_statistics()
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(Net(), data)
+    assert data.input_statistics("rgb").count.tolist() == [8 * 36] * 3
+    assert data.input_statistics("radar").count.tolist() == [2 * 48 * 9] * 2
+
+
+def test_a_warning_names_the_input_whose_numbers_are_others(tmp_path: Path) -> None:
+    data = Sensors()
+    data.collect_input_statistics()
+    for batch in data.batches:
+        batch["sensors"] = [1e6 * batch["sensors"][0], "near"]
+    with pytest.warns(UserWarning, match=r"^input 'radar': a batch of evaluation .* is made of other numbers"):
+        trainer(tmp_path).validate(Net(), data, verbose=False)
+
+
+def test_an_only_input_is_asked_for_by_its_name() -> None:
+    with pytest.raises(ValueError, match="the only input has a name, 'rgb': name it, got None"):
+        Sensors({"rgb": InputNorm(3)}).input_statistics()
 
 
 def test_evaluation_before_training_names_what_to_do(tmp_path: Path) -> None:

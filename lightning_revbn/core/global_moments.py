@@ -135,6 +135,7 @@ def measure(
     mask: Tensor | None = None,
     ignore_nan: bool = False,
     compile: bool = False,
+    chosen: Tensor | None = None,
 ) -> RankBatch:
     """Measure this rank's part of a batch.
 
@@ -148,19 +149,20 @@ def measure(
         mask: True where values count; broadcast to the shape of `values`.
         ignore_nan: Whether NaN is left out.
         compile: Whether 8-bit integers are added by a compiled kernel.
+        chosen: True for the channels to measure, shape `(C,)`; others have count 0, whatever they hold. None is all.
 
     Returns:
         What this rank knows.
     """
     if values.device.type == "mps":  # has no float64
-        values, mask = values.cpu(), None if mask is None else mask.cpu()
+        values, mask, chosen = values.cpu(), _on_cpu(mask), _on_cpu(chosen)
     own = Kind.of(values)
     mixed = Kind.UNKNOWN not in (own, kind) and own is not kind
     if mixed or own is Kind.UNKNOWN:
         channels = 1 if channel_dim is None else values.shape[channel_dim]
         body, beyond = _no_body(kind, channels, values.device), None
     else:
-        body, beyond = sums_or_moments(values, channel_dim, mask, ignore_nan, compile)
+        body, beyond = sums_or_moments(values, channel_dim, mask, ignore_nan, compile, chosen)
     known = [_count_samples(values, channel_dim), 0, 0, mixed, own]
     header = torch.tensor(known, dtype=torch.float64, device=values.device)
     if beyond is not None:
@@ -234,6 +236,10 @@ def global_moments(
     """
     (batch,) = share([measure(values, channel_dim, kind, mask, ignore_nan, compile)], group, ranks)
     return batch
+
+
+def _on_cpu(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.cpu()
 
 
 def _no_body(agreed: Kind, channels: int, device: torch.device) -> Tensor:

@@ -83,15 +83,17 @@ def _equal(values: Tensor, number: float) -> Tensor:
 
 @dataclass(frozen=True)
 class InputMasks:
-    """Which values of one batch count, and which stay; both broadcast to the batch, and None stands for all values.
+    """Which values of one batch count, and which stay; all broadcast to the batch, and None stands for all values.
 
     Attributes:
-        counted: True where a value adds to the statistics, unless it is NaN.
+        valid: True where a value is data, in channels that are left alone too.
         kept: True where the result is the normalised value, or the value itself in a channel that is left alone.
+        chosen: True for the channels that are normalised.
     """
 
-    counted: Tensor | None
+    valid: Tensor | None
     kept: Tensor | None
+    chosen: Tensor | None = None
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor | None, settings: InputNorm) -> "InputMasks":
@@ -111,14 +113,19 @@ class InputMasks:
             shape = [1] * values.dim()
             shape[settings.channel_dim] = -1
             chosen = chosen.view(shape)
-        kept = kept_values(values, valid, settings.fill is not None, chosen)
-        if chosen is None:
-            return cls(valid, kept)
-        return cls(chosen if valid is None else valid & chosen, kept)
+        return cls(valid, kept_values(values, valid, settings.fill is not None, chosen), chosen)
+
+    @property
+    def counted(self) -> Tensor | None:
+        """True where a value adds to the statistics, unless it is NaN."""
+        if self.valid is None or self.chosen is None:
+            return self.chosen if self.valid is None else self.valid
+        return self.valid & self.chosen
 
     @property
     def compared(self) -> Tensor | None:
         """True where a result is that of a value that counts."""
-        if self.counted is None or self.kept is None:
-            return self.kept if self.counted is None else self.counted
-        return self.counted & self.kept
+        counted = self.counted
+        if counted is None or self.kept is None:
+            return self.kept if counted is None else counted
+        return counted & self.kept

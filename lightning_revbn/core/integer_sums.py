@@ -18,13 +18,16 @@ _ROW = 256
 """How many squares of 8-bit integers float32 adds exactly: 256 * 255^2 < 2^24."""
 
 
-def integer_sums(view: ChannelView, valid: ChannelView | None, compile: bool) -> tuple[Tensor, Tensor]:
+def integer_sums(
+    view: ChannelView, valid: ChannelView | None, compile: bool, chosen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Add up integers per channel.
 
     Args:
         view: Integers or booleans of any width.
         valid: Where the mask of the same view is False, a value is left out.
         compile: Whether 8-bit integers are added by a compiled kernel.
+        chosen: True for the channels whose sums are used, shape `(C,)`; those of others mean nothing.
 
     Returns:
         Count, sum, sum of squares modulo 2^64, and its upper half, int64, shape `(4, C)`; and whether a value lies
@@ -45,6 +48,8 @@ def integer_sums(view: ChannelView, valid: ChannelView | None, compile: bool) ->
                 piece = torch.where(keep, piece if piece.dtype != torch.bool else piece.byte(), 0)
             if piece.element_size() > 2:
                 piece = piece.long()
+                if chosen is not None:  # what nobody adds up may lie beyond 32 bits
+                    piece = piece * view.spread(chosen.long(), part)
                 least, greatest = torch.aminmax(piece)
                 beyond |= (least < -(2**31)) | (greatest > 2**31)
             columns = (count, *_sums_of_piece(piece, add_bytes))

@@ -132,7 +132,12 @@ def moments(
 
 
 def sums_or_moments(
-    values: Tensor, channel_dim: int | None, mask: Tensor | None, ignore_nan: bool, compile: bool
+    values: Tensor,
+    channel_dim: int | None,
+    mask: Tensor | None,
+    ignore_nan: bool,
+    compile: bool,
+    chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Measure values as they can be merged without loss: integers by exact sums, floating-point values by moments.
 
@@ -142,6 +147,7 @@ def sums_or_moments(
         mask: True where values count; broadcast to the shape of `values`.
         ignore_nan: Whether NaN is left out.
         compile: Whether 8-bit integers are added by a compiled kernel.
+        chosen: True for the channels to measure, shape `(C,)`; others have count 0, whatever they hold. None is all.
 
     Returns:
         The sums of `integer_sums`, int64, or count, mean, rest and m2, float64, shape `(4, C)`; and for integers
@@ -155,8 +161,11 @@ def sums_or_moments(
     view = channel_view(tidy, channel_dim)
     valid = None if mask is None else channel_view(mask.expand(values.shape), channel_dim, like=tidy)
     if is_float:
-        return torch.stack(_float_moments(view, valid, ignore_nan).astuple()), None
-    return integer_sums(view, valid, compile)
+        table, beyond = torch.stack(_float_moments(view, valid, ignore_nan).astuple()), None
+    else:
+        table, beyond = integer_sums(view, valid, compile, chosen)
+    # To measure a channel and forget it is cheaper than a mask. No channel touches another, not by NaN either.
+    return table if chosen is None else torch.where(chosen, table, 0), beyond
 
 
 def join(count: Tensor, mean: Tensor, rest: Tensor, m2: Tensor) -> Moments:

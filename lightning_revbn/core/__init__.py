@@ -26,6 +26,7 @@ Input normalisation
     input_statistics    what training batches have told
     input_state         the same in a checkpoint, and which states are refused
     input_masks         which values of a batch count, and which are replaced
+    keep_rules          the same by arithmetic, piece by piece while a piece is in the cache
     input_comparison    batches of evaluation beside the training data
     input_checks        which batches are refused, and what the error says
     input_advice        what the user is told about the data

@@ -24,6 +24,7 @@ import torch.distributed
 from torch import Tensor
 
 from lightning_revbn.core.integer_sums import moments_of_sums
+from lightning_revbn.core.keep_rules import KeepRules
 from lightning_revbn.core.moments import Kind, Moments, join, sums_or_moments
 
 __all__ = ["GlobalBatch", "RankBatch", "gather", "global_moments", "measure", "share"]
@@ -136,6 +137,7 @@ def measure(
     ignore_nan: bool = False,
     compile: bool = False,
     chosen: Tensor | None = None,
+    nodata: Sequence[float] = (),
 ) -> RankBatch:
     """Measure this rank's part of a batch.
 
@@ -150,6 +152,7 @@ def measure(
         ignore_nan: Whether NaN is left out.
         compile: Whether 8-bit integers are added by a compiled kernel.
         chosen: True for the channels to measure, shape `(C,)`; others have count 0, whatever they hold. None is all.
+        nodata: Numbers that stand for no value.
 
     Returns:
         What this rank knows.
@@ -162,7 +165,7 @@ def measure(
         channels = 1 if channel_dim is None else values.shape[channel_dim]
         body, beyond = _no_body(kind, channels, values.device), None
     else:
-        body, beyond = sums_or_moments(values, channel_dim, mask, ignore_nan, compile, chosen)
+        body, beyond = sums_or_moments(values, channel_dim, KeepRules(mask, nodata, ignore_nan), compile, chosen)
     known = [_count_samples(values, channel_dim), 0, 0, mixed, own]
     header = torch.tensor(known, dtype=torch.float64, device=values.device)
     if beyond is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_revbn.core.estimators import Estimate, estimator_of
 from lightning_revbn.core.global_moments import GlobalBatch, RankBatch, measure
 from lightning_revbn.core.input_checks import InputPart, check_input, refuse_faults
-from lightning_revbn.core.input_masks import InputMasks, chosen_channels, valid_values
+from lightning_revbn.core.input_masks import InputMasks, chosen_channels
 from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.input_state import SavedInput, read_state
 from lightning_revbn.core.input_statistics import InputStatistics, LearnedStatistics, MissingStatisticsError
@@ -193,10 +193,11 @@ class InputLearner:
             values,
             settings.channel_dim,
             self.learned.kind,
-            valid_values(values, part.mask, settings.nodata_values),
+            part.mask,
             settings.nan_policy == "ignore",
             settings.compile,
             chosen_channels(settings, values.device),
+            settings.nodata_values,
         )
 
     def _counted(self, parts: Sequence[InputPart]) -> list[InputPart]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_revbn.core.input_settings import InputNorm
+from lightning_revbn.core.keep_rules import KeepRules
 
-__all__ = ["InputMasks", "chosen_channels", "kept_values", "valid_values"]
+__all__ = ["InputMasks", "chosen_channels", "kept_by", "kept_values", "valid_values"]
 
 
 def valid_values(values: Tensor, mask: Tensor | None, nodata: list[float]) -> Tensor | None:
@@ -65,6 +66,21 @@ def chosen_channels(settings: InputNorm, device: torch.device | None = None) -> 
     if settings.channels is None:
         return None
     return torch.tensor([channel in settings.channels for channel in range(settings.num_features)], device=device)
+
+
+def kept_by(settings: InputNorm, mask: Tensor | None, device: torch.device) -> KeepRules:
+    """Return the rules by which values are not replaced after the normalisation.
+
+    Args:
+        settings: The settings.
+        mask: True where values count.
+        device: Where the values are.
+
+    Returns:
+        The rules; applied to whole tensors they are `InputMasks.kept`.
+    """
+    chosen = chosen_channels(settings, device)
+    return KeepRules(mask, settings.nodata_values, settings.fill is not None, None if chosen is None else ~chosen)
 
 
 def _equal(values: Tensor, number: float) -> Tensor:

@@ -28,7 +28,9 @@ from helpers.ranks import end_rank, join_process_group
 from helpers.raw import Collectives
 
 from lightning_revbn import InputNorm, OnlineInputNormMixin
+from lightning_revbn.core.input_checks import InputPart
 from lightning_revbn.core.input_norm import OnlineStandardizer
+from lightning_revbn.core.joint_training import InputParts, train_together
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SHAPE = (128, 3, 224, 224)
@@ -102,6 +104,61 @@ def speed(threads: int, rounds: int) -> None:
     ):
         print(f"{name:<20} / {other:<33} {ratio(times, name, other)}")
     print("medians: " + ", ".join(f"{name} {1e3 * statistics.median(own):.0f} ms" for name, own in times.items()))
+
+
+def settings_cost(threads: int, rounds: int) -> None:
+    """Print what settings and several places cost, against mode batch without them on values of the same size."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(65536, 64, generator=generator)
+    table[:, 32:] = (table[:, 32:] > 1).float()  # one-hot columns
+    scenes = torch.randint(100, 3000, (16, 4, 256, 256), generator=generator).short()
+    holes = scenes.clone()
+    holes[..., :51] = -9999  # a fifth, at the edge of the swath
+    images = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
+    inputs = [OnlineStandardizer(InputNorm(3)) for _ in range(3)]
+    times = in_turns(
+        {
+            "table": training(64, [table]),
+            "table, channels": training(64, [table], channels=range(32)),
+            "table, clip": training(64, [table], clip=10.0),
+            "rasters": training(4, [scenes]),
+            "rasters, nodata": training(4, [holes], nodata=-9999),
+            "float rasters": training(4, [scenes.float()]),
+            "float rasters, nodata": training(4, [holes.float()], nodata=-9999),
+            "images": training(3, [images]),
+            "images, two views": training(3, [*images.chunk(2)]),
+            "images, three inputs": lambda: train_inputs(inputs, [[part] for part in images.chunk(3)]),
+        },
+        rounds,
+    )
+    print(f"settings, {threads} thread(s), {rounds} rounds, ratio in one round: float32 {shape_of(table)}, ", end="")
+    print(f"int16 {shape_of(scenes)}, uint8 {shape_of(images)}")
+    for name in times:
+        plain = name.split(", ")[0]
+        if name != plain:
+            print(f"{name:<21} / {plain:<13} {ratio(times, name, plain)}")
+    print("medians: " + ", ".join(f"{name} {1e3 * statistics.median(own):.0f} ms" for name, own in times.items()))
+
+
+def training(width: int, parts: list[Tensor], **settings: Any) -> Callable[[], object]:
+    """Return what trains on the parts of a batch, which lie at as many places."""
+    standardizer = OnlineStandardizer(InputNorm(width, **settings))
+    return lambda: train_inputs([standardizer], [parts])
+
+
+def train_inputs(standardizers: list[OnlineStandardizer], parts: list[list[Tensor]]) -> object:
+    """Train on a batch as the mixin does: some parts for each input."""
+    inputs = [
+        InputParts("", online, [InputPart(values) for values in own])
+        for online, own in zip(standardizers, parts, strict=True)
+    ]
+    return train_together(inputs, torch.float32, None, 1, torch.device("cpu"))
+
+
+def shape_of(values: Tensor) -> str:
+    """Return the shape of a tensor as text."""
+    return "x".join(map(str, values.shape))
 
 
 def peak_memory() -> None:
@@ -226,6 +283,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     for threads in (1, 2):
         speed(threads, arguments.rounds)
+        settings_cost(threads, arguments.rounds)
     # In a new process: reused memory of the measurements above would hide the peak.
     spawn = get_context("spawn")
     measured = spawn.Process(target=peak_memory)

@@ -35,6 +35,7 @@ Input normalisation
     input_statistics    the statistics of training batches, as tensors for a checkpoint
     input_state         the state in a checkpoint, and the states that are refused
     input_masks         which values of a batch count, and which are replaced
+    keep_rules          the same by arithmetic, piece by piece while a piece is in the cache
     input_comparison    batches of evaluation beside the training data
     input_checks        the batches that are refused, and their errors
     input_advice        hints for the user about the data

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ChannelView", "channel_view", "dense", "pieces"]
+__all__ = ["ChannelView", "Scratch", "channel_view", "dense", "pieces"]
 
 _CACHED = 5 << 17
 """Elements of a piece on a CPU, per thread: few enough for its caches, enough to be worth the calls."""
 _LAUNCHED = 1 << 23
-"""Elements of a piece on an accelerator, where the memory for intermediate values counts, not the cache."""
+"""Elements of a piece on an accelerator, where the memory for intermediate values counts, not the cache. Float32 counts
+twice as many exactly."""
 _NARROW = 64
 """Channels with fewer values side by side are joined to wide rows, since short loops are not worth their start."""
 
@@ -124,7 +125,8 @@ def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, s
     Yields:
         The index of each piece.
     """
-    size = elements or (int(_CACHED * torch.get_num_threads()) if part.device.type == "cpu" else _LAUNCHED)
+    cached = min(int(_CACHED * torch.get_num_threads()), _LAUNCHED)
+    size = elements or (cached if part.device.type == "cpu" else _LAUNCHED)
     outer, width, inner = part.shape
     if not part.numel():
         return
@@ -135,6 +137,29 @@ def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, s
     for row in range(0, outer, rows):
         for column in range(0, inner, columns):
             yield slice(row, row + rows), slice(None), slice(column, column + columns)
+
+
+class Scratch:
+    """Memory for one piece after another: to ask the system for new memory takes longer than to fill it."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def like(self, piece: Tensor, dtype: torch.dtype, name: str = "") -> Tensor:
+        """Return memory for a piece, with whatever it holds.
+
+        Args:
+            piece: The piece.
+            dtype: The dtype of the memory.
+            name: What tells it from other memory of that dtype that is in use; the same name gives the same memory.
+
+        Returns:
+            A contiguous tensor of the shape of the piece.
+        """
+        room = self._rooms.get((name, dtype))
+        if room is None or room.numel() < piece.numel():  # all pieces but the last have one size
+            room = self._rooms[name, dtype] = torch.empty(piece.numel(), dtype=dtype, device=piece.device)
+        return room[: piece.numel()].view(piece.shape)
 
 
 def _memory_order(values: Tensor) -> list[int]:

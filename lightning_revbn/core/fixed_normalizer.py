@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_revbn.core.channel_view import channel_view, dense, pieces
+from lightning_revbn.core.channel_view import ChannelView, Scratch, channel_view, dense, pieces
 from lightning_revbn.core.compiled import compile_once
 from lightning_revbn.core.input_masks import kept_values, valid_values
+from lightning_revbn.core.keep_rules import KeepRules, blank_
 
 __all__ = ["Constants", "FixedNormalizer", "arithmetic_dtype", "denormalize", "standardize"]
 
@@ -68,8 +69,16 @@ class Constants:
         """Return the constants on a device."""
         if self.mean.device == device:
             return self
-        rest, bound = (None if column is None else column.to(device) for column in (self.rest, self.bound))
-        return Constants(self.mean.to(device), rest, self.gain.to(device), bound)
+        return self._map(lambda column: column.to(device))
+
+    def spread(self, view: ChannelView, part: Tensor) -> "Constants":
+        """Return the constants so that they broadcast against a part of a view."""
+        return self._map(lambda column: view.spread(column, part))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Constants":
+        """Return changed constants."""
+        rest, bound = (None if column is None else change(column) for column in (self.rest, self.bound))
+        return Constants(change(self.mean), rest, change(self.gain), bound)
 
 
 def arithmetic_dtype(values: torch.dtype) -> torch.dtype:
@@ -90,7 +99,7 @@ def standardize(
     constants: Constants,
     channel_dim: int | None,
     dtype: torch.dtype,
-    mask: Tensor | None = None,
+    rules: KeepRules | None = None,
     compile: bool = False,
     fill: float = 0.0,
 ) -> Tensor:
@@ -101,9 +110,9 @@ def standardize(
         constants: Per channel, in the dtype of `arithmetic_dtype(values.dtype)`, on the device of `values`.
         channel_dim: Where the channels are. None takes all values as one channel.
         dtype: That of the result.
-        mask: Where it is False the result is `fill`; broadcast to the shape of `values`.
+        rules: Which values are kept; None is all.
         compile: Whether a compiled kernel does it; the result is the same to the bit.
-        fill: What the mask leaves out becomes.
+        fill: What the others become.
 
     Returns:
         A tensor of the same shape.
@@ -112,30 +121,53 @@ def standardize(
     if compile:
         columns = constants.mean, constants.rest, constants.gain, constants.bound
         result = compile_once(_standardize_in_one_kernel)(values, *columns, channel_dim, dtype)
-        return result if mask is None else result.masked_fill_(~mask, fill)
+        kept = None if rules is None else _kept(values, rules, channel_dim)
+        return result if kept is None else result.masked_fill_(~kept, fill)
     # With the strides of `values` the views of the result have the same shapes as the views of `values`, piece by
     # piece, and what is written into them arrives in the result.
     result = torch.empty_strided(values.shape, values.stride(), dtype=dtype, device=values.device)
     source = channel_view(values, channel_dim)
     target = channel_view(result, channel_dim)
-    exact = constants.mean.dtype == dtype
-    for from_part, to_part in zip(source.parts, target.parts, strict=True):
-        mean, gain = (source.spread(column, from_part) for column in (constants.mean, constants.gain))
-        optional = (constants.rest, constants.bound)
-        rest, bound = (None if column is None else source.spread(column, from_part) for column in optional)
+    masks = None if rules is None else rules.on(values, source, channel_dim)
+    scratch = Scratch()
+    for index, (from_part, to_part) in enumerate(zip(source.parts, target.parts, strict=True)):
+        spread = constants.spread(source, from_part)
         for at in pieces(from_part, None if values.device.type == "cpu" else values.numel()):
-            part = to_part[at]
-            # One copy into the precision of the arithmetic, then in place: each temporary costs a pass over memory.
-            work = part.copy_(from_part[at]) if exact else from_part[at].to(mean.dtype, copy=True)
-            work.sub_(mean)
-            if rest is not None:
-                work.sub_(rest)
-            work.mul_(gain)
-            if bound is not None:
-                work.clamp_(-bound, bound)
-            if not exact:
-                part.copy_(work)
-    return result if mask is None else result.masked_fill_(~mask, fill)
+            bits = None if masks is None else masks.kept_bits(index, at, constants.mean.dtype)
+            _standardize_piece(from_part[at], to_part[at], spread, bits, fill, scratch)
+    return result
+
+
+def _standardize_piece(
+    source: Tensor, target: Tensor, constants: Constants, bits: Tensor | None, fill: float, scratch: Scratch
+) -> None:
+    """Write a standardised piece, with `fill` where bits are not set; constants broadcast to it."""
+    dtype = constants.mean.dtype
+    exact = dtype == target.dtype
+    # One copy into the precision of the arithmetic, then in place: each temporary costs a pass over memory.
+    work = (target if exact else scratch.like(source, dtype)).copy_(source)
+    work.sub_(constants.mean)
+    if constants.rest is not None:
+        work.sub_(constants.rest)
+    work.mul_(constants.gain)
+    if constants.bound is not None:
+        work.clamp_(-constants.bound, constants.bound)
+    if bits is not None:
+        blank_(work, bits, fill if exact else 0.0)
+    if not exact:
+        target.copy_(work)
+        if bits is not None and fill:
+            target.masked_fill_(bits == 0, fill)  # rounded once, to the dtype of the result
+
+
+def _kept(values: Tensor, rules: KeepRules, channel_dim: int | None) -> Tensor | None:
+    """Return True where rules keep a value; broadcasts to the values. None if all are kept."""
+    chosen = None
+    if rules.spared is not None and channel_dim is not None:
+        shape = [1] * values.dim()
+        shape[channel_dim] = -1
+        chosen = ~rules.spared.view(shape)
+    return kept_values(values, valid_values(values, rules.mask, [*rules.nodata]), rules.drops_nan, chosen)
 
 
 def _standardize_in_one_kernel(

@@ -24,6 +24,7 @@ import torch.distributed
 from torch import Tensor
 
 from lightning_revbn.core.integer_sums import moments_of_sums
+from lightning_revbn.core.keep_rules import KeepRules
 from lightning_revbn.core.moments import Kind, Moments, join, sums_or_moments
 
 __all__ = ["GlobalBatch", "RankBatch", "gather", "global_moments", "measure", "share"]
@@ -135,6 +136,8 @@ def measure(
     mask: Tensor | None = None,
     ignore_nan: bool = False,
     compile: bool = False,
+    chosen: Tensor | None = None,
+    nodata: Sequence[float] = (),
 ) -> RankBatch:
     """Measure this rank's part of a batch.
 
@@ -148,19 +151,21 @@ def measure(
         mask: True where values count; broadcast to the shape of `values`.
         ignore_nan: Whether NaN is left out.
         compile: Whether 8-bit integers are added by a compiled kernel.
+        chosen: True for the channels to measure, shape `(C,)`; others have count 0, whatever they hold. None is all.
+        nodata: Numbers that stand for no value.
 
     Returns:
         What this rank knows.
     """
     if values.device.type == "mps":  # has no float64
-        values, mask = values.cpu(), None if mask is None else mask.cpu()
+        values, mask, chosen = values.cpu(), _on_cpu(mask), _on_cpu(chosen)
     own = Kind.of(values)
     mixed = Kind.UNKNOWN not in (own, kind) and own is not kind
     if mixed or own is Kind.UNKNOWN:
         channels = 1 if channel_dim is None else values.shape[channel_dim]
         body, beyond = _no_body(kind, channels, values.device), None
     else:
-        body, beyond = sums_or_moments(values, channel_dim, mask, ignore_nan, compile)
+        body, beyond = sums_or_moments(values, channel_dim, KeepRules(mask, nodata, ignore_nan), compile, chosen)
     known = [_count_samples(values, channel_dim), 0, 0, mixed, own]
     header = torch.tensor(known, dtype=torch.float64, device=values.device)
     if beyond is not None:
@@ -234,6 +239,10 @@ def global_moments(
     """
     (batch,) = share([measure(values, channel_dim, kind, mask, ignore_nan, compile)], group, ranks)
     return batch
+
+
+def _on_cpu(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.cpu()
 
 
 def _no_body(agreed: Kind, channels: int, device: torch.device) -> Tensor:

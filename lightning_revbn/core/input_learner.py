@@ -67,12 +67,7 @@ class InputLearner:
             check_input(*part, settings.channel_dim, settings.num_features)
         if not parts:
             return RankBatch.of_nothing(kind, settings.num_features, device or self.learned.samples.device)
-        ignore_nan = settings.nan_policy == "ignore"
-        measured = (
-            measure(values.detach(), settings.channel_dim, kind, mask, ignore_nan, settings.compile)
-            for values, mask in self._counted(parts)
-        )
-        return reduce(RankBatch.join, measured)
+        return reduce(RankBatch.join, map(self._measure, parts))
 
     def judge(self, batch: GlobalBatch, parts: Sequence[InputPart]) -> None:
         """Raise if a training batch has a fault that can be asked for now; nothing has been added by then.
@@ -192,6 +187,20 @@ class InputLearner:
     def move_to(self, device: torch.device) -> None:
         """Keep the statistics on a device from here on."""
         self.learned, self._faults = self.learned.to(device), self._faults.to(device)
+
+    def _measure(self, part: InputPart) -> RankBatch:
+        """Measure what this rank has at one place of a training batch."""
+        settings, values = self._settings, part.values.detach()
+        return measure(
+            values,
+            settings.channel_dim,
+            self.learned.kind,
+            part.mask,
+            settings.nan_policy == "ignore",
+            settings.compile,
+            chosen_channels(settings, values.device),
+            settings.nodata_values,
+        )
 
     def _counted(self, parts: Sequence[InputPart]) -> list[InputPart]:
         """Return parts with the masks of all values that count."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_revbn.core.input_settings import InputNorm
+from lightning_revbn.core.keep_rules import KeepRules
 
-__all__ = ["InputMasks", "chosen_channels", "kept_values", "valid_values"]
+__all__ = ["InputMasks", "chosen_channels", "kept_by", "kept_values", "valid_values"]
 
 
 def valid_values(values: Tensor, mask: Tensor | None, nodata: list[float]) -> Tensor | None:
@@ -67,6 +68,21 @@ def chosen_channels(settings: InputNorm, device: torch.device | None = None) -> 
     return torch.tensor([channel in settings.channels for channel in range(settings.num_features)], device=device)
 
 
+def kept_by(settings: InputNorm, mask: Tensor | None, device: torch.device) -> KeepRules:
+    """Return the rules by which values are not replaced after the normalisation.
+
+    Args:
+        settings: The settings.
+        mask: True where values count.
+        device: Where the values are.
+
+    Returns:
+        The rules; applied to whole tensors they are `InputMasks.kept`.
+    """
+    chosen = chosen_channels(settings, device)
+    return KeepRules(mask, settings.nodata_values, settings.fill is not None, None if chosen is None else ~chosen)
+
+
 def _equal(values: Tensor, number: float) -> Tensor:
     """Return where values are a number."""
     if values.is_floating_point():
@@ -83,15 +99,17 @@ def _equal(values: Tensor, number: float) -> Tensor:
 
 @dataclass(frozen=True)
 class InputMasks:
-    """Which values of one batch count, and which stay; both broadcast to the batch, and None stands for all values.
+    """Which values of one batch count, and which stay; all broadcast to the batch, and None stands for all values.
 
     Attributes:
-        counted: True where a value adds to the statistics, unless it is NaN.
+        valid: True where a value is data, in channels that are left alone too.
         kept: True where the result is the normalised value, or the value itself in a channel that is left alone.
+        chosen: True for the channels that are normalised.
     """
 
-    counted: Tensor | None
+    valid: Tensor | None
     kept: Tensor | None
+    chosen: Tensor | None = None
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor | None, settings: InputNorm) -> "InputMasks":
@@ -111,14 +129,19 @@ class InputMasks:
             shape = [1] * values.dim()
             shape[settings.channel_dim] = -1
             chosen = chosen.view(shape)
-        kept = kept_values(values, valid, settings.fill is not None, chosen)
-        if chosen is None:
-            return cls(valid, kept)
-        return cls(chosen if valid is None else valid & chosen, kept)
+        return cls(valid, kept_values(values, valid, settings.fill is not None, chosen), chosen)
+
+    @property
+    def counted(self) -> Tensor | None:
+        """True where a value adds to the statistics, unless it is NaN."""
+        if self.valid is None or self.chosen is None:
+            return self.chosen if self.valid is None else self.valid
+        return self.valid & self.chosen
 
     @property
     def compared(self) -> Tensor | None:
         """True where a result is that of a value that counts."""
-        if self.counted is None or self.kept is None:
-            return self.kept if self.counted is None else self.counted
-        return self.counted & self.kept
+        counted = self.counted
+        if counted is None or self.kept is None:
+            return self.kept if counted is None else counted
+        return counted & self.kept

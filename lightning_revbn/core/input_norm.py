@@ -17,7 +17,7 @@ from lightning_revbn.core.global_moments import GlobalBatch, share
 from lightning_revbn.core.input_checks import InputError, InputPart, check_input, check_kind
 from lightning_revbn.core.input_comparison import InputComparison
 from lightning_revbn.core.input_learner import InputLearner
-from lightning_revbn.core.input_masks import InputMasks
+from lightning_revbn.core.input_masks import kept_by
 from lightning_revbn.core.input_settings import RELU_STD, InputNorm
 from lightning_revbn.core.input_state import write_state
 from lightning_revbn.core.input_statistics import InputStatistics, MissingStatisticsError
@@ -280,7 +280,7 @@ class OnlineStandardizer:
 
     def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
         self._dims = values.dim()
-        kept = InputMasks.of(values, mask, self.settings).kept
-        dim, compile, fill = self.settings.channel_dim, self.settings.compile, self.settings.fill or 0.0
+        rules, settings = kept_by(self.settings, mask, values.device), self.settings
+        dim, compile, fill = settings.channel_dim, settings.compile, settings.fill or 0.0
         with torch.no_grad():
-            return standardize(values, constants, dim, dtype, kept, compile, fill)
+            return standardize(values, constants, dim, dtype, rules, compile, fill)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_revbn.core.channel_view import ChannelView, pieces
+from lightning_revbn.core.channel_view import ChannelView, Scratch, pieces
 from lightning_revbn.core.compiled import compile_once
+from lightning_revbn.core.keep_rules import PieceMasks
 
 __all__ = ["OUT_OF_RANGE", "integer_sums", "moments_of_sums"]
 
@@ -18,42 +19,51 @@ _ROW = 256
 """How many squares of 8-bit integers float32 adds exactly: 256 * 255^2 < 2^24."""
 
 
-def integer_sums(view: ChannelView, valid: ChannelView | None, compile: bool) -> tuple[Tensor, Tensor]:
+def integer_sums(
+    view: ChannelView, masks: PieceMasks | None, compile: bool, chosen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Add up integers per channel.
 
     Args:
         view: Integers or booleans of any width.
-        valid: Where the mask of the same view is False, a value is left out.
+        masks: Which values count; None is all.
         compile: Whether 8-bit integers are added by a compiled kernel.
+        chosen: True for the channels whose sums are used, shape `(C,)`; those of others mean nothing.
 
     Returns:
         Count, sum, sum of squares modulo 2^64, and its upper half, int64, shape `(4, C)`; and whether a value lies
         beyond 32 bits, so that the sums are wrong.
     """
     found: list[Tensor] = []
+    scratch = Scratch()
     beyond = torch.zeros((), dtype=torch.bool, device=view.parts[0].device)
     for index, part in enumerate(view.parts):
-        compiled = compile and valid is None and part.dtype in (torch.uint8, torch.int8)
+        compiled = compile and masks is None and part.dtype in (torch.uint8, torch.int8)
         add_bytes = compile_once(_byte_sums) if compiled else _ByteSums()
         for at in pieces(part, part.numel() if compiled else None):
             piece = part[at]
-            if valid is None:
+            if piece.element_size() > 2 or (masks is not None and piece.dtype == torch.uint16):
+                piece = piece.long()  # torch multiplies no uint16
+            if masks is None:
                 count = torch.full((part.shape[1],), piece.shape[0] * piece.shape[2], device=part.device)
             else:
-                keep = valid.parts[index][at]
-                count = keep.sum((0, 2))
-                piece = torch.where(keep, piece if piece.dtype != torch.bool else piece.byte(), 0)
+                piece = piece.byte() if piece.dtype == torch.bool else piece
+                kept = masks.kept(index, at, piece.dtype)
+                piece = torch.mul(piece, kept, out=scratch.like(piece, piece.dtype))
+                counts = scratch.like(piece, torch.float32).copy_(kept)
+                count = counts.sum((0, 2)).long()  # faster than integers, and exact for the values of a piece
             if piece.element_size() > 2:
-                piece = piece.long()
+                if chosen is not None:  # what nobody adds up may lie beyond 32 bits
+                    piece = piece * view.spread(chosen.long(), part)
                 least, greatest = torch.aminmax(piece)
                 beyond |= (least < -(2**31)) | (greatest > 2**31)
-            columns = (count, *_sums_of_piece(piece, add_bytes))
+            columns = (count, *_sums_of_piece(piece, add_bytes, scratch))
             found.append(torch.stack([view.fold(column).sum(0) for column in columns]))
     return torch.stack(found).sum(0), beyond
 
 
 def _sums_of_piece(
-    piece: Tensor, add_bytes: Callable[[Tensor], tuple[Tensor, Tensor]]
+    piece: Tensor, add_bytes: Callable[[Tensor], tuple[Tensor, Tensor]], scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sum, sum of squares modulo 2^64 and its upper half per column, by the fastest arithmetic that is exact."""
     if piece.element_size() > 2:
@@ -66,7 +76,8 @@ def _sums_of_piece(
     else:
         # float64 adds faster than int64, and whole numbers exactly up to 2^53: that is 2^21 squares of 16 bits. A piece
         # of one channel may have more.
-        exact = piece.double() if piece.shape[0] * piece.shape[2] <= 2**21 else piece.long()
+        fits = piece.shape[0] * piece.shape[2] <= 2**21
+        exact = scratch.like(piece, torch.float64 if fits else torch.int64, "exact").copy_(piece)
         total, squares = exact.sum((0, 2)).long(), exact.square_().sum((0, 2)).long()
     return total, squares, squares >> 32
 

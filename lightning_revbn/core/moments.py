@@ -12,8 +12,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from lightning_revbn.core.channel_view import ChannelView, channel_view, dense, pieces
+from lightning_revbn.core.channel_view import ChannelView, Scratch, channel_view, dense, pieces
 from lightning_revbn.core.integer_sums import OUT_OF_RANGE, integer_sums, moments_of_sums
+from lightning_revbn.core.keep_rules import KeepRules, PieceMasks, blank_
 
 __all__ = ["Kind", "Moments", "join", "moments", "sums_or_moments", "two_sum"]
 
@@ -125,23 +126,27 @@ def moments(
         >>> measured.mean.tolist(), measured.std.tolist()
         ([251.0, 2.0], [1.0, 2.0])
     """
-    table, beyond = sums_or_moments(values, channel_dim, mask, ignore_nan, compile=False)
+    table, beyond = sums_or_moments(values, channel_dim, KeepRules(mask, drops_nan=ignore_nan), compile=False)
     if beyond is not None and beyond:
         raise ValueError(OUT_OF_RANGE)
     return Moments(*(moments_of_sums(*table) if table.dtype == torch.int64 else table))
 
 
 def sums_or_moments(
-    values: Tensor, channel_dim: int | None, mask: Tensor | None, ignore_nan: bool, compile: bool
+    values: Tensor,
+    channel_dim: int | None,
+    rules: KeepRules,
+    compile: bool,
+    chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Measure values as they can be merged without loss: integers by exact sums, floating-point values by moments.
 
     Args:
         values: A tensor of any rank and real dtype.
         channel_dim: Where the channels are. None takes all values as one channel.
-        mask: True where values count; broadcast to the shape of `values`.
-        ignore_nan: Whether NaN is left out.
+        rules: Which values count.
         compile: Whether 8-bit integers are added by a compiled kernel.
+        chosen: True for the channels to measure, shape `(C,)`; others have count 0, whatever they hold. None is all.
 
     Returns:
         The sums of `integer_sums`, int64, or count, mean, rest and m2, float64, shape `(4, C)`; and for integers
@@ -153,10 +158,13 @@ def sums_or_moments(
         return torch.zeros(4, channels, dtype=torch.float64 if is_float else torch.int64, device=values.device), None
     tidy = dense(values)
     view = channel_view(tidy, channel_dim)
-    valid = None if mask is None else channel_view(mask.expand(values.shape), channel_dim, like=tidy)
+    masks = rules.on(tidy, view, channel_dim)
     if is_float:
-        return torch.stack(_float_moments(view, valid, ignore_nan).astuple()), None
-    return integer_sums(view, valid, compile)
+        table, beyond = torch.stack(_float_moments(view, masks).astuple()), None
+    else:
+        table, beyond = integer_sums(view, masks, compile, chosen)
+    # To measure a channel and forget it is cheaper than a mask. No channel touches another, not by NaN either.
+    return table if chosen is None else torch.where(chosen, table, 0), beyond
 
 
 def join(count: Tensor, mean: Tensor, rest: Tensor, m2: Tensor) -> Moments:
@@ -201,28 +209,28 @@ def two_sum(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return total, (first - (total - part)) + (second - part)
 
 
-def _float_moments(view: ChannelView, valid: ChannelView | None, ignore_nan: bool) -> Moments:
+def _float_moments(view: ChannelView, masks: PieceMasks | None) -> Moments:
     """Return the moments of floating-point values.
 
     Every piece is read again from its own mean, so that nothing cancels; it is in the cache by then. The mean of what
     is left is what the rounding of the mean has lost.
     """
     found: list[tuple[Tensor, ...]] = []
+    scratch = Scratch()
     for index, part in enumerate(view.parts):
         for at in pieces(part):
-            values = part[at].to(torch.float64, copy=True)
-            if valid is None and not ignore_nan:
+            values = scratch.like(part[at], torch.float64).copy_(part[at])
+            if masks is None:
                 number = values.shape[0] * values.shape[2]
                 mean = values.mean((0, 2))
                 rest = values.sub_(mean.view(1, -1, 1)).mean((0, 2))
                 count = torch.full_like(mean, number)
             else:
-                keep = ~values.isnan() if ignore_nan else torch.ones_like(values, dtype=torch.bool)
-                if valid is not None:
-                    keep &= valid.parts[index][at]
-                count = keep.sum((0, 2)).double()
-                mean = _divide(values.masked_fill_(~keep, 0.0).sum((0, 2)), count)
-                values.sub_(mean.view(1, -1, 1)).masked_fill_(~keep, 0.0)
+                bits = masks.kept_bits(index, at, torch.float64)
+                count = -bits.sum((0, 2)).double()
+                blank_(values, bits)
+                mean = _divide(values.sum((0, 2)), count)
+                blank_(values.sub_(mean.view(1, -1, 1)), bits)
                 rest = _divide(values.sum((0, 2)), count)
             m2 = (values.square_().sum((0, 2)) - count * rest.square()).clamp_(min=0)  # NaN stays NaN
             found.append(tuple(view.fold(column) for column in (count, *two_sum(mean, rest), m2)))

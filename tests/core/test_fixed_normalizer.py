@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_revbn import InputNorm
 from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, standardize
 from lightning_revbn.core.input_norm import OnlineStandardizer
+from lightning_revbn.core.keep_rules import KeepRules
 from lightning_revbn.core.moments import moments
 
 MEAN, GAIN = torch.tensor([100.3, 120.7, 90.1]).double(), torch.tensor([0.01, 0.02, 0.03]).double()
@@ -83,7 +84,7 @@ def test_a_large_mean_keeps_the_precision_of_the_values() -> None:
 def test_masked_values_become_zero_and_nothing_stays_nothing() -> None:
     values = torch.randint(0, 255, (4, 3, 20)).float()
     mask = torch.rand(4, 1, 20) < 0.5
-    result = standardize(values, constants(torch.float32), 1, torch.float32, mask)
+    result = standardize(values, constants(torch.float32), 1, torch.float32, KeepRules(mask))
     assert (result[~mask.expand_as(result)] == 0).all()
     torch.testing.assert_close(result.double(), expected(values, 1) * mask, rtol=1e-6, atol=1e-6)
     assert standardize(values[:0], constants(torch.float32), 1, torch.float32).shape == (0, 3, 20)

@@ -67,6 +67,25 @@ def test_bytes_that_are_left_out_are_not_divided_and_nothing_in_them_is_a_fault(
         table.train(values, mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_whatever_a_channel_that_is_left_out_holds_the_statistics_of_others_are_the_same_to_the_bit(
+    dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    values = IMAGES.to(dtype).contiguous(memory_format=memory_format)
+    some, everything = standardizer_of(3, channels=[0, 2]), standardizer_of(3)
+    normalised = everything.train(values)
+    odd = values.clone()
+    odd[:, 1] = {torch.uint8: 255, torch.int16: -(2**15), torch.int64: 2**60, torch.float32: torch.nan}[dtype]
+    if dtype.is_floating_point:
+        odd[0, 1] = torch.inf
+    assert torch.equal(some.train(odd)[:, ::2], normalised[:, ::2])
+    state, wanted = some.state_dict(), everything.state_dict()
+    for name in ("count", "mean", "rest", "m2"):
+        assert torch.equal(state[name][::2], wanted[name][::2])
+        assert state[name][1] == 0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_outliers_are_cut_in_standard_deviations_before_the_scale(mode: Any) -> None:
     values = TABLE.clone()

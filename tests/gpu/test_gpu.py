@@ -47,6 +47,7 @@ def test_the_rule_equals_permanent_groups_with_the_kernels_of_cuda(options: dict
     assert_same_parameters(first, second)
 
 
+@pytest.mark.two_gpus
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_two_gpus_train_and_are_measured_under_every_strategy(strategy: str, tmp_path: Path) -> None:
     run_ranks("gpus.py", strategy, tmp_path)

@@ -15,7 +15,7 @@ from helpers.scripts import ROOT, Done, run_python
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.page import page
-from benchmarks.gpu.parts import PARTS, Visit, run_limited
+from benchmarks.gpu.parts import PARTS, Visit, read_outcomes, run_limited
 
 CPU = {"kind": "cpu", "name": "a CPU", "python": "3", "torch": "2", "lightning": "2", "timm": None}
 CUDA = {**CPU, "kind": "cuda", "name": "a GPU", "memory_bytes": 2**36, "capability": "9.0", "cuda": "13"}
@@ -117,5 +117,21 @@ def test_a_figure_is_judged_by_its_limit_on_a_gpu_alone(value: float, device: di
     assert f"| mode batch | {value:.3f} (1.000 to 1.500) | 1.3 | {verdict} |" in text
 
 
-def test_the_parts_fit_into_four_minutes() -> None:
-    assert sum(part.seconds for part in PARTS) <= 240
+def test_a_part_has_no_more_time_than_is_left(tmp_path: Path) -> None:
+    (part,) = [part for part in PARTS if part.name == "tests"]
+    found = Visit("cpu", True, tmp_path, "two_ranks_learn", time.monotonic() + 6).run(part)
+    assert found["outcome"] == "ran out of time"
+    assert found["reason"] in ("the limit is 6 s", "the limit is 5 s")
+
+
+def test_tests_that_were_not_reached_are_told(tmp_path: Path) -> None:
+    written = tmp_path / "tests.json"
+    entries = [
+        {"chosen": ["first", "second", "third"]},
+        {"test": "first", "outcome": "passed", "seconds": 1.0, "reason": ""},
+        {"test": "second", "outcome": "failed", "seconds": 1.0, "reason": "1 is not 2"},
+    ]
+    written.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    found = read_outcomes(written)
+    assert (found["passed"], [entry["test"] for entry in found["failed"]]) == (["first"], ["second"])
+    assert {"what": "third", "reason": "not reached"} in found["skipped"]

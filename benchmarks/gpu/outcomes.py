@@ -11,6 +11,11 @@ FILE = "REVBN_TEST_OUTCOMES"
 """The variable of the environment."""
 
 
+def pytest_collection_finish(session: Any) -> None:
+    """Write down which tests are to run."""
+    _write({"chosen": [item.nodeid for item in session.items]})
+
+
 def pytest_runtest_logreport(report: Any) -> None:
     """Write down a test: that it passed, or the phase that decided otherwise."""
     if report.when == "call" or report.outcome != "passed":

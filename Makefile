@@ -70,7 +70,7 @@ test-deepspeed: ## run the tests with DeepSpeed, on the CPU
 	$(MAKE) .venv-deepspeed/.deepspeed test VENV=.venv-deepspeed TEST_ARGS="-m deepspeed tests/processes/test_deepspeed.py"
 
 test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests that need a GPU, also those that need two
-	$(BIN)/python -m pytest -m gpu tests/gpu $(TEST_ARGS)
+	$(BIN)/python -m pytest -m gpu tests/gpu tests/research/test_paper_protocol.py $(TEST_ARGS)
 
 clean: ## remove what the targets made
 	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers docs/_build demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output outputs multirun examples/*_output

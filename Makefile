@@ -10,11 +10,12 @@ TEST_ARGS ?=
 TEST_JOBS ?= 2
 MATRIX_ARGS ?=
 KILL_ARGS ?=
+GPU_ARGS ?=
 OPTIMIZERS_ARGS ?=
 FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench matrix optimizers kill-and-resume fuzz docs test-lowest test-deepspeed test-gpu clean
+.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz docs test-lowest test-deepspeed test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -42,6 +43,9 @@ bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ra
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/input_norm.py
 
+gpu: ## test and measure on one GPU in four minutes, with what $(PYTHON) has: nothing is installed (GPU_ARGS="--device cpu --small")
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --output build/gpu $(GPU_ARGS)
+
 matrix: $(VENV)/.examples $(VENV)/.test ## train with every strategy, precision and loop, and print what became of each combination
 	$(BIN)/python benchmarks/matrix.py $(MATRIX_ARGS)
 
@@ -65,8 +69,8 @@ test-lowest: ## run all tests at the lowest versions the package states
 test-deepspeed: ## run the tests with DeepSpeed, on the CPU
 	$(MAKE) .venv-deepspeed/.deepspeed test VENV=.venv-deepspeed TEST_ARGS="-m deepspeed tests/processes/test_deepspeed.py"
 
-test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests that need a GPU, some of them two
-	$(BIN)/python -m pytest -m gpu tests/gpu $(TEST_ARGS)
+test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests that need a GPU, also those that need two
+	$(BIN)/python -m pytest -m gpu tests/gpu tests/research/test_paper_protocol.py $(TEST_ARGS)
 
 clean: ## remove what the targets made
 	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers docs/_build demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output outputs multirun examples/*_output

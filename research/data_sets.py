@@ -98,7 +98,9 @@ class Batches:
         if self.order is None:
             yield from zip(self.samples.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
             return
-        for chosen in torch.randperm(len(self.labels), generator=self.order).split(self.batch_size):
+        # The order is the same wherever the samples are, and goes to a GPU once a pass.
+        order = torch.randperm(len(self.labels), generator=self.order).to(self.labels.device)
+        for chosen in order.split(self.batch_size):
             yield self.samples[chosen], self.labels[chosen]
 
 
@@ -128,14 +130,18 @@ class Data(L.LightningDataModule):
         return [Batches(split, EVALUATED_AT_ONCE) for split in self.evaluated]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return a batch as it is if the device is the CPU, since Lightning's search for its tensors takes time."""
-        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        """Return a batch as it is if it is on the device, since Lightning's search for its tensors takes time."""
+        return (
+            batch
+            if device.type == batch[0].device.type
+            else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mirror training images."""
         images, labels = batch
         if self.flip and self.trainer.training:
-            mirrored = torch.rand(len(images)) < 0.5
+            mirrored = torch.rand(len(images), device=images.device) < 0.5
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         return images, labels
 
@@ -157,17 +163,21 @@ def standardize(splits: Sequence[Split]) -> list[Split]:
     return [(((samples.double() - mean) / std).float(), labels) for samples, labels in splits]
 
 
-def make_data(splits: Sequence[Split], input_norm: str, **options: Any) -> Data:
+def make_data(splits: Sequence[Split], input_norm: str, device: str = "cpu", **options: Any) -> Data:
     """Return the data of a run.
 
     Args:
         splits: The result of `load`.
         input_norm: As in `Arm`.
+        device: The device that holds all samples.
         options: Other arguments of `Data`.
 
     Returns:
         The data module.
     """
+    if input_norm != "batch":
+        splits = standardize(to_unit(splits)) if input_norm == "dataset" else to_unit(splits)
+    held = [(samples.to(device), labels.to(device)) for samples, labels in splits]
     if input_norm == "batch":
-        return OnlineData(splits, input_norm=InputNorm(splits[0][0].shape[1]), **options)
-    return Data(standardize(to_unit(splits)) if input_norm == "dataset" else to_unit(splits), **options)
+        return OnlineData(held, input_norm=InputNorm(held[0][0].shape[1]), **options)
+    return Data(held, **options)

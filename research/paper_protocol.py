@@ -3,11 +3,14 @@
     python research/paper_protocol.py digits
     python research/paper_protocol.py digits --arms baseline scale=0.1 scale=1,scale_lr_divisor=1,eps=1e-3
     python research/paper_protocol.py fashion-mnist --train-images 5000 --epochs 30 --seeds 8
-    python research/paper_protocol.py cifar10 --network resnet18 --data-dir data --epochs 180 --accelerator gpu
+    python research/paper_protocol.py cifar10 --network resnet18 --data-dir data --epochs 180 --device cuda
+    python research/paper_protocol.py fashion-mnist --network resnet18 --epochs 30 --device cuda --minutes 9 --jobs 1 \
+        --arms baseline scale=0.1 scale=1,scale_lr_divisor=1,shift_lr_multiplier=10,eps=1e-3
 
 Every run has a directory with its learning curves, `metrics.csv`, and a `result.json`, which is written when the run is
 finished. A second call of the same command trains only missing runs. A failed run is named at the end and stops no
-other run. `lightning-revbn compare` reads the same curves.
+other run. `lightning-revbn compare` reads the same curves. With `--minutes`, a call ends
+before a run that would take longer, and the next call goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import csv
 import json
 import logging
+import math
 import os
 import shutil
 import statistics
@@ -23,7 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,7 @@ ARMS = ("baseline", "scale=1", "scale=0.5", "scale=0.25", "scale=0.1")
 HEAD_INITS = ("paper", "torch")
 OPTIMIZERS = {"sgd": (0.1, 1e-4), "adamw": (1e-3, 1e-2)}
 """Default learning rate and weight decay: the paper's for SGD, torch's for AdamW."""
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 SIGNIFICANT = 0.05
 
 
@@ -66,6 +71,8 @@ class Settings:
         optimizer: A key of `OPTIMIZERS`.
         learning_rate: Rate at the start of the cosine schedule.
         weight_decay: Decay of the weights of convolutions and linear layers only.
+        precision: The precision of the Trainer.
+        compile: Whether `torch.compile` compiles the network.
     """
 
     data: str
@@ -79,6 +86,19 @@ class Settings:
     optimizer: str
     learning_rate: float
     weight_decay: float
+    precision: str = "32-true"
+    compile: bool = False
+
+    @property
+    def holds_data_on_gpu(self) -> bool:
+        """Whether all samples are on the GPU, rather than on their way to it batch by batch."""
+        return self.accelerator in ("gpu", "cuda")
+
+
+SETTINGS_SINCE: dict[str, Any] = {
+    field.name: field.default for field in fields(Settings) if field.default is not MISSING
+}
+"""Settings that runs of the past do not have, with what they were."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +149,12 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
         head_init=settings.head_init,
         optimizer=settings.optimizer,
     )
+    if settings.compile:
+        network.compile()
     data = make_data(
         splits,
         run.arm.input_norm,
+        "cuda" if settings.holds_data_on_gpu else "cpu",
         batch_size=settings.batch_size,
         seed=derive_seed(run.seed),
         flip=settings.data == "cifar10",
@@ -139,6 +162,7 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
     trainer = L.Trainer(
         accelerator=settings.accelerator,
         devices=1,
+        precision=settings.precision,  # pyright: ignore[reportArgumentType] # one of those that the parser takes
         max_epochs=settings.epochs,
         callbacks=[*run.callbacks(), recorder],
         logger=False,
@@ -167,6 +191,48 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
     return result
 
 
+class OutOfTimeError(Exception):
+    """A run would not end in time."""
+
+
+@dataclass
+class TimeLimit:
+    """When no run is to be trained any more.
+
+    Attributes:
+        end: As `time.time()` tells it, which all processes share.
+        left: How many runs were left for another call.
+    """
+
+    end: float
+    left: int = 0
+
+
+def train_in_time(run: Run, directory: Path, end: float) -> dict[str, Any]:
+    """Train one network, if it will be finished in time, as far as the process knows from its runs before.
+
+    Args:
+        run: Which one.
+        directory: Its own.
+        end: When it must be finished.
+
+    Returns:
+        The result.
+
+    Raises:
+        OutOfTimeError: If there is no time for it.
+    """
+    if time.time() + max(_SECONDS, default=0.0) > end:
+        raise OutOfTimeError
+    result = train(run, directory)
+    _SECONDS.append(result["seconds"])
+    return result
+
+
+_SECONDS: list[float] = []
+"""How long the runs of this process took."""
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
     part = path.with_name(f".{path.name}.part")
@@ -191,6 +257,8 @@ def finished(run: Run, directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     result: dict[str, Any] = json.loads(file.read_text())
+    # A run that is older than a setting has the default of the setting.
+    result["settings"] = {**SETTINGS_SINCE, **result["settings"]}
     ours = json.loads(json.dumps(asdict(run)))  # as JSON has it, with lists for tuples
     different = [name for name in ours["settings"] if ours["settings"][name] != result["settings"].get(name)]
     if different:
@@ -202,7 +270,9 @@ def finished(run: Run, directory: Path) -> dict[str, Any] | None:
     return result
 
 
-def train_missing(runs: Sequence[Run], output: Path, jobs: int, console: Console) -> list[dict[str, Any]]:
+def train_missing(
+    runs: Sequence[Run], output: Path, jobs: int, console: Console, limit: TimeLimit | None = None
+) -> list[dict[str, Any]]:
     """Train every run that is not finished yet, several at a time, with a single progress bar.
 
     Args:
@@ -210,9 +280,10 @@ def train_missing(runs: Sequence[Run], output: Path, jobs: int, console: Console
         output: Directory of all runs.
         jobs: Number of processes; each trains one run after another.
         console: The console that shows the progress and the failed runs.
+        limit: The time after which no run begins; None trains all.
 
     Returns:
-        The results in the order of the runs, without failed runs.
+        The results in the order of the runs, without failed or postponed runs.
     """
     places = {run: output / run.name / f"seed_{run.seed:02}" for run in runs}
     results = {run: result for run in runs if (result := finished(run, places[run])) is not None}
@@ -222,11 +293,17 @@ def train_missing(runs: Sequence[Run], output: Path, jobs: int, console: Console
     failed: dict[Run, BaseException] = {}
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=prepare_worker)
     try:
-        futures: dict[Future[dict[str, Any]], Run] = {pool.submit(train, run, places[run]): run for run in missing}
+        end = math.inf if limit is None else limit.end
+        futures: dict[Future[dict[str, Any]], Run] = {
+            pool.submit(train_in_time, run, places[run], end): run for run in missing
+        }
         for future in track(as_completed(futures), "Training", total=len(futures), console=console):
             error = future.exception()
             if error is None:
                 results[futures[future]] = future.result()
+            elif isinstance(error, OutOfTimeError):
+                assert limit is not None
+                limit.left += 1
             else:
                 failed[futures[future]] = error
     finally:
@@ -239,9 +316,15 @@ def train_missing(runs: Sequence[Run], output: Path, jobs: int, console: Console
 def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a row per run; interruptions of the grid do not change the file."""
     scores = ("val_acc", "test_acc", "best_epoch", "best_val_acc", "best_test_acc")
+    left_out = {"data_dir", "accelerator"}
+    left_out |= {
+        name
+        for name, default in SETTINGS_SINCE.items()
+        if all(result["settings"].get(name, default) == default for result in results)
+    }
     rows = [
         {
-            **{name: value for name, value in result["settings"].items() if name not in ("data_dir", "accelerator")},
+            **{name: value for name, value in result["settings"].items() if name not in left_out},
             "arm": result["name"],
             **{name: result["arm"][name] for name in result["arm"]},
             "seed": result["seed"],
@@ -331,8 +414,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="(default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, metavar="LR", help="(default: 0.1 for SGD, 0.001 for AdamW)")
     add_run_options(parser, Path("protocol_output"))
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="cuda is --accelerator gpu --precision bf16-mixed; a GPU holds all images",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the Trainer (default: 32-true)")
+    parser.add_argument("--compile", action="store_true", help="compile the network")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="begin no run that would end later (default: no limit)"
+    )
     settings = parser.parse_args(arguments)
     check_run_options(parser, settings)
+    if settings.device is not None:
+        settings.accelerator = "gpu" if settings.device == "cuda" else "cpu"
+    if settings.precision is None:
+        settings.precision = "bf16-mixed" if settings.device == "cuda" else "32-true"
     if settings.data in ("digits", "mnist1d") and settings.train_images is not None:
         parser.error("--train-images is for fashion-mnist and cifar10")
     if settings.data == "cifar10" and settings.network == "cnn":
@@ -364,11 +461,15 @@ def grid(arguments: argparse.Namespace) -> list[Run]:
         optimizer=arguments.optimizer,
         learning_rate=rate if arguments.learning_rate is None else arguments.learning_rate,
         weight_decay=decay,
+        precision=arguments.precision,
+        compile=arguments.compile,
     )
     return [Run(shared, arm, seed) for seed in range(1, arguments.seeds + 1) for arm in arguments.arms]
 
 
-def finish(runs: Sequence[Run], results: Sequence[dict[str, Any]], output: Path, title: str, console: Console) -> None:
+def finish(
+    runs: Sequence[Run], results: Sequence[dict[str, Any]], output: Path, title: str, console: Console, left: int = 0
+) -> None:
     """Write the CSV of a grid and print the comparisons; end the program with an error if runs are missing.
 
     Args:
@@ -377,24 +478,31 @@ def finish(runs: Sequence[Run], results: Sequence[dict[str, Any]], output: Path,
         output: Directory of all runs.
         title: The settings that all runs share.
         console: The console to print to.
+        left: Number of runs that are left for another call.
     """
     if results:
         write_results(results, output / "results.csv")
         report(results, title, console)
         console.print(f"Runs: {output / 'results.csv'}", soft_wrap=True)
-    if len(results) < len(runs):
-        sys.exit(f"{len(runs) - len(results)} of {len(runs)} runs failed")
+    if left:
+        console.print(f"{left} of {len(runs)} runs are left: the same command trains them")
+    failed = len(runs) - len(results) - left
+    if failed:
+        sys.exit(f"{failed} of {len(runs)} runs failed")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the missing runs, write their results as CSV, and print the comparisons."""
     parsed = parse_arguments(arguments)
     console, runs = Console(), grid(parsed)
+    limit = None if parsed.minutes is None else TimeLimit(time.time() + 60 * parsed.minutes)
     try:
-        results = train_missing(runs, parsed.output_dir, parsed.jobs, console)
+        results = train_missing(runs, parsed.output_dir, parsed.jobs, console, limit)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"paper_protocol.py: {error}")
-    finish(runs, results, parsed.output_dir, f"{parsed.data}, {parsed.epochs} epochs", console)
+    finish(
+        runs, results, parsed.output_dir, f"{parsed.data}, {parsed.epochs} epochs", console, limit.left if limit else 0
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ CURVES = ("epoch", "step", "train_loss", "val_loss", "val_acc", "test_loss", "te
 
 @dataclass
 class Score:
-    """Sums over the samples seen.
+    """Sums over the samples seen, where the samples are: to read a number of a GPU would end the work ahead of it.
 
     Attributes:
         loss: Sum of the losses.
@@ -24,15 +24,23 @@ class Score:
         samples: Number of samples.
     """
 
-    loss: float = 0.0
-    correct: int = 0
+    loss: Tensor | float = 0.0
+    correct: Tensor | int = 0
     samples: int = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch."""
-        self.loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        self.correct += int((logits.argmax(1) == labels).sum())
+        self.loss = self.loss + F.cross_entropy(logits.float(), labels, reduction="sum").double()
+        self.correct = self.correct + (logits.argmax(1) == labels).sum()
         self.samples += len(labels)
+
+    def mean_loss(self) -> float:
+        """Return the mean loss of a sample."""
+        return float(self.loss) / self.samples
+
+    def accuracy(self) -> float:
+        """Return the share of samples that were classified rightly."""
+        return int(self.correct) / self.samples
 
 
 @dataclass
@@ -59,7 +67,7 @@ class Recorder(L.Callback):
     ) -> None:
         """Add the mean loss of a batch."""
         samples = len(batch[1])
-        self._train.loss += outputs["loss"].item() * samples
+        self._train.loss = self._train.loss + outputs["loss"].detach().double() * samples
         self._train.samples += samples
 
     def on_validation_batch_end(
@@ -81,11 +89,11 @@ class Recorder(L.Callback):
             {
                 "epoch": trainer.current_epoch + 1,
                 "step": trainer.global_step,
-                "train_loss": self._train.loss / self._train.samples,
-                "val_loss": val.loss / val.samples,
-                "val_acc": val.correct / val.samples,
-                "test_loss": test.loss / test.samples,
-                "test_acc": test.correct / test.samples,
+                "train_loss": self._train.mean_loss(),
+                "val_loss": val.mean_loss(),
+                "val_acc": val.accuracy(),
+                "test_loss": test.mean_loss(),
+                "test_acc": test.accuracy(),
             }
         )
 

@@ -85,9 +85,10 @@ class RankBatch:
         header = self.header + other.header.to(self.header.device)
         header[1:4].clamp_(max=1)
         first, second = (part.body.to(header.device) for part in (self, other))
-        header[4] = kind = self.kind or other.kind
+        kind = self.kind or other.kind
+        header[4].fill_(kind)  # an argument of the kernel, where an assignment would copy it and wait
         if other.kind not in (Kind.UNKNOWN, kind):
-            header[3] = 1
+            header[3].fill_(1)
             second = torch.zeros_like(first)
         if first.dtype != second.dtype:  # one of them is of no values
             body = second if self.kind is Kind.UNKNOWN else first
@@ -166,8 +167,11 @@ def measure(
         body, beyond = _no_body(kind, channels, values.device), None
     else:
         body, beyond = sums_or_moments(values, channel_dim, KeepRules(mask, nodata, ignore_nan), compile, chosen)
-    known = [_count_samples(values, channel_dim), 0, 0, mixed, own]
-    header = torch.tensor(known, dtype=torch.float64, device=values.device)
+    # Each number is an argument of a kernel. A list would be copied to an accelerator, and the host would wait for it.
+    header = torch.zeros(_HEADER, dtype=torch.float64, device=values.device)
+    for index, number in enumerate((_count_samples(values, channel_dim), 0, 0, mixed, own)):
+        if number:
+            header[index].fill_(number)
     if beyond is not None:
         header[2] = beyond
     elif body.dtype == torch.float64:

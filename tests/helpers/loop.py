@@ -20,7 +20,8 @@ def train(
     model: nn.Module, optimizer: Optimizer, scheduler: Any = None, steps: int = STEPS, closure: bool = True
 ) -> None:
     """Train on a batch of 8 images per step, equal in every call; `closure` passes the optimizer a closure."""
-    inputs, targets = images(8 * steps)
+    device = next(model.parameters()).device
+    inputs, targets = (values.to(device) for values in images(8 * steps))
 
     for step in range(steps):
         batch = slice(8 * step, 8 * step + 8)

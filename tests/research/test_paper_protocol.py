@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import networks
 import paper_protocol
 import pytest
 import torch
+from helpers.devices import DEVICES
 from helpers.scripts import run_script
 
 PROTOCOL = "research/paper_protocol.py"
@@ -41,6 +43,61 @@ def test_an_interrupted_grid_trains_what_is_missing_and_ends_with_the_same_csv(t
     other = run_script(PROTOCOL, *GRID, "--epochs", "2", "--output-dir", parted, check=False)
     assert other.returncode == 1
     assert "was made with epochs=1, and now it is 2: give every grid an --output-dir of its own" in other.stderr
+
+
+def test_a_grid_that_runs_out_of_time_says_how_much_is_left_and_goes_on_when_called_again(tmp_path: Path) -> None:
+    options = [*GRID, "--precision", "bf16-mixed", "--output-dir", tmp_path]
+    done = run_script(PROTOCOL, *options, "--minutes", "0")
+    assert done.returncode == 0
+    assert "4 of 4 runs are left: the same command trains them" in done.stdout
+    assert not list(tmp_path.rglob("result.json"))
+    done = run_script(PROTOCOL, *options, "--minutes", "30")
+    assert "are left" not in done.stdout
+    header, *rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(rows) == 4
+    assert all(dict(zip(header.split(","), row.split(","), strict=True))["precision"] == "bf16-mixed" for row in rows)
+
+
+def test_a_gpu_trains_in_half_precision_unless_it_is_told_otherwise() -> None:
+    settings = paper_protocol.grid(paper_protocol.parse_arguments(["digits", "--device", "cuda"]))[0].settings
+    assert (settings.accelerator, settings.precision, settings.holds_data_on_gpu) == ("gpu", "bf16-mixed", True)
+    settings = paper_protocol.grid(
+        paper_protocol.parse_arguments(["digits", "--device", "cuda", "--precision", "32-true"])
+    )[0].settings
+    assert (settings.accelerator, settings.precision, settings.compile) == ("gpu", "32-true", False)
+    settings = paper_protocol.grid(paper_protocol.parse_arguments(["digits"]))[0].settings
+    assert (settings.accelerator, settings.precision, settings.holds_data_on_gpu) == ("cpu", "32-true", False)
+
+
+def test_a_run_from_before_a_setting_has_the_default_of_it(tmp_path: Path) -> None:
+    parsed = paper_protocol.parse_arguments(["digits", "--epochs", "1"])
+    run = paper_protocol.grid(parsed)[0]
+    result = paper_protocol.train(run, tmp_path / "run")
+    file = tmp_path / "run" / "result.json"
+    for name in paper_protocol.SETTINGS_SINCE:
+        del result["settings"][name]
+    file.write_text(json.dumps(result))
+    assert paper_protocol.finished(run, tmp_path / "run") is not None
+    parsed.precision = "bf16-mixed"
+    with pytest.raises(ValueError, match="was made with precision='32-true', and now it is 'bf16-mixed'"):
+        paper_protocol.finished(paper_protocol.grid(parsed)[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_network_in_bf16_learns_from_samples_that_the_device_holds(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":  # a kernel of a CPU takes a minute to compile
+        monkeypatch.setattr(
+            torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager")
+        )
+    arms = ["--arms", "baseline", "scale=0.5,input_norm=batch", "input_norm=batch"]
+    options = ["--device", device, "--precision", "bf16-mixed", "--compile", "--epochs", "1", "--seeds", "1", *arms]
+    runs = paper_protocol.grid(paper_protocol.parse_arguments(["digits", *options]))
+    for run in runs[:2]:
+        result = paper_protocol.train(run, tmp_path / run.name)
+        assert result["settings"]["compile"] is True
+        assert 0 < result["test_acc"] < 100
 
 
 def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:

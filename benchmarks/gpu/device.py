@@ -1,0 +1,113 @@
+"""The device that is measured: its name, its clock, its copy bandwidth."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+__all__ = ["Device", "Times"]
+
+Times = dict[str, list[float]]
+"""The seconds of a call in every round, by the name of the function."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device of torch.
+
+    Attributes:
+        kind: `"cuda"` or `"cpu"`.
+    """
+
+    kind: str
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether figures are those of a GPU."""
+        return self.kind == "cuda"
+
+    def wait(self) -> None:
+        """Let the host wait for all work."""
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
+    def seconds(self, function: Callable[[], object], calls: int) -> float:
+        """Return the seconds of one of several calls in a row.
+
+        The host waits before the first call and after the last, so either the device or the host's launches set the
+        pace, as they do in training.
+        """
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        self.wait()
+        return (time.perf_counter() - start) / calls
+
+    def in_turns(self, functions: Mapping[str, Callable[[], object]], rounds: int, calls: int) -> Times:
+        """Time functions in turns, each round from another first function, after two calls of each.
+
+        Args:
+            functions: What is called.
+            rounds: How many times each is measured.
+            calls: How many calls a measurement has.
+
+        Returns:
+            The seconds of a call, round by round.
+        """
+        for function in functions.values():
+            function()
+            function()
+        names, times = list(functions), {name: list[float]() for name in functions}
+        for round_ in range(rounds):
+            turn = round_ % len(names)
+            for name in names[turn:] + names[:turn]:
+                times[name].append(self.seconds(functions[name], calls))
+        return times
+
+    def kernels(self, function: Callable[[], object]) -> tuple[int, float] | None:
+        """Return how many kernels one call starts, and the seconds that the device works on them; None on a CPU."""
+        if not self.is_gpu:
+            return None
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        self.wait()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            function()
+            self.wait()
+        found: list[Any] = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
+        return len(found), sum(event.time_range.elapsed_us() for event in found) / 1e6
+
+    def copy(self, size: int) -> tuple[Callable[[], object], int]:
+        """Return a function that copies a buffer of a size in bytes, and the bytes that it reads and writes."""
+        source = torch.empty(size, dtype=torch.uint8, device=self.kind).random_()
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source), 2 * size
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the figures depend on."""
+        found: dict[str, Any] = {"kind": self.kind, "name": platform.processor() or platform.machine()}
+        if self.is_gpu:
+            properties = torch.cuda.get_device_properties(0)
+            found |= {
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "capability": f"{properties.major}.{properties.minor}",
+                "cuda": torch.version.cuda,
+            }
+        packages = ("torch", "lightning", "torchmetrics", "timm", "torchvision", "triton")
+        return found | {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,137 @@
+"""`python -m benchmarks.gpu`: the whole command, tried in small on a CPU, and what it does where a part fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.scripts import ROOT, Done, run_python
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu.page import page
+from benchmarks.gpu.parts import PARTS, Visit, read_outcomes, run_limited
+
+CPU = {"kind": "cpu", "name": "a CPU", "python": "3", "torch": "2", "lightning": "2", "timm": None}
+CUDA = {**CPU, "kind": "cuda", "name": "a GPU", "memory_bytes": 2**36, "capability": "9.0", "cuda": "13"}
+GRAPH = "test_replays_follow_a_schedule"
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command wrote."""
+    folder = tmp_path_factory.mktemp("visit")
+    visit("--output", folder, "--device", "cpu", "--small", "--tests", GRAPH)
+    return folder
+
+
+def visit(*arguments: object, **options: Any) -> Done:
+    return run_python("-m", "benchmarks.gpu", *arguments, cwd=ROOT, **options)
+
+
+def test_every_part_runs_and_its_figures_are_in_the_json(output: Path) -> None:
+    results = json.loads((output / "gpu.json").read_text())
+    assert results["device"]["kind"] == "cpu"
+    assert results["small"] is True
+    parts = results["parts"]
+    assert {name: (part["outcome"], part["reason"]) for name, part in parts.items()} == {
+        part.name: ("ok", "") for part in PARTS
+    }
+    names = {name: [figure["name"] for figure in part["figures"]] for name, part in parts.items()}
+    assert "callback, monitor, mixin: waits of the package in a step" in names["waits"]
+    assert "mode batch, compiled, channels last, uint8 to bfloat16" in names["input_norm"]
+    assert names["training"] == ["the same again", "callback", "callback, monitor", "callback, monitor, mixin"]
+    figures = [figure for part in parts.values() for figure in part["figures"]]
+    assert all(figure["value"] >= 0 for figure in figures)
+    assert {figure["limit"] for figure in figures} == {None, 0, 1, 1.01, 1.03, 1.15, 1.3, 2.5}
+    assert parts["tests"]["failed"] == []
+    assert parts["tests"]["passed"]
+    assert all(GRAPH in test for test in parts["tests"]["passed"])
+
+
+def test_the_page_says_that_nothing_was_run_on_a_gpu(output: Path) -> None:
+    text = (output / "gpu.md").read_text()
+    assert "**Nothing here was run on a GPU.**" in text
+    for part in PARTS:
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {part.title} |")]
+        assert row.endswith("| no |")
+    assert "| yes |" not in text
+    assert "- Not run: torch.compile (it is switched off here" in text
+
+
+def test_without_a_gpu_the_command_says_that_nothing_is_run(tmp_path: Path) -> None:
+    done = visit("--output", tmp_path / "none", check=False, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "not run: torch finds no GPU" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_part_that_fails_is_told_by_the_end_of_its_output(tmp_path: Path) -> None:
+    code = "print('measuring'); raise ZeroDivisionError('of no use')"
+    result = run_limited([sys.executable, "-c", code], 60, tmp_path / "log", {})
+    assert result["outcome"] == "failed"
+    assert result["reason"].endswith("ZeroDivisionError: of no use")
+
+
+def test_a_part_that_takes_too_long_is_ended_with_the_processes_that_it_has_started(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    code = (
+        "import subprocess, sys, time, pathlib\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(note)!r}).write_text(str(child.pid))\n"
+        "time.sleep(600)"
+    )
+    result = run_limited([sys.executable, "-c", code], 5, tmp_path / "log", {})
+    assert (result["outcome"], result["reason"]) == ("ran out of time", "the limit is 5 s")
+    assert not _is_running(int(note.read_text()))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_part_for_which_no_time_is_left_is_skipped_and_told_so(tmp_path: Path) -> None:
+    found = Visit("cuda", False, tmp_path, "", time.monotonic()).run(PARTS[0])
+    assert (found["outcome"], found["reason"]) == ("skipped", "no time was left")
+    text = page({"device": CUDA, "small": False, "seconds": 0.0, "parts": {PARTS[0].name: found}})
+    assert f"| {PARTS[0].title} | skipped | 0 | no |" in text
+    assert f"| {PARTS[1].title} | not asked for | | no |" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "verdict"), [(1.2, CUDA, "yes"), (1.4, CUDA, "**no**"), (1.2, CPU, "not run")]
+)
+def test_a_figure_is_judged_by_its_limit_on_a_gpu_alone(value: float, device: dict[str, Any], verdict: str) -> None:
+    figure = {"name": "mode batch", "value": value, "low": 1.0, "high": 1.5, "limit": 1.3}
+    part = {"outcome": "ok", "reason": "", "seconds": 1.0, "figures": [figure], "skipped": [], "notes": []}
+    text = page({"device": device, "small": False, "seconds": 1.0, "parts": {"input_norm": part}})
+    assert f"| mode batch | {value:.3f} (1.000 to 1.500) | 1.3 | {verdict} |" in text
+
+
+def test_a_part_has_no_more_time_than_is_left(tmp_path: Path) -> None:
+    (part,) = [part for part in PARTS if part.name == "tests"]
+    found = Visit("cpu", True, tmp_path, "two_ranks_learn", time.monotonic() + 6).run(part)
+    assert found["outcome"] == "ran out of time"
+    assert found["reason"] in ("the limit is 6 s", "the limit is 5 s")
+
+
+def test_tests_that_were_not_reached_are_told(tmp_path: Path) -> None:
+    written = tmp_path / "tests.json"
+    entries = [
+        {"chosen": ["first", "second", "third"]},
+        {"test": "first", "outcome": "passed", "seconds": 1.0, "reason": ""},
+        {"test": "second", "outcome": "failed", "seconds": 1.0, "reason": "1 is not 2"},
+    ]
+    written.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    found = read_outcomes(written)
+    assert (found["passed"], [entry["test"] for entry in found["failed"]]) == (["first"], ["second"])
+    assert {"what": "third", "reason": "not reached"} in found["skipped"]

@@ -190,12 +190,13 @@ class InputLearner:
 
     def _measure(self, part: InputPart) -> RankBatch:
         """Measure what this rank has at one place of a training batch."""
-        settings, values = self._settings, part.values.detach()
+        settings = self._settings
+        values, mask = self._finite(part)
         return measure(
-            values,
+            values.detach(),
             settings.channel_dim,
             self.learned.kind,
-            part.mask,
+            mask,
             settings.nan_policy == "ignore",
             settings.compile,
             chosen_channels(settings, values.device),
@@ -204,13 +205,15 @@ class InputLearner:
 
     def _counted(self, parts: Sequence[InputPart]) -> list[InputPart]:
         """Return parts with the masks of all values that count."""
-        found: list[InputPart] = []
-        for values, mask in parts:
-            counted = InputMasks.of(values, mask, self._settings).counted
-            if self._ignores_infinity and values.is_floating_point():
-                counted = values.isfinite() if counted is None else counted & values.isfinite()
-            found.append(InputPart(values, counted))
-        return found
+        left = map(self._finite, parts)
+        return [InputPart(values, InputMasks.of(values, mask, self._settings).counted) for values, mask in left]
+
+    def _finite(self, part: InputPart) -> InputPart:
+        """Return a part whose mask leaves infinity out, if that is to be ignored."""
+        values, mask = part
+        if not self._ignores_infinity or not values.is_floating_point():
+            return part
+        return InputPart(values, values.isfinite() if mask is None else values.isfinite() & mask)
 
     def _is_checked(self, batch: GlobalBatch) -> bool:
         """Tell whether faults of a batch are told at once."""

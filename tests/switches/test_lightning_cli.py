@@ -235,15 +235,15 @@ def test_help_has_every_argument_with_its_words(tmp_path: Path, capsys: pytest.C
     assert "Start batch norm scales below 1" in printed
     words = " ".join(printed[printed.index("  --revbn CONFIG") :].split())
     for argument in (
-        "--revbn.scale SCALE The value the scales start from, or a mapping from name patterns to values",
+        "--revbn.scale SCALE The starting value of the scales, or a mapping from name patterns to values",
         "--revbn.scale_lr_divisor SCALE_LR_DIVISOR The constant c.",
-        "--revbn.weight_decay_exempt WEIGHT_DECAY_EXEMPT What takes no weight decay:",
+        "--revbn.weight_decay_exempt WEIGHT_DECAY_EXEMPT The parameters without weight decay:",
         "`fnmatch` patterns on dotted module names; a layer must match one of them.",
         "Patterns of layers to leave alone; stronger than `include`.",
         "--revbn.zero_scale {keep,overwrite}",
         "--revbn.trained {keep,overwrite,error}",
         "--revbn.monitor MONITOR Whether to log statistics",
-        "--revbn.enabled {true,false} The switch for configuration files: False makes the callback do nothing at all. "
+        "--revbn.enabled {true,false} The switch for configuration files: with False the callback does nothing. "
         "(type: bool, default: False)",
     ):
         assert argument in words

@@ -133,7 +133,8 @@ class RuleEngine:
             self._choose_watched()
         # Until a step has read its groups, changes between steps count: gradient hooks may do the update.
         self._watch.start(self._chosen, since_before=not self.updates)
-        self._doubts.start()
+        if self._doubts.watches:  # asked first in every step, since a call in vain takes time too
+            self._doubts.start()
         view = self._view.enter()
         if len(args) > 1 and callable(args[1]):
             return (view, self._wrap(args[1]), *args[2:]), kwargs
@@ -146,7 +147,7 @@ class RuleEngine:
         if self._was_read:
             if self._view.was_stored:
                 self._view.leave()
-            if self._doubts:
+            if self._doubts.watches:
                 self._doubts.settle()
             self._write_back()
             self.updates += 1
@@ -183,7 +184,8 @@ class RuleEngine:
             if self._was_read and self._in_step:
                 self._refresh()  # the optimizer may hold the groups that it read before
             self._watch.start_again()
-            self._doubts.start()
+            if self._doubts.watches:
+                self._doubts.start()
             return result
 
         return run
@@ -212,7 +214,8 @@ class RuleEngine:
         if self._is_new:
             self._is_new = False
             _warn_if_unused(self.rules, groups)
-        self._doubts.listen()
+        if self._doubts.watches:
+            self._doubts.listen()
 
     def _plan(self, groups: list[Group]) -> None:
         """Find the parts of every group, anew where its parameters have changed."""
@@ -248,7 +251,8 @@ class RuleEngine:
 
     def _write_back(self) -> None:
         """Carry over to the groups the values that the optimizer wrote into their copies."""
-        self._doubts.pause()
+        if self._doubts.watches:
+            self._doubts.pause()
         shown, expected = self._shown, self._expected
         if len(shown) != len(expected) or not all(map(is_, shown, expected)):
             self._adopt(shown, expected)

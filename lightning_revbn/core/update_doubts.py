@@ -21,17 +21,16 @@ class UpdateDoubts:
 
     Args:
         optimizer: The optimizer.
+
+    Attributes:
+        watches: A watch for each part in doubt; empty after the first updates.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._plans: Sequence[GroupPlan] = []
-        self._watches: list[ReadWatch] = []
+        self.watches: list[ReadWatch] = []
         self._before: _BeforeUpdate | None = None
-
-    def __bool__(self) -> bool:
-        """Whether any part is in doubt."""
-        return bool(self._watches)
 
     def take(self, plans: Sequence[GroupPlan]) -> None:
         """Doubt the parts of these plans, and no others.
@@ -40,23 +39,22 @@ class UpdateDoubts:
             plans: The plans of the optimizer's groups.
         """
         self._plans = plans
-        self._watches = [watch for plan in plans for watch in plan.doubts]
+        self.watches = [watch for plan in plans for watch in plan.doubts]
 
     def start(self) -> None:
         """Note the values of parameters, before the optimizer's code runs or runs on."""
-        if self._watches:
-            self._before = _BeforeUpdate(self._optimizer)
-        for watch in self._watches:
+        self._before = _BeforeUpdate(self._optimizer)
+        for watch in self.watches:
             watch.start(self._optimizer.state)
 
     def listen(self) -> None:
         """Note from now on what the optimizer's code reads."""
-        for watch in self._watches:
+        for watch in self.watches:
             watch.listen(self._optimizer.state)
 
     def pause(self) -> None:
         """Let other code than the optimizer's read and change what it likes."""
-        for watch in self._watches:
+        for watch in self.watches:
             watch.pause()
 
     def settle(self) -> None:
@@ -69,7 +67,7 @@ class UpdateDoubts:
         before, self._before = self._before, None
         has_own_lr = any(plan.has_own_lr for plan in self._plans)
         try:
-            refuse_unread(type(self._optimizer).__name__, self._watches, has_own_lr=has_own_lr)
+            refuse_unread(type(self._optimizer).__name__, self.watches, has_own_lr=has_own_lr)
         except RuntimeError:
             if before is not None:
                 before.restore()

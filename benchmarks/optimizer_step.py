@@ -121,7 +121,9 @@ def own_cost(rounds: int) -> None:
     """Print the time that the rule adds to a step, for different changes since the last step."""
     model = torchvision.models.resnet50()
     scales = rule_scales(find_batch_norms(model))
-    print("own cost of the rule for ResNet-50 (161 parameters, 53 scales), microseconds a step")
+    print(
+        f"own cost of the rule for ResNet-50 (161 parameters, 53 scales), least of {rounds} rounds, microseconds a step"
+    )
     for name, cls, changes_lr in (
         ("nothing changes", NoUpdate, False),
         ("another learning rate in every step", NoUpdate, True),
@@ -141,7 +143,7 @@ def own_cost(rounds: int) -> None:
             with ScaleUpdateRule(optimizer, scales, weight_decay_exempt=scales):
                 step()
                 ruled.append(seconds(step, 200))
-        print(f"{name:<46} {statistics.median(b - a for a, b in zip(bare, ruled, strict=True)) * 1e6:.1f}")
+        print(f"{name:<46} {(min(ruled) - min(bare)) * 1e6:.1f}")
 
 
 def allocations(steps: int) -> None:

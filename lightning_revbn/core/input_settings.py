@@ -67,8 +67,8 @@ class InputNorm:
         mean: Constants of mode `"fixed"`, one a channel, in units of `input_range`.
         std: The same for the standard deviation.
         prefix: First part of the keys that are logged.
-        compile: Whether `torch.compile` makes kernels of it, with the same results: faster for uint8, after some
-            seconds in the first step. On CPUs that takes a C++ compiler.
+        compile: Whether `torch.compile` makes kernels of it, with the same results: faster for uint8 on most
+            processors, after some seconds in the first step. On CPUs that takes a C++ compiler.
         channels: Numbers of the channels that are learned and normalised; negative counts from the end. The others,
             such as one-hot columns, stay as they are: neither divided by `input_range` nor masked, clipped or filled.
             None is all channels.

@@ -71,9 +71,6 @@ SECONDS = 120
 LOOK_SECONDS = 300
 """Limit of the time between two messages of a package, spent on its import or on judging an optimizer."""
 
-SECONDS = 120
-"""Time limit for an optimizer."""
-
 
 @dataclass
 class Run:

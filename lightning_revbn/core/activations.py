@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_revbn.core.batch_norm_calls import BatchNormCalls
+from lightning_revbn.core.batch_norm_calls import BatchNormCall, BatchNormCalls
 from lightning_revbn.core.batch_norm_sync import innermost_forward, shared_batch
 from lightning_revbn.core.layers import BatchNormRecord
 from lightning_revbn.core.next_call import EveryCall
@@ -226,22 +226,12 @@ class _MeasuredCalls(BatchNormCalls):
         self._layer, self._measure, self._foreign = layer, measure, foreign
 
     @override
-    def answer(
-        self,
-        call: Callable[[], Tensor],
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if id(running_mean) not in self._foreign and id(weight) not in self._foreign:
+    def answer(self, call: BatchNormCall) -> Tensor:
+        if id(call.running_mean) not in self._foreign and id(call.weight) not in self._foreign:
             self.were_seen = True
-            self._measure.call(self._layer, input, (running_mean, running_var), training, eps)
-        return call()
+            running = call.running_mean, call.running_var
+            self._measure.call(self._layer, call.input, running, call.training, call.eps)
+        return call.make()
 
 
 def _has_torchs_forward(layer: nn.Module) -> bool:

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-__all__ = ["BatchNormCalls"]
+__all__ = ["BatchNormCall", "BatchNormCalls"]
+
+
+class BatchNormCall(NamedTuple):
+    """A call of batch norm, with the arguments and defaults of torch's function.
+
+    Attributes:
+        make: Makes the call.
+        input: The input, shape `(N, C)` or `(N, C, *)`.
+        running_mean: The running mean.
+        running_var: The running variance.
+        weight: The scale.
+        bias: The shift.
+        training: Whether to normalise by the batch.
+        momentum: Weight of the batch in the running statistics.
+        eps: Added to the variance.
+    """
+
+    make: Callable[[], Tensor]
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
 
 
 class BatchNormCalls(TorchFunctionMode):
@@ -20,30 +46,11 @@ class BatchNormCalls(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
 
-    def answer(
-        self,
-        call: Callable[[], Tensor],
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
+    def answer(self, call: BatchNormCall) -> Tensor:
         """Return the result of a call.
 
         Args:
-            call: Makes the call.
-            input: The input, shape `(N, C)` or `(N, C, *)`.
-            running_mean: The running mean; all arguments from here on are as in torch's function.
-            running_var: The running variance.
-            weight: The scale.
-            bias: The shift.
-            training: Whether to normalise by the batch.
-            momentum: Weight of the batch in the running statistics.
-            eps: Added to the variance.
+            call: The call.
 
         Returns:
             The result for the caller.
@@ -58,7 +65,7 @@ class BatchNormCalls(TorchFunctionMode):
         if func is torch.batch_norm:
             return self._answer_operator(call, *args, **kwargs)
         if func is nn.functional.batch_norm:
-            return self.answer(call, *args, **kwargs)
+            return self.answer(BatchNormCall(call, *args, **kwargs))
         return call()
 
     def _answer_operator(
@@ -74,4 +81,4 @@ class BatchNormCalls(TorchFunctionMode):
         eps: float,
         cudnn_enabled: bool,
     ) -> Tensor:
-        return self.answer(call, input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return self.answer(BatchNormCall(call, input, running_mean, running_var, weight, bias, training, momentum, eps))

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
 from lightning_revbn.core.arguments import check_patterns, check_patterns_match, matching_names
-from lightning_revbn.core.batch_norm_calls import BatchNormCalls
+from lightning_revbn.core.batch_norm_calls import BatchNormCall, BatchNormCalls
 from lightning_revbn.core.global_batch_norm import global_batch_norm, ranks_in, refuse_single_values, update_running
 from lightning_revbn.core.global_moments import global_moments
 from lightning_revbn.core.moments import Kind
@@ -235,25 +235,14 @@ class _GlobalStatisticsMode(BatchNormCalls):
         self._group = group
 
     @override
-    def answer(
-        self,
-        call: Callable[[], Tensor],
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
+    def answer(self, call: BatchNormCall) -> Tensor:
         self.was_used = True
-        if not training:
-            return call()
+        if not call.training:
+            return call.make()
         # Ranks need not agree on the kind of numbers, since batch norm takes floating-point values alone.
-        values, ranks = input.detach(), ranks_in(self._group)
+        values, ranks = call.input.detach(), ranks_in(self._group)
         batch = global_moments(values, kind=Kind.FLOAT, group=self._group, ranks=ranks)
-        refuse_single_values(input, batch.moments)
-        if running_mean is not None and running_var is not None:
-            update_running(running_mean, running_var, batch.moments, momentum)
-        return global_batch_norm(input, batch.moments, weight, bias, eps, self._group)
+        refuse_single_values(call.input, batch.moments)
+        if call.running_mean is not None and call.running_var is not None:
+            update_running(call.running_mean, call.running_var, batch.moments, call.momentum)
+        return global_batch_norm(call.input, batch.moments, call.weight, call.bias, call.eps, self._group)

@@ -135,7 +135,8 @@ class InputLearner:
         estimate = self.estimate()
         if self.learns:
             total = self.learned.total.scaled(self._settings.unit(self.learned.kind))
-            mean, std, count = total.mean.cpu(), total.std.cpu(), total.count.cpu()
+            # Stacked, since from an accelerator each copy makes the host wait.
+            mean, std, count = torch.stack((total.mean, total.std, total.count)).cpu()
         else:
             mean, std, count = estimate.mean, estimate.variance.sqrt(), torch.zeros_like(estimate.mean)
         chosen = chosen_channels(self._settings)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_revbn.core.batch_places import Place, Step, path_of, place_of
 
-__all__ = ["find_tensor", "is_sequence", "replace_tensor", "tensors_in", "usual_place"]
+__all__ = ["exact_path", "find_tensor", "is_sequence", "replace_tensor", "tensors_in", "usual_place"]
 
 
 def find_tensor(batch: Any, place: Place | None, argument: str) -> Tensor | None:
@@ -79,6 +79,35 @@ def usual_place(batch: Any) -> Place:
         keys = [key for key, value in batch.items() if isinstance(value, Tensor)]
         return keys[0] if len(keys) == 1 else ()
     return 0 if is_sequence(batch) and len(batch) else ()
+
+
+def exact_path(batch: Any, place: Place | None) -> tuple[Step, ...]:
+    """Return the path to a place, written the same way for all places that lead to the same tensor of this batch.
+
+    Args:
+        batch: The batch.
+        place: A place that leads to a tensor or None in it.
+
+    Returns:
+        The path with every index of a tuple or list counted from the front, fields of named tuples included.
+
+    Example:
+        >>> exact_path((1, 2), -1), exact_path([{"views": (1, 2)}], (0, "views", -2))
+        ((1,), (0, 'views', 0))
+    """
+    if isinstance(batch, Tensor):
+        return ()
+    path: list[Step] = []
+    values: Any = batch
+    for step in path_of(usual_place(batch) if place is None else place):
+        exact = step
+        if isinstance(step, str) and step in getattr(values, "_fields", ()):
+            exact = values._fields.index(step)
+        elif isinstance(step, int) and step < 0 and is_sequence(values):
+            exact = len(values) + step
+        path.append(exact)
+        values = None if values is None else _at(values, step)
+    return tuple(path)
 
 
 def tensors_in(batch: Any, path: tuple[Step, ...] = ()) -> Iterator[tuple[Place, Tensor]]:

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from lightning_revbn.core.batch_places import Key, Place, path_of, places_in
+from lightning_revbn.core.batch_places import Key, Place, Step, path_of, places_in
 from lightning_revbn.core.input_checks import InputError, InputPart
 from lightning_revbn.core.input_norm import InputNorm, MissingStatisticsError, OnlineStandardizer
 from lightning_revbn.core.input_state import SavedInput, read_state
 from lightning_revbn.core.joint_training import InputParts, naming, train_together
-from lightning_revbn.data.batches import find_tensor, replace_tensor
+from lightning_revbn.data.batches import exact_path, find_tensor, replace_tensor
 
 __all__ = ["Found", "InputSet", "NamedInput", "Selected"]
 
@@ -200,7 +200,9 @@ class InputSet:
 
     def select(self, batch: Any, *, is_training: bool) -> Selected:
         """Return the input of a batch, or all inputs by name."""
-        return self._each(lambda one: one.select(batch, is_training=is_training))
+        selected = self._each(lambda one: one.select(batch, is_training=is_training))
+        self._refuse_places_that_meet(batch, self._listed(selected), is_training=is_training)
+        return selected
 
     def select_mask(self, batch: Any, *, is_training: bool) -> Selected:
         """Return the mask of the input, or those of all inputs by name."""
@@ -295,6 +297,24 @@ class InputSet:
         self.read(state)
         for one, own in zip(self.inputs, self._states(state), strict=True):
             one.online.load_state_dict(own)
+
+    def _refuse_places_that_meet(self, batch: Any, selected: Sequence[Found], *, is_training: bool) -> None:
+        """Raise if two places lead to the same tensor of a batch, which would be normalised twice."""
+        owners: dict[tuple[Step, ...], tuple[NamedInput, Place | None]] = {}
+        for one, found in zip(self.inputs, selected, strict=True):
+            key, _ = one.settings.places(is_training=is_training)
+            each = found if isinstance(found, list) else [found]
+            for place, values in zip(places_in(key), each, strict=True):
+                if values is None:
+                    continue
+                path = exact_path(batch, place)
+                if path in owners:
+                    other, first = owners[path]
+                    raise TypeError(
+                        f"place {first!r} of the {other.label} and place {place!r} of the {one.label} lead to the same "
+                        "tensor of a batch, which would be normalised twice. Name each tensor once"
+                    )
+                owners[path] = (one, place)
 
     def _states(self, state: object) -> list[object]:
         values: Mapping[Any, object] = cast("Mapping[Any, object]", state) if isinstance(state, Mapping) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -221,6 +221,43 @@ def flat(found: Any) -> list[Tensor]:
 def test_keys_that_name_no_places_are_refused(key: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         InputNorm(3, key=key)
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "message"),
+    [
+        (InputNorm(3, key=[0, -2]), (IMAGES, IMAGES), "place 0 of the input and place -2 of the input"),
+        (InputNorm(3, key=["second", -1]), Pair(IMAGES, IMAGES), "place 'second' of the input and place -1"),
+        (InputNorm(3, key=[("x", 0), ("x", -1)]), {"x": [IMAGES]}, "place ('x', 0) of the input and place ('x', -1)"),
+        (
+            {"a": InputNorm(3, key=1), "b": InputNorm(3, key=-1)},
+            (IMAGES, IMAGES),
+            "place 1 of the input 'a' and place -1 of the input 'b'",
+        ),
+        (
+            {"a": InputNorm(3, key=0), "b": InputNorm(3, key=())},
+            IMAGES,
+            "place 0 of the input 'a' and place () of the input 'b'",
+        ),
+    ],
+    ids=["tuple", "named tuple", "path", "two inputs", "a tensor"],
+)
+def test_a_tensor_with_two_names_is_refused_before_it_is_normalised_twice(
+    settings: Any, batch: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=re.escape(message) + r".* lead to the same tensor of a batch"):
+        RawData(settings).select_input(batch)
+
+
+def test_the_same_tensor_at_two_places_is_two_tensors() -> None:
+    assert [own is IMAGES for own in flat(RawData(InputNorm(3, key=[0, 1])).select_input((IMAGES, IMAGES)))] == [
+        True
+    ] * 2
 
 
 def test_masks_must_be_as_many_as_places() -> None:

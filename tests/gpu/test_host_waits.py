@@ -129,6 +129,14 @@ def test_scales_and_shifts_of_all_layers_are_measured_with_one_copy(device: str)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_statistics_of_an_input_are_read_with_one_copy(device: str) -> None:
+    with waiting(device) as waits_in:
+        online = standardizer(InputNorm(3), Kind.UINT8)
+        (place,) = waits_in(online.statistics)
+    assert place.endswith("torch.stack((total.mean, total.std, total.count)).cpu()")
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_wait_is_seen_and_told_by_its_line(device: str) -> None:
     with waiting(device) as waits_in:
         online = standardizer(InputNorm(3), Kind.UINT8)

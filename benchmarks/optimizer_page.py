@@ -13,19 +13,25 @@ from typing import Any
 OUTCOMES = ("equal", "as by hand", "group state", "refused", "stopped", "cannot run", "raises", "differs")
 FAILURES = ("stopped", "raises", "differs")
 EXPLAINED = {
-    "differs": "Wrong in silence: other values than by hand, and no reason for it.",
+    "differs": "Wrong in silence: the values differ from groups made by hand, and no reason is known.",
     "raises": "The optimizer's own code fails, only under the rule.",
     "stopped": "The rule raises an error, after the first update.",
     "group state": (
-        "The optimizer remembers something in each parameter group, and scales share it with their group. The "
-        "differences are those of the final values, divided by how far hand-made groups moved them, over eight steps "
-        "in which the learning rate rises and falls by half."
+        "The optimizer keeps state in each parameter group, and scales share this state with their group. The columns "
+        "have the difference of the final values to hand-made groups, divided by the distance that hand-made groups "
+        "moved them, over eight steps in which the learning rate rises and falls by half."
     ),
-    "refused": "The rule raises an error before anything was updated; the error is its reason and names the remedy.",
-    "as by hand": "With groups made by hand the optimizer raises an error, and with the rule it raises this one.",
+    "refused": (
+        "The rule raises an error before the first update, or undoes the first update. The error gives the reason and "
+        "the remedy."
+    ),
+    "as by hand": (
+        "The optimizer raises an error with groups made by hand, and with the rule too. The table has the error with "
+        "the rule."
+    ),
     "cannot run": (
-        "The optimizer does not train this net without the rule either: on a CPU, with the newest torch, with "
-        "convolutions and vectors among the parameters."
+        "The optimizer cannot train this net without the rule either. The net runs on a CPU with the newest torch, "
+        "and has convolutions and vectors among its parameters."
     ),
 }
 
@@ -94,28 +100,30 @@ def page(results: Results, packages: Sequence[str], torch_version: str) -> str:
 
 <!-- Written by `python benchmarks/optimizer_zoo.py --page docs/optimizers.md`: change it there. -->
 
-The update rule shows an optimizer's `step` divided parameter groups. Whether an optimizer of another package then
-does what it does with groups made by hand is tried, for every optimizer class that these packages define. This page was
-measured with torch {torch_version} on a CPU, with `torch.compile` switched off. Of {len(results.verdicts)} classes in
-{count} packages, {len(judged)} can be tried; {equal} of these are equal to hand-made groups to the bit. The others are
-listed below, each with its reason.{silence}
+Of {len(results.verdicts)} optimizer classes in {count} packages, {len(judged)} can be tried, and {equal} of these
+train with the rule as with parameter groups made by hand, to the bit. The tables below list the others, each with its
+reason.{silence}
+
+The update rule shows divided parameter groups to an optimizer's `step`. An optimizer of another package may read its
+groups in other ways than torch's. So a program tries every optimizer class that these packages define. This page was
+measured with torch {torch_version} on a CPU, with `torch.compile` switched off:
 
 ```text
 pip install --no-deps -r benchmarks/optimizer_zoo.txt
 python benchmarks/optimizer_zoo.py --results build/optimizer_zoo.json --page docs/optimizers.md
 ```
 
-The command trains a net with batch norm for eight steps, with the rule and with groups made by hand, in up to four
-pairs: without weight decay and with it, and with one parameter group and two. The scales learn with lr / 100 and take
-no weight decay. Two more pairs have shifts that learn with lr * 10. The command can be stopped at any time, and goes on
-where it was. `make optimizers` makes an environment for it and runs it.
+The command trains a net with batch norm for eight steps, with the rule and with groups made by hand. It does so in up
+to four pairs: without weight decay and with it, and with one parameter group and two. Scales learn with lr / 100 and
+have no weight decay. In two more pairs shifts learn with lr * 10. The command can be stopped at any time; the next call
+continues. `make optimizers` makes an environment for the command and runs it.
 
 ## Counts
 
 {_counts(results, packages)}
 {_unequal(results)}
 {_faster(results)}
-## Not looked at
+## Packages that were not tried
 
 {_missing(results, packages)}
 ## Equal to the bit
@@ -173,8 +181,8 @@ def _faster(results: Results) -> str:
     if not found:
         return ""
     text = (
-        "## Otherwise where shifts learn faster\n\nWith `shift_lr_multiplier=10` these optimizers come to something "
-        "else than the tables above say.\n"
+        "## Other outcomes if shifts learn faster\n\nWith `shift_lr_multiplier=10` these optimizers have other "
+        "outcomes than in the tables above.\n"
     )
     for outcome in OUTCOMES:
         own = [each for each in found if each.outcome == outcome]
@@ -190,7 +198,7 @@ def _missing(results: Results, packages: Iterable[str]) -> str:
         name: reason or ("" if name in tried else "no optimizer class") for name, reason in results.missing.items()
     }
     rows = [(name, known.get(name, "not tried")) for name in packages]
-    return "".join(f"- {name}: {_cell(reason)}\n" for name, reason in rows if reason) or "Every package was.\n"
+    return "".join(f"- {name}: {_cell(reason)}\n" for name, reason in rows if reason) or "Every package was tried.\n"
 
 
 def _equal(results: Results, packages: Iterable[str]) -> str:

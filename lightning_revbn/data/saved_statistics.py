@@ -1,4 +1,4 @@
-"""Finds the input statistics in a checkpoint, whatever the name of the DataModule that saved them."""
+"""Reads the input statistics from a checkpoint, whatever the class of the DataModule that saved them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import torch
 __all__ = ["STATE_NAME", "read_input_statistics"]
 
 STATE_NAME = "input_norm"
-"""Where the state of a DataModule keeps the statistics."""
+"""The key of the statistics in the state of a DataModule."""
 
 
 def read_input_statistics(path: Path, *, weights_only: bool) -> dict[str, Any]:
-    """Read the state of a standardiser.
+    """Read the input statistics of a checkpoint.
 
     Args:
-        path: A checkpoint of a Trainer; of a distributed one, the directory.
-        weights_only: Whether to refuse anything but tensors and plain values.
+        path: A checkpoint of a Trainer; a distributed checkpoint is a directory.
+        weights_only: Whether `torch.load` refuses objects other than tensors and plain values.
 
     Returns:
-        What `OnlineStandardizer.state_dict` returned when the checkpoint was saved.
+        The result of `InputSet.state_dict` when the checkpoint was saved.
 
     Raises:
-        ValueError: If the checkpoint has no input statistics, or those of several DataModules.
+        ValueError: If the file is not a checkpoint of a Trainer, or does not have the input statistics of exactly one
+            DataModule.
     """
     file = path / "meta.pt" if path.is_dir() else path
     checkpoint: Any = torch.load(file, map_location="cpu", weights_only=weights_only)

@@ -246,7 +246,7 @@ def _pairs(proposed: Iterable[float], baseline: Iterable[float]) -> tuple[list[f
     first, second = _scores("proposed", proposed), _scores("baseline", baseline)
     if len(first) != len(second):
         raise ValueError(
-            f"a paired test needs one score a seed on both sides, got {len(first)} proposed and {len(second)} baseline"
+            f"a paired test needs a score per seed on both sides, got {len(first)} proposed and {len(second)} baseline"
         )
     if len(first) < 2:
         raise ValueError(f"a paired test needs at least two pairs, got {len(first)}: run more seeds")
@@ -269,7 +269,7 @@ def _scores(side: str, scores: Iterable[float]) -> list[float]:
         try:
             found.append(float(score))
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{side}[{position}] is no number: {score!r}") from error
+            raise TypeError(f"{side}[{position}] is not a number: {score!r}") from error
         if not math.isfinite(found[-1]):
             raise ValueError(f"{side}[{position}] is {score}: a run that failed has no score to compare")
     return found

@@ -62,6 +62,7 @@ class NormalizedActivations(Metric):
         super().__init__(**options)
         add_state = cast("Callable[..., None]", self.add_state)  # pyright: ignore[reportUnknownMemberType] # partly untyped
         add_state("absmax", torch.zeros(layers), dist_reduce_fx="max")
+        # Counts are int64, since float32 counts exactly only up to 2^24.
         add_state("over", torch.zeros(layers, dtype=torch.int64), dist_reduce_fx="sum")
         add_state("count", torch.zeros(layers, dtype=torch.int64), dist_reduce_fx="sum")
 

@@ -264,6 +264,7 @@ class FixedNormalizer(nn.Module):
                 raw_mean, raw_gain = torch.where(chosen, raw_mean, 0.0), torch.where(chosen, raw_gain, 1.0)
             self.register_buffer(f"{name}_mean", _in_three(raw_mean))
             self.register_buffer(f"{name}_gain", _in_three(raw_gain))
+        # Conversions of the module change the dtype of this empty buffer, which is the dtype of results.
         self.register_buffer("result", torch.empty(0), persistent=False)
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -271,7 +272,7 @@ class FixedNormalizer(nn.Module):
 
         Args:
             values: Raw values with the channels at `channel_dim`.
-            mask: True where values count; broadcasts to `values`. None is everywhere.
+            mask: True where values count; broadcasts to `values`. None counts all values.
 
         Returns:
             The normalised values, in the shape of `values`: float32, or the dtype that the module was converted to.
@@ -282,7 +283,9 @@ class FixedNormalizer(nn.Module):
         is_bytes = values.dtype == torch.uint8
         is_whole = not values.is_floating_point()
         if (self.kind == "uint8" and is_whole and not is_bytes) or (self.kind == "integer" and is_bytes):
-            raise ValueError("the statistics are of another dtype of integers, whose range is another")
+            raise ValueError(
+                "the statistics are of integers of another dtype and range: convert the values to the dtype of training"
+            )
         mean, gain = (self.byte_mean, self.byte_gain) if is_bytes else (self.other_mean, self.other_gain)
         if not self.one_channel:
             shape = [3] + [1] * values.dim()
@@ -292,6 +295,7 @@ class FixedNormalizer(nn.Module):
         if values.element_size() > 2 and values.dtype != torch.float32:
             mean, gain = mean.double().sum(0), gain.double().sum(0)
             return self._cut_and_fill((values.double() - mean) * gain, values, mask)
+        # In float32 the third part of the mean and the smaller parts of the gain are below the rounding of results.
         return self._cut_and_fill((values.float() - mean[0] - mean[1]) * gain[0], values, mask)
 
     def _cut_and_fill(self, result: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -148,7 +148,7 @@ def measure(
         values: This rank's values; they may be empty.
         channel_dim: The dimension of the channels; None takes all values as a single channel.
         kind: The kind of the earlier batches; unknown before the first.
-        mask: True where values count; broadcasts to `values`. None is everywhere.
+        mask: True where values count; broadcasts to `values`. None counts all values.
         ignore_nan: Whether NaN is left out.
         compile: Whether a compiled kernel adds 8-bit integers.
         chosen: True for the channels to measure, shape `(C,)`; all other channels get count 0, even where they hold
@@ -191,6 +191,7 @@ def gather(row: Tensor, group: Any, ranks: int) -> Tensor:
     Returns:
         The rows in the order of ranks, shape `(ranks, L)`.
     """
+    # Not all_reduce: moments of floating-point values do not add up, and the order of its sums is not defined.
     table = row.new_empty(ranks, len(row))
     torch.distributed.all_gather([*table], row, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
     return table
@@ -234,7 +235,7 @@ def global_moments(
         channel_dim: The dimension of the channels; None takes all values as a single channel.
         kind: The kind of numbers that all ranks hold. With `Kind.UNKNOWN` ranks tell each other their kinds, and the
             host waits for an accelerator.
-        mask: True where values count; broadcasts to `values`. None is everywhere.
+        mask: True where values count; broadcasts to `values`. None counts all values.
         ignore_nan: Whether NaN is left out.
         group: The process group; None is the default group.
         ranks: Number of ranks in the group; 1 needs no collective.

@@ -54,7 +54,7 @@ def on_evaluation(
 
     Args:
         values: Raw values.
-        mask: True where values count; None is everywhere.
+        mask: True where values count; None counts all values.
         distance: Average distance of the values from the mean, in standard deviations.
         kind: The kind of the training batches; unknown for given constants.
         trained: The statistics of the training batches, or the constants.
@@ -84,7 +84,7 @@ def on_evaluation(
     mean, std = trained.mean.mean().item() * unit, trained.std.mean().item() * unit
     of = "The constants are of data" if kind is Kind.UNKNOWN else f"Training batches are {_NAMES[kind]}"
     return (
-        f"a batch of evaluation ({values.dtype}, {low:g} to {high:g}) is made of other numbers than the statistics. "
+        f"a batch of evaluation ({values.dtype}, {low:g} to {high:g}) lies in another range than the training data. "
         f"{of} with mean {mean:g} and standard deviation {std:g} (about {mean - 2 * std:g} to {mean + 2 * std:g}). "
         f"On average its values lie {distance:.3g} standard deviations from the mean. Use one dtype and range for both"
     )
@@ -129,8 +129,9 @@ def on_small_features(statistics: InputStatistics, eps: float) -> str | None:
     parts = [f"{channel} (std {std:.3g}, {std / math.sqrt(std**2 + eps):.3g} left)" for channel, std in stds.items()]
     more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
     return (
-        f"eps={eps:g} is not small against the variance of the channels {', '.join(parts)}{more}: the spread after "
-        "normalising is the share that is left. Make eps smaller (for tables: eps=1e-12), or give input_range"
+        f"eps={eps:g} is not small against the variance of the channels {', '.join(parts)}{more}: after normalising, "
+        "each of these has the standard deviation that is left, not 1. Make eps smaller (for tables: eps=1e-12), or "
+        "give input_range"
     )
 
 
@@ -169,8 +170,8 @@ def on_normalized_data(statistics: InputStatistics) -> str | None:
     if not bool((mean < 0.25).all() and ((std > 0.8) & (std < 1.25)).all()):
         return None
     return (
-        "the input has mean 0 and standard deviation 1 already. Normalising it again does no harm, but one in the data "
-        "set is not needed any more, and the statistics are not those of raw data"
+        "the input has mean 0 and standard deviation 1 already. Normalising it again does no harm, but a "
+        "normalisation in the data set is not needed any more, and the logged statistics are not of raw data"
     )
 
 

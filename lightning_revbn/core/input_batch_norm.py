@@ -83,6 +83,7 @@ class InputBatchNorm(nn.Module):
         self.momentum = float(momentum)
         self.process_group = process_group
         self.weight = nn.Parameter(torch.full((channels,), start))
+        # The shift is fixed at 0, so it is not a parameter; as a buffer it keeps the name that BatchNorm2d gives it.
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))

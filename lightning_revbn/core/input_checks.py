@@ -27,7 +27,7 @@ class InputPart(NamedTuple):
 
     Attributes:
         values: Raw values.
-        mask: True where values count; None is everywhere.
+        mask: True where values count; None counts all values.
     """
 
     values: Tensor
@@ -52,7 +52,7 @@ def check_input(values: Tensor, mask: Tensor | None, channel_dim: int | None, ch
         raise InputError(f"the input is complex ({values.dtype}): make it real, for example by its magnitude")
     if not shape or (channel_dim is not None and not -len(shape) <= channel_dim < len(shape)):
         single = ". InputNorm(1, channel_dim=None) takes all values as one channel" if shape and channels == 1 else ""
-        raise InputError(f"the input has shape {shape}: there is no dimension channel_dim={channel_dim}{single}")
+        raise InputError(f"the input has shape {shape}: it has no dimension channel_dim={channel_dim}{single}")
     if channel_dim is not None and shape[channel_dim] != channels:
         raise InputError(
             f"the input has shape {shape}: its dimension channel_dim={channel_dim} has {shape[channel_dim]} channels, "
@@ -89,7 +89,7 @@ def check_kind(dtype: torch.dtype, kind: Kind, settings: InputNorm) -> None:
     )
     raise InputError(
         f"the input is {dtype}, but the training batches were {before}: evaluation would be off by a factor of 255. "
-        "Hand over both in one dtype, or give InputNorm(input_range=...) if they have one range"
+        "Use the same dtype for both, or give InputNorm(input_range=...) if they have the same range"
     )
 
 

@@ -70,7 +70,7 @@ class InputComparison:
         Args:
             values: Raw values.
             result: The standardised values.
-            mask: True where values count; None is everywhere.
+            mask: True where values count; None counts all values.
             constants: The constants that standardised them.
             scale: The number that standardised values were multiplied by.
             kind: The kind of the training batches; unknown for given constants.

@@ -102,6 +102,7 @@ class InputLearner:
             return
         learned = self.learned.add(batch, self._estimator.momentum)
         if not _answers_at_once(batch.samples.device):
+            # The device chooses, so that the host does not wait for the faults.
             learned = learned.where(batch.faults.sum() == 0, replace(self.learned, kind=batch.kind))
         self._take(learned)
 
@@ -135,7 +136,7 @@ class InputLearner:
         if estimate is None:
             lack = None if self.saved is None else self.saved.lacks(self._settings.mode)
             loaded = f". Some were loaded, but {lack}" if lack else ""
-            raise MissingStatisticsError(f"there are no input statistics yet: train first, or load them{loaded}")
+            raise MissingStatisticsError(f"input statistics are missing: train first, or load them{loaded}")
         return estimate
 
     def statistics(self) -> InputStatistics:

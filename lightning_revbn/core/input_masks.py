@@ -19,7 +19,7 @@ def valid_values(values: Tensor, mask: Tensor | None, nodata: list[float]) -> Te
 
     Args:
         values: Raw values.
-        mask: True where values count; None is everywhere.
+        mask: True where values count; None counts all values.
         nodata: Numbers that stand for a missing value. Integers must equal such a number exactly, floating-point values
             as their dtype rounds it.
 
@@ -75,7 +75,7 @@ def kept_by(settings: InputNorm, mask: Tensor | None, device: torch.device) -> K
 
     Args:
         settings: The settings.
-        mask: True where values count; None is everywhere.
+        mask: True where values count; None counts all values.
         device: The device of the values.
 
     Returns:
@@ -120,7 +120,7 @@ class InputMasks:
 
         Args:
             values: Raw values.
-            mask: True where values count; None is everywhere.
+            mask: True where values count; None counts all values.
             settings: The settings.
 
         Returns:

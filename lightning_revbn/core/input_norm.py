@@ -112,7 +112,7 @@ class OnlineStandardizer:
 
         Args:
             values: Raw values of this rank; they may be empty.
-            mask: True where values count; None is everywhere.
+            mask: True where values count; None counts all values.
             dtype: The dtype of the result.
             group: The process group of the ranks that share the batch; None is the default group.
             ranks: Number of ranks in the group; None asks the group. With several ranks, each must call this once a
@@ -157,7 +157,7 @@ class OnlineStandardizer:
 
         Args:
             values: Raw values.
-            mask: True where values count; None is everywhere.
+            mask: True where values count; None counts all values.
             dtype: The dtype of the result.
 
         Returns:

@@ -33,6 +33,7 @@ _Number = TypeVar("_Number", int, float)
 _MISSING = object()
 
 _HALF = torch.finfo(torch.float16).max
+"""Largest `fill`, since results may be float16."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class InputNorm:
     def _checked_channels(self, given: object) -> tuple[int, ...]:
         """Return the indices of channels, not negative and sorted."""
         if self.channel_dim is None:
-            raise ValueError(f"channels={given!r} cannot be told apart: channel_dim=None takes all values together")
+            raise ValueError(f"channels={given!r} needs a channel_dim: channel_dim=None takes all values together")
         last = self.num_features - 1
         wrong = f"channels={given!r} must be different numbers from 0 to {last}, as [0, {last}], or None for all"
         if isinstance(given, str) or not isinstance(given, Iterable):
@@ -223,7 +224,7 @@ class InputNorm:
         values: Sequence[float] | None = getattr(self, name)
         if values is None:
             if self.mode == "fixed":
-                raise ValueError(f'mode="fixed" needs {name}: one number a channel, in units of input_range')
+                raise ValueError(f'mode="fixed" needs {name}: a number per channel, in units of input_range')
             return
         if self.mode != "fixed":
             raise ValueError(f'{name} is for mode="fixed"; mode={self.mode!r} learns it from the data')
@@ -244,14 +245,14 @@ def _checked_nodata(given: object) -> float | tuple[float, ...]:
     found = [number for number in numbers if number is not None and not math.isnan(number)]
     if any(number is not None and math.isnan(number) for number in numbers):
         raise ValueError(
-            f'nodata={given!r} equals no value: nan_policy="ignore" leaves NaN out of the statistics, and fill=0.0 '
+            f'nodata={given!r} matches no value: nan_policy="ignore" leaves NaN out of the statistics, and fill=0.0 '
             "replaces it"
         )
     if not numbers or len(found) != len(numbers):
         raise ValueError(f"nodata={given!r} must be a number such as -9999, several as [-9999, 0], or None")
     inexact = [item for item in items if (whole := as_integer(item)) is not None and int(float(whole)) != whole]
     if inexact:
-        raise ValueError(f"nodata={inexact[0]} cannot be told from its neighbours: float64 holds no such number")
+        raise ValueError(f"nodata={inexact[0]} is rounded in float64: give an integer that float64 holds exactly")
     return tuple(found) if several else found[0]
 
 
@@ -259,7 +260,7 @@ def _set(settings: InputNorm, name: str, value: object) -> None:
     """Refuse to change a field, but let other code write the value again that the field has."""
     present = vars(settings).get(name, _MISSING)
     if type(present) is not type(value) or present != value:
-        raise FrozenInstanceError(f"cannot assign to field {name!r}: make another by dataclasses.replace")
+        raise FrozenInstanceError(f"cannot assign to field {name!r}: make a changed copy with dataclasses.replace")
 
 
 # An InputNorm may be among the hyperparameters. Where omegaconf is installed, Lightning's loggers copy a dataclass by

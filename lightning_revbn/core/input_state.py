@@ -163,7 +163,7 @@ def _check_channels(saved: object, settings: InputNorm) -> None:
         own = None if settings.channels is None else [*settings.channels]
         raise ValueError(
             f"the saved input statistics are of a run with InputNorm(channels={saved}), and this run has "
-            f"channels={own}: the network was trained on other input. Give this run the channels of the saved one"
+            f"channels={own}: the network was trained on other input. Give both runs the same channels"
         )
 
 
@@ -200,4 +200,4 @@ def _is_positive(value: object) -> bool:
 
 def _expect(holds: bool, name: str, found: str) -> None:
     if not holds:
-        raise ValueError(f"the saved input statistics cannot be taken over: {name} is {found}")
+        raise ValueError(f"the saved input statistics cannot be loaded: {name} is {found}")

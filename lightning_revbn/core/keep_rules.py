@@ -30,7 +30,7 @@ class KeepRules:
     """Rules for the raw values to keep; without arguments they keep all.
 
     Attributes:
-        mask: True where values are kept; broadcasts to them. None is everywhere.
+        mask: True where values are kept; broadcasts to them. None keeps all values.
         nodata: Numbers that stand for a missing value. Integers must equal such a number exactly, floating-point values
             as their dtype rounds it.
         drops_nan: Whether to drop NaN.
@@ -68,7 +68,7 @@ class PieceMasks:
 
     Attributes:
         view: The values.
-        mask: True where values are kept, in the memory order of the view; None is everywhere.
+        mask: True where values are kept, in the memory order of the view; None keeps all values.
         numbers: Numbers to drop, as the dtype of the values stores them.
         drops_nan: Whether to drop NaN.
         spared: True for channels that keep every value, shape `(C,)`; None spares no channel.
@@ -119,7 +119,7 @@ class PieceMasks:
             Integers of the same width, in the shape of the piece: all bits are set where a value is kept, elsewhere no
             bit.
         """
-        return self.kept(index, at, _BITS[dtype]).neg_()
+        return self.kept(index, at, _BITS[dtype]).neg_()  # the integer -1 has all bits set
 
 
 def blank_(values: Tensor, bits: Tensor, fill: float = 0.0) -> None:
@@ -128,7 +128,7 @@ def blank_(values: Tensor, bits: Tensor, fill: float = 0.0) -> None:
     Args:
         values: float32 or float64.
         bits: The result of `kept_bits`; changed in place if `fill` is not 0.
-        fill: The value in place of those that are not kept.
+        fill: The number in place of values that are not kept.
     """
     whole = values.view(bits.dtype)
     whole.bitwise_and_(bits)

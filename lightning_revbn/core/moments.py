@@ -113,7 +113,7 @@ def moments(
     Args:
         values: A tensor of any real dtype, with at least one dimension.
         channel_dim: The dimension of the channels; None takes all values as a single channel.
-        mask: True where values count; broadcasts to `values`. None is everywhere.
+        mask: True where values count; broadcasts to `values`. None counts all values.
         ignore_nan: Whether NaN is left out; else it makes the moments of its channel NaN.
 
     Returns:
@@ -229,7 +229,7 @@ def _float_moments(view: ChannelView, masks: PieceMasks | None) -> Moments:
                 count = torch.full_like(mean, number)
             else:
                 bits = masks.kept_bits(index, at, torch.float64)
-                count = -bits.sum((0, 2)).double()
+                count = -bits.sum((0, 2)).double()  # the bits of a kept value are the integer -1
                 blank_(values, bits)
                 mean = _divide(values.sum((0, 2)), count)
                 blank_(values.sub_(mean.view(1, -1, 1)), bits)

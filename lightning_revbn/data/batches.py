@@ -40,7 +40,7 @@ def find_tensor(batch: Any, place: Place | None, argument: str) -> Tensor | None
                 return None
             values = _at(values, step)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
-        raise TypeError(f"{named} leads nowhere in a batch that is {_describe(batch)}") from error
+        raise TypeError(f"{named} names no place in the batch, {_describe(batch)}") from error
     if values is not None and not isinstance(values, Tensor):
         inside = ", ".join(repr(found) for found, _ in tensors_in(batch))
         raise TypeError(
@@ -142,7 +142,7 @@ def _replaced(batch: Any, path: tuple[Step, ...], value: Tensor) -> Any:
 
 def _at(batch: Any, step: Step) -> Any:
     if isinstance(batch, Tensor):
-        raise TypeError("a tensor is no container: its first index is a sample")
+        raise TypeError("a tensor is not a container: its first index is a sample")
     if isinstance(step, str) and not _is_mapping(batch):
         return getattr(batch, step)
     return batch[step]

@@ -36,8 +36,8 @@ _LEFT_ALONE = (
     "Normalise raw input by export_normalizer()"
 )
 _NO_STATISTICS = (
-    "there are no input statistics to evaluate with: {name} learns them from training batches. Fit first, call "
-    "collect_input_statistics() on the datamodule, pass a checkpoint of such a run as ckpt_path, call "
+    "input statistics are missing, so a batch cannot be evaluated: {name} learns them from training batches. Fit "
+    "first, call collect_input_statistics() on the datamodule, pass a checkpoint of such a run as ckpt_path, call "
     "load_input_statistics(path) on the datamodule (for a checkpoint that "
     'was made with another class or is loaded into the model alone), or give constants with InputNorm(mode="fixed")'
 )
@@ -86,6 +86,7 @@ class OnlineInputNormMixin(InputStatisticsMethods, _Base):
     def __init__(self, *args: Any, input_norm: InputNorm | Mapping[str, InputNorm], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._input_set = InputSet(input_norm)
+        # The shared memory must exist before a strategy starts child processes.
         self._home = SharedStatistics(self._input_set.state_dict())
         self._fit: InputFit | None = None
         self._pass = None
@@ -128,6 +129,7 @@ class OnlineInputNormMixin(InputStatisticsMethods, _Base):
         self._fit.before_batch(trainer)
         if type(self).select_input is OnlineInputNormMixin.select_input:
             self._fit.look_at(trainer, batch)
+        # The precision plugin has no public name for its dtype, but shows it when it converts a number.
         dtype = trainer.precision_plugin.convert_input(torch.zeros((), dtype=torch.float32)).dtype
         return self._replaced(batch, dtype)
 

@@ -52,6 +52,7 @@ class InputFit(Callback):
     """
 
     def __init__(self, trainer: Trainer, data: LightningDataModule, inputs: InputSet, home: SharedStatistics) -> None:
+        # Weak references, since the Trainer and the DataModule refer to this object.
         self._trainer, self._data = weakref.ref(trainer), weakref.ref(data)
         self._owner = type(data).__name__
         self._inputs = inputs

@@ -74,7 +74,7 @@ class InputReport:
             is_end: Whether an epoch ends, after which any number of samples is enough for a warning of small features.
         """
         online = self.online
-        if {"eps", "normalized"} <= self._told:
+        if {"eps", "normalized"} <= self._told:  # both are judged, and this is called in every step
             return
         enough = not online.learns or online.samples >= _ENOUGH
         if (enough or is_end) and "eps" not in self._told:

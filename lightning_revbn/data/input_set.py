@@ -199,9 +199,11 @@ class InputSet:
             return found[0]
         names = ", ".join(repr(one.name) for one in self.inputs)
         if not self.inputs[0].name:
-            raise ValueError(f"there is one input without a name, and none called {name!r}")
+            raise ValueError(f"the only input has no name, got {name!r}")
         have = "there are several inputs" if len(self.inputs) > 1 else "the only input has a name"
-        raise ValueError(f"{have}, {names}: name {'one of them' if len(self.inputs) > 1 else 'it'}, got {name!r}")
+        raise ValueError(
+            f"{have}, {names}: give {'any of these names' if len(self.inputs) > 1 else 'its name'}, got {name!r}"
+        )
 
     def select(self, batch: Any, *, is_training: bool) -> Selected:
         """Return the input of a batch, or a dict with the input of each name."""
@@ -311,11 +313,12 @@ class InputSet:
         if own == [""]:
             if named:
                 raise ValueError(
-                    f"the saved input statistics are of {_listed(named)}, and this DataModule has one without a name"
+                    f"the saved input statistics are of {_listed(named)}, and this DataModule has a single input "
+                    "without a name"
                 )
             return [state]
         if {*named} != {*own} or len(values) != len(own):
-            saved = _listed(named) if named else "one input without a name"
+            saved = _listed(named) if named else "a single input without a name"
             raise ValueError(f"the saved input statistics are of {saved}, and this DataModule has {_listed(own)}")
         return [values[name] for name in own]
 

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 __all__ = ["loader_share"]
 
 _SEED = 0
+"""All ranks shuffle with this seed, so that their shares do not overlap."""
 
 
 def loader_share(loaders: Any, rank: int, ranks: int) -> CombinedLoader:

@@ -27,16 +27,17 @@ def read_input_statistics(path: Path, *, weights_only: bool) -> dict[str, Any]:
         ValueError: If the file is not a checkpoint of a Trainer, or does not have the input statistics of exactly one
             DataModule.
     """
+    # Lightning saves a distributed checkpoint as a directory, with everything but sharded tensors in meta.pt.
     file = path / "meta.pt" if path.is_dir() else path
     checkpoint: Any = torch.load(file, map_location="cpu", weights_only=weights_only)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file} is no checkpoint of a Trainer: it holds a {type(checkpoint).__name__}")
+        raise ValueError(f"{file} is not a checkpoint of a Trainer: it holds a {type(checkpoint).__name__}")
     parts = cast("dict[str, Any]", checkpoint)
     found = {name: part[STATE_NAME] for name, part in parts.items() if _has_statistics(part)}
     if len(found) != 1:
         having = f"of {len(found)} DataModules: {', '.join(found)}" if found else "no input statistics"
         raise ValueError(
-            f"{file} has {having}; it must be a checkpoint of a run with one DataModule with OnlineInputNormMixin"
+            f"{file} has {having}; give a checkpoint of a run with a single DataModule with OnlineInputNormMixin"
         )
     return next(iter(found.values()))
 

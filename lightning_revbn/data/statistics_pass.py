@@ -69,6 +69,7 @@ class StatisticsPass:
             InputError: If a batch cannot be measured.
         """
         steps = 0
+        # Shuffling and augmentation draw random numbers, which must not change the numbers of the training after them.
         with isolate_rng(), torch.no_grad():
             loaders = loader_share(self._data.train_dataloader(), self._rank, self._ranks)
             batches = iter(loaders)

@@ -1,4 +1,4 @@
-"""Paired comparison of runs: did the change help, over the same seeds?"""
+"""Compares runs with and without a change in pairs of the same seed, by tests of significance."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class PairedTTest:
         mean_difference: Mean of the differences.
         std_difference: Standard deviation of the differences, with n - 1 in the denominator.
         statistic: Student's t, `mean_difference / (std_difference / sqrt(n))`, with n - 1 degrees of freedom.
-        p_value: Probability of a t at least this far in the direction of `alternative`, if there were no effect.
-        confidence_interval: Two-sided interval of the mean difference, whatever `alternative` is.
-        confidence_level: Its level.
+        p_value: Probability, without an effect, of a t at least as far in the direction of `alternative`.
+        confidence_interval: Two-sided interval of the mean difference, for every `alternative`.
+        confidence_level: The level of the interval.
         effect_size: Cohen's d_z, `mean_difference / std_difference`.
-        alternative: The direction that was declared.
+        alternative: The declared direction of the effect.
     """
 
     n: int
@@ -56,13 +56,13 @@ def paired_t_test(
 ) -> PairedTTest:
     """Test whether runs with a change score higher than the runs without it over the same seeds.
 
-    The paper's test: a paired t-test, one-sided (proposed > baseline), significant at p <= 0.05
-    (https://arxiv.org/abs/2110.13989). Declare the direction before looking at the runs. Where all differences are
-    equal, up to the rounding of float32, the test can say nothing: statistic, p-value, interval and effect size are
-    NaN, with a warning.
+    The paper uses this test: a paired t-test, one-sided (proposed > baseline), significant at p <= 0.05
+    (https://arxiv.org/abs/2110.13989). Declare the direction before looking at the runs. If all differences are equal,
+    up to the rounding of float32, the test has no answer: statistic, p-value, interval and effect size are NaN, with a
+    warning.
 
     Args:
-        proposed: One score a seed, shape `(n,)`.
+        proposed: A score per seed, shape `(n,)`.
         baseline: The scores of the same seeds in the same order, shape `(n,)`.
         alternative: `"greater"` (proposed > baseline), `"less"` or `"two-sided"`.
         confidence_level: Level of the confidence interval, between 0 and 1.
@@ -73,7 +73,7 @@ def paired_t_test(
     Raises:
         ValueError: If the lengths differ, there are fewer than two pairs, a score is not finite, or an option is
             unknown.
-        TypeError: If a score is no number, or the scores have no order (a mapping).
+        TypeError: If a score is not a number, or the scores are a string or a mapping.
         ImportError: If scipy is missing.
 
     Example:
@@ -88,7 +88,8 @@ def paired_t_test(
         raise ValueError(f"confidence_level={confidence_level!r} must be between 0 and 1")
     stats = _scipy_stats("paired_t_test")
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    # Equal differences of scores such as 97.6 still differ by rounding; metrics are float32, so by 2^-24 of the score.
+    # Metrics are float32, so a score such as 97.6 is rounded by up to 2^-24 of itself, and equal differences of such
+    # scores differ by that rounding.
     if max(differences) - min(differences) <= 2**-22 * max(map(abs, [*first, *second])):
         warnings.warn("all differences are equal: a t-test can say nothing about them", stacklevel=2)
         n, mean, nan = len(differences), math.fsum(differences) / len(differences), math.nan
@@ -99,22 +100,23 @@ def paired_t_test(
 def wilcoxon_p_value(
     proposed: Iterable[float], baseline: Iterable[float], *, alternative: Alternative = "greater"
 ) -> float:
-    """Return the p-value of Wilcoxon's signed-rank test, which takes no normal distribution for granted.
+    """Return the p-value of Wilcoxon's signed-rank test, which does not assume a normal distribution.
 
-    It looks at the order of the differences only, so it answers with the t-test's question beside it: could one
-    extreme pair be the reason? With n pairs it cannot fall below `2**-n` (one-sided), so fewer than five say nothing.
+    The test uses only the order of the differences. So it shows whether a small p-value of the t-test rests on a single
+    extreme pair. With n pairs its p-value is at least `2**-n` (one-sided): below 5 pairs it is never under 0.05.
 
     Args:
-        proposed: One score a seed, shape `(n,)`.
+        proposed: A score per seed, shape `(n,)`.
         baseline: The scores of the same seeds in the same order, shape `(n,)`.
         alternative: The direction, as in `paired_t_test`.
 
     Returns:
-        The p-value; NaN where all pairs are equal.
+        The p-value; NaN if all pairs are equal, or without pairs.
 
     Raises:
-        ValueError: If a score is not finite, the lengths differ, or there are no pairs.
-        TypeError: If a score is no number.
+        ValueError: If a score is not finite, or the lengths differ.
+        TypeError: If a score is not a number, or the scores are a string or a mapping.
+        ImportError: If scipy is missing.
 
     Example:
         >>> wilcoxon_p_value([2.0, 4.0, 6.0, 9.0, 11.0], [1.0, 2.0, 3.0, 5.0, 6.0])
@@ -122,7 +124,7 @@ def wilcoxon_p_value(
     """
     first, second = _scores("proposed", proposed), _scores("baseline", baseline)
     stats = _scipy_stats("wilcoxon_p_value")
-    # As for the t-test: what differs by the rounding of float32 alone is equal.
+    # As in the t-test, scores that differ only by the rounding of float32 are equal.
     close = 2**-22 * max(map(abs, [*first, *second]), default=0.0)
     differences = [a - b if abs(a - b) > close else 0.0 for a, b in zip(first, second, strict=True)]
     if not any(differences):
@@ -131,13 +133,13 @@ def wilcoxon_p_value(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for the number of questions that were asked of the same baseline.
+    """Correct the p-values of several tests against the same baseline.
 
-    Holm, "A simple sequentially rejective multiple test procedure" (1979): at level alpha, one false answer among all
-    of them is at most alpha likely.
+    Holm, "A simple sequentially rejective multiple test procedure" (1979): if every test is judged at level alpha, the
+    probability of any false positive among all tests is at most alpha.
 
     Args:
-        p_values: Of m tests, shape `(m,)`. NaN, the answer of a test that can say nothing, counts as a question.
+        p_values: The p-values of m tests, shape `(m,)`. NaN, the p-value of a test without an answer, counts as a test.
 
     Returns:
         The corrected p-values in the same order, shape `(m,)`; NaN stays.
@@ -160,11 +162,12 @@ def least_detectable_effect(
 ) -> float:
     """Return the least effect that a paired t-test of n pairs finds with a given probability.
 
-    Of smaller effects the test misses more than a share of `1 - power`: no significance does not mean no effect.
+    The test misses smaller effects with a probability of more than `1 - power`: no significance does not mean no
+    effect.
 
     Args:
         n: Number of pairs, 2 or more.
-        level: What p-values are compared with, between 0 and 1.
+        level: The significance level of p-values, between 0 and 1.
         power: The probability, above `level` and below 1.
         alternative: The direction, as in `paired_t_test`.
 
@@ -172,7 +175,8 @@ def least_detectable_effect(
         Cohen's d_z: the effect in standard deviations of the differences, above 0 in every direction.
 
     Raises:
-        ValueError: If an argument is out of range, or `level` too small for so few pairs.
+        ValueError: If an argument is out of range, or `level` is too small for so few pairs.
+        ImportError: If scipy is missing.
 
     Example:
         >>> round(least_detectable_effect(8), 2), round(least_detectable_effect(15), 2)
@@ -193,7 +197,7 @@ def least_detectable_effect(
         far = effect * math.sqrt(n)
         found = float(stats.nct.sf(critical, n - 1, far))
         if alternative == "two-sided":
-            # Beyond what scipy can compute, and gives as NaN, this far tail is nothing beside the other.
+            # For large effects scipy returns NaN for this tail, which is negligible beside the other tail there.
             other = float(stats.nct.cdf(-critical, n - 1, far))
             found += 0.0 if math.isnan(other) else other
         if math.isnan(found):
@@ -202,7 +206,8 @@ def least_detectable_effect(
 
     highest = 1.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of series that do not converge: the result is checked
+        # scipy warns of series that do not converge; `lacking` checks the result itself.
+        warnings.simplefilter("ignore", RuntimeWarning)
         while lacking(highest) > 0:
             highest *= 2
         return float(optimizer.brentq(lacking, 0.0, highest))
@@ -237,11 +242,11 @@ def _students_t(
 
 
 def _pairs(proposed: Iterable[float], baseline: Iterable[float]) -> tuple[list[float], list[float]]:
-    """Return the scores of both sides, or raise if they are no pairs."""
+    """Return the scores of both sides, or raise unless they are pairs."""
     first, second = _scores("proposed", proposed), _scores("baseline", baseline)
     if len(first) != len(second):
         raise ValueError(
-            f"a paired test needs one score a seed on both sides, got {len(first)} proposed and {len(second)} baseline"
+            f"a paired test needs a score per seed on both sides, got {len(first)} proposed and {len(second)} baseline"
         )
     if len(first) < 2:
         raise ValueError(f"a paired test needs at least two pairs, got {len(first)}: run more seeds")
@@ -264,7 +269,7 @@ def _scores(side: str, scores: Iterable[float]) -> list[float]:
         try:
             found.append(float(score))
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{side}[{position}] is no number: {score!r}") from error
+            raise TypeError(f"{side}[{position}] is not a number: {score!r}") from error
         if not math.isfinite(found[-1]):
             raise ValueError(f"{side}[{position}] is {score}: a run that failed has no score to compare")
     return found

@@ -107,7 +107,7 @@ def test_a_result_holds_plain_numbers() -> None:
 
 
 def test_sides_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"one score a seed on both sides, got 3 proposed and 2 baseline"):
+    with pytest.raises(ValueError, match=r"a score per seed on both sides, got 3 proposed and 2 baseline"):
         paired_t_test([1.0, 2.0, 3.0], [1.0, 2.0])
 
 
@@ -187,7 +187,7 @@ def test_scores_without_an_order_are_refused(scores: object) -> None:
 
 
 def test_a_score_that_is_no_number_is_named() -> None:
-    with pytest.raises(TypeError, match=r"baseline\[1\] is no number: \[2.0\]"):
+    with pytest.raises(TypeError, match=r"baseline\[1\] is not a number: \[2.0\]"):
         paired_t_test([1.0, 2.0], [1.0, [2.0]])  # type: ignore[list-item]
 
 

@@ -176,9 +176,9 @@ class Companion(SameOnAllRanks):
         if shared:
             more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
             raise MisconfigurationException(
-                f"{len(acting)} callbacks {type(self).__name__} in one Trainer select the same layers: "
+                f"{len(acting)} callbacks {type(self).__name__} in the Trainer select the same layers: "
                 f"{', '.join(map(repr, shared[:_SHOWN]))}{more}. "
-                "Give each layer to one of them, by include and exclude; they are "
+                "Divide the layers by include and exclude; the callbacks are "
                 f"{' and '.join(callback._told for callback in acting)}"
             )
 

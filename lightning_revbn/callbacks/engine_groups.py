@@ -45,7 +45,7 @@ def what_groups_miss(optimizer: Any, settings: RuleSettings) -> str:
     if not permanent_groups(optimizer):
         return ""
     rates = Rates(settings.divisor, settings.shift_multiplier)
-    kinds = [f"not every {role} is in one" for role in ("scale", "shift") if rates.change(role)]
+    kinds = [f"not every {role} is in such a group" for role in ("scale", "shift") if rates.change(role)]
     arguments = {"weight_decay_exempt": settings.weight_decay_exempt, **_unlike_defaults(settings)}
     return (
         f"; it has such groups, but {', or '.join([*kinds, 'some decay'])}: call scale_param_groups on the whole "
@@ -78,8 +78,8 @@ def check_engine_groups(
     in_config = isinstance(config, Mapping) and "optimizer" in config
     replaced = ", and remove the optimizer from DeepSpeed's configuration, which takes its place" if in_config else ""
     raise MisconfigurationException(
-        f"{owner}: {type(optimizer).__name__} trains copies of the parameters, among which no batch "
-        "norm scale or shift can be told. Make groups for them, by these two lines in configure_optimizers:\n\n"
+        f"{owner}: {type(optimizer).__name__} trains copies of the parameters, in which batch norm "
+        "scales and shifts cannot be identified. Give them their own groups, by two lines in configure_optimizers:\n\n"
         "    from lightning_revbn import scale_param_groups\n"
         f"    return {name}(scale_param_groups(self, "
         f"{_as_code(arguments)}))\n\n"

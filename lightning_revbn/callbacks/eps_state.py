@@ -218,9 +218,9 @@ class StageEps:
         missing = [name for name in mine if name not in layers]
         if missing:
             rank_zero_warn(
-                f"{self._owner}: the checkpoint tells that {len(missing)} layers were trained with "
-                f"eps={_texts(told[name].eps for name in missing)}, which the model does not have by these names, "
-                f"{missing[0]!r} for one: set their eps by lightning_revbn.core.eps.set_eps"
+                f"{self._owner}: the checkpoint has {len(missing)} layers that were trained with "
+                f"eps={_texts(told[name].eps for name in missing)}, and the model has no layers of their names, such "
+                f"as {missing[0]!r}: set the eps of these layers by lightning_revbn.core.eps.set_eps"
             )
         self._restore({name: layer for name, layer in mine.items() if name in layers})
         foreign = self._find_foreign() - others
@@ -234,8 +234,8 @@ class StageEps:
         written = [note.eps for note in self._written.notes().values() if note.code != note.eps]
         if self._has_weights_alone and written:
             rank_zero_warn(
-                f"{self._owner}: the checkpoint holds weights alone, and nothing tells with which eps they were "
-                f"trained: {len(written)} layers have eps={_texts(written)} now, not that of the model's code"
+                f"{self._owner}: the checkpoint holds weights alone, so the eps of their training is not known: "
+                f"{len(written)} layers have eps={_texts(written)} now, not the eps of the model's code"
             )
         if self._eps is None:
             return
@@ -247,7 +247,7 @@ class StageEps:
         not_set = f"{self._owner}: eps={self._eps:g} is not set in "
         if noted:
             rank_zero_warn(
-                f"{not_set}{len(noted)} layers, {next(iter(noted))!r} for one, which were trained with "
+                f"{not_set}{len(noted)} layers, such as {next(iter(noted))!r}, which were trained with "
                 f"eps={_texts(noted.values())} and keep it"
             )
         if others and self._told is not None:
@@ -255,8 +255,8 @@ class StageEps:
         elif others:
             way = "Evaluate" if self._saved_as is None else "Resume"
             rank_zero_warn(
-                f"{not_set}{len(others)} layers, {next(iter(others))!r} for one, which are trained and have "
-                f"eps={_texts(others.values())}: nothing tells here with which eps they were trained. {way} by "
+                f"{not_set}{len(others)} layers, such as {next(iter(others))!r}, which are trained and have "
+                f"eps={_texts(others.values())}: the eps of their training is not known here. {way} by "
                 f"ckpt_path, or call lightning_revbn.core.eps.set_eps(model, {self._eps:g}, trained='overwrite')"
             )
 

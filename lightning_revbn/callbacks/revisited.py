@@ -106,7 +106,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         if not isinstance(monitor, (bool, BatchNormMonitor)):  # pyright: ignore[reportUnnecessaryIsInstance] # from a file
             raise TypeError(
                 f"monitor must be True, False or a BatchNormMonitor, got {monitor!r}; in a configuration with targets "
-                "(Hydra, for one) give a mapping with _target_: lightning_revbn.BatchNormMonitor"
+                "(such as Hydra) give a mapping with _target_: lightning_revbn.BatchNormMonitor"
             )
         own = (BatchNormMonitor.by_default() if monitor else None) if isinstance(monitor, bool) else monitor
         self._own_monitor: BatchNormMonitor | None = own
@@ -414,7 +414,7 @@ class RevisitedBatchNorm(Companion, SavedByArguments):
         if new:
             rewritten = sum(record.verdict == "rewrite" for record in new)
             rank_zero_info(
-                f"{type(self).__name__}: {len(new)} batch norm layers were added or replaced, {new[0].name!r} for one; "
+                f"{type(self).__name__}: {len(new)} batch norm layers were added or replaced, such as {new[0].name!r}; "
                 f"{rewritten} of them start from a new scale"
             )
 

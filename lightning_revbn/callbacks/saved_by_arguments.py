@@ -46,7 +46,7 @@ def restore(kind: type[SavedByArguments], arguments: dict[str, Any]) -> SavedByA
         TypeError: If `save_by_arguments` has not registered the class: anybody may have made the checkpoint.
     """
     if kind not in _kinds:
-        raise TypeError(f"{kind!r} is no callback of lightning_revbn")
+        raise TypeError(f"{kind!r} is not a callback of lightning_revbn")
     return kind(**arguments)
 
 

@@ -149,9 +149,9 @@ def _warn_of_rounding(owner: str, records: Sequence[BatchNormRecord], divisor: f
     target, dtype = cast("float", coarse[0].target), cast("nn.Parameter", coarse[0].scale).dtype
     apart = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(target))
     rank_zero_warn(
-        f"{owner}: {len(coarse)} scales are {dtype}, that of {coarse[0].name!r} for one. Near "
-        f"{target:g} such numbers are {apart:.2g} apart, and an update of less than half of that, as with "
-        f"lr / {divisor:g} most are, is rounded away. Train with "
+        f"{owner}: {len(coarse)} scales are {dtype}, such as the scale of {coarse[0].name!r}. Values "
+        f"near {target:g} are {apart:.2g} apart in this dtype, so most updates at lr / {divisor:g} are lost: an "
+        "update below half of that is rounded away. Train with "
         "precision='bf16-mixed' or '16-mixed', or choose a smaller scale_lr_divisor"
     )
 

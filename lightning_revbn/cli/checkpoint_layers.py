@@ -137,7 +137,7 @@ def _fault(tensor: Tensor, *, is_count: bool) -> str | None:
     if tensor.is_quantized:
         return f"is quantised ({_short(tensor.dtype)})"
     if tensor.is_nested or tensor.layout != torch.strided:
-        return f"is no dense tensor ({'nested' if tensor.is_nested else _short(tensor.layout)})"
+        return f"is not a dense tensor ({'nested' if tensor.is_nested else _short(tensor.layout)})"
     if tensor.is_complex() or not (tensor.dtype.is_floating_point or is_count):
         return f"is {_short(tensor.dtype)}, no floating-point numbers"
     if is_count:

@@ -50,7 +50,9 @@ def read_checkpoint(path: Path) -> dict[Any, Any]:
                 f"{path} holds pickled objects besides tensors; refused, and none of its code was run. "
                 "Save the model's state_dict() alone to inspect it"
             ) from error
-        raise TargetError(f"{path} is no checkpoint of torch.save, or is damaged: {error_text(error, 100)}") from error
+        raise TargetError(
+            f"{path} is not a checkpoint of torch.save, or is damaged: {error_text(error, 100)}"
+        ) from error
     top = as_dict(content)
     if top is None:
         raise TargetError(f"{path} holds a {type(content).__name__}, not a model's state_dict")

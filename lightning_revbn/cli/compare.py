@@ -127,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for label, runs in proposed.items():
         check_pairs(baseline, runs, label, arguments.any_length)
     if len(baseline) < 2:
-        raise CompareError("one pair tells nothing about chance: run more seeds")
+        raise CompareError("a single pair tells nothing about chance: run more seeds")
     if find_spec("scipy") is None:
         raise CompareError('comparing needs scipy: pip install "lightning-revbn[compare]"')
     _tell_damage([run for _, runs in arms for run in runs.values()])

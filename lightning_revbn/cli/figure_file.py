@@ -32,9 +32,9 @@ def check_output(path: Path) -> None:
         PlotError: If the suffix is unknown, the directory does not exist, or the path is a directory.
     """
     if path.suffix.lower() not in _SUFFIXES:
-        raise PlotError(f"{one_line(path)} must end in one of {', '.join(_SUFFIXES)}")
+        raise PlotError(f"{one_line(path)} must end in any of {', '.join(_SUFFIXES)}")
     if not path.parent.is_dir():
-        raise PlotError(f"{one_line(path)} cannot be written: there is no directory {one_line(path.parent)}")
+        raise PlotError(f"{one_line(path)} cannot be written: the directory {one_line(path.parent)} does not exist")
     if path.is_dir():
         raise PlotError(f"{one_line(path)} cannot be written: it is a directory")
 

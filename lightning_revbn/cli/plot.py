@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.layers:
         runs = _choose_layers(runs, arguments.layers)
     if not layer_rows.logged_rows(runs):
-        raise PlotError(f"nothing to draw: no layer has one of {', '.join(row.quantity for row in layer_rows.ROWS)}")
+        raise PlotError(f"nothing to draw: no layer has any of {', '.join(row.quantity for row in layer_rows.ROWS)}")
     warnings += [text for text in map(layer_rows.gaps, runs) if text]
     save_figure(layers_figure.draw(runs, arguments.style), output)
     for warning in warnings:

@@ -38,7 +38,7 @@ def parse_seed_pattern(text: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:  # a huge number of repetitions; thousands of brackets
-        raise SeedPatternError(f"--seed-pattern {one_line(text)} is no regular expression: {error}") from error
+        raise SeedPatternError(f"--seed-pattern {one_line(text)} is not a regular expression: {error}") from error
     if pattern.groups < 1:
         raise SeedPatternError(f"--seed-pattern {one_line(text)} must have a group, such as 'run_(\\d+)'")
     return pattern

@@ -57,7 +57,7 @@ def resolve(target: str) -> nn.Module | Checkpoint:
     _refuse_other_paths(target, path)
     scheme, colon, name = target.partition(":")
     if not colon:
-        raise TargetError(f"{_quoted(target)} is no file; {_FORMS}")
+        raise TargetError(f"{_quoted(target)} is not a file; {_FORMS}")
     if scheme == "torchvision":
         return _torchvision(name)
     if scheme == "timm":
@@ -82,18 +82,18 @@ def _refuse_other_paths(target: str, path: Path) -> None:
     if target and _is(Path.is_dir, path):
         raise TargetError(f"{quoted} is a directory: name a checkpoint file in it")
     if target and _is(Path.exists, path):
-        raise TargetError(f"{quoted} is no regular file")
+        raise TargetError(f"{quoted} is not a regular file")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", target):
         raise TargetError(f"{quoted} is an address, and only local files are read: download it, and name the file")
     if re.match(r"[A-Za-z]:[\\/]", target):  # a Windows path, whose drive looks like a scheme
-        raise TargetError(f"there is no file {quoted}")
+        raise TargetError(f"the file {quoted} does not exist")
     script, found, name = target.partition(".py:")
     if found:
         module = re.sub(r"[/\\]", ".", re.sub(r"^(\.[/\\])+", "", script))
         raise TargetError(f"{quoted} names a script: name its module, as in an import: {_quoted(f'{module}:{name}')}")
     stem, _, suffix = target.rpartition(".")
     if stem and (suffix in ("ckpt", "pt", "pth", "bin") or re.search(r"[/\\]", target)):
-        raise TargetError(f"{quoted} is no file; {_FORMS}")
+        raise TargetError(f"{quoted} is not a file; {_FORMS}")
 
 
 def _torchvision(name: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""How large the normalised values get inside batch norm layers, as a torchmetrics metric."""
+"""Measures the size of normalised values inside batch norm layers, as a torchmetrics metric."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from lightning_revbn.core.torch_compat import BatchNormBase, is_functorch_wrappe
 __all__ = ["ActivationHooks", "NormalizedActivations", "NormalizedExtremes", "compute_x_hat"]
 
 _THRESHOLD = 3.0
-"""From which `|x_hat|` on a value counts as large; of normally distributed values 0.27 % are."""
+"""A value counts as large above this `|x_hat|`; 0.27 % of normally distributed values do."""
 
 
 class NormalizedExtremes(NamedTuple):
-    """What `NormalizedActivations` computes; shape `(L + 1,)` each: L layers, and last all of them together."""
+    """Result of `NormalizedActivations`; shape `(L + 1,)` each: L layers, and last all layers together."""
 
     absmax: Tensor
-    """Greatest `|x_hat|`; NaN if one was NaN."""
+    """Greatest `|x_hat|`; NaN if any x_hat was NaN, 0 for a layer without values."""
     over_3: Tensor
-    """Share of values with `|x_hat| > 3`, in [0, 1]; NaN for a layer that has seen nothing."""
+    """Share of values with `|x_hat| > 3`, in [0, 1]; NaN for a layer without values."""
 
 
 class NormalizedActivations(Metric):
-    """Greatest `|x_hat|` and share of `|x_hat| > 3` in batch norm layers, over all that was seen since the last reset.
+    """Greatest `|x_hat|` and share of `|x_hat| > 3` in batch norm layers, over all values since the last reset.
 
-    x_hat is what a batch norm layer multiplies with its scale: `(x - mean) / sqrt(var + eps)`. Reduced across ranks as
-    torchmetrics does: the greatest by maximum, the share by sums.
+    A batch norm layer multiplies x_hat, `(x - mean) / sqrt(var + eps)`, by its scale. torchmetrics reduces the metric
+    over ranks: the greatest by a maximum, the share by sums of counts.
 
     Args:
         layers: Number of layers L.
-        **options: For `torchmetrics.Metric`.
+        **options: Keyword arguments of `torchmetrics.Metric`.
 
     Example:
         >>> metric = NormalizedActivations(layers=1)
@@ -62,16 +62,17 @@ class NormalizedActivations(Metric):
         super().__init__(**options)
         add_state = cast("Callable[..., None]", self.add_state)  # pyright: ignore[reportUnknownMemberType] # partly untyped
         add_state("absmax", torch.zeros(layers), dist_reduce_fx="max")
+        # Counts are int64, since float32 counts exactly only up to 2^24.
         add_state("over", torch.zeros(layers, dtype=torch.int64), dist_reduce_fx="sum")
         add_state("count", torch.zeros(layers, dtype=torch.int64), dist_reduce_fx="sum")
 
     @override
     def update(self, layer: int, normalized: Tensor) -> None:
-        """Take in values of one layer.
+        """Add values of a layer.
 
         Args:
-            layer: Which, counted from 0.
-            normalized: x_hat, any shape.
+            layer: The index of the layer, from 0.
+            normalized: x_hat of the layer, in any shape.
         """
         if not normalized.numel():
             return
@@ -82,10 +83,10 @@ class NormalizedActivations(Metric):
 
     @override
     def compute(self) -> NormalizedExtremes:
-        """Compute both over all ranks.
+        """Compute the metric, over all ranks.
 
         Returns:
-            Greatest `|x_hat|` and share of `|x_hat| > 3`, of each layer and of all.
+            Greatest `|x_hat|` and share of `|x_hat| > 3`, of each layer and of all layers.
         """
         over, count = (torch.cat([state, state.sum()[None]]).to(self.absmax.dtype) for state in (self.over, self.count))
         greatest = self.absmax.max()[None] if len(self.absmax) else self.absmax.new_zeros(1)
@@ -93,25 +94,28 @@ class NormalizedActivations(Metric):
 
 
 class ActivationHooks:
-    """Forward hooks that give a metric the normalised values of batch norm layers, until they are removed.
+    """Forward hooks that update a metric with the normalised values of batch norm layers, until `remove`.
 
-    Of torch's own layers x_hat is computed from their input: with the statistics of the batch in training mode (of the
-    batches of all ranks where the layer synchronises), else with the running statistics. So it does not depend on scale
-    and shift, which may be 0 or missing. Where a layer has a `forward` of its own, its call of
-    `torch.nn.functional.batch_norm` is watched, whatever it does before and after; x_hat is that of the call. Only a
-    `forward` that makes no such call, and gives an affine function of the input, is judged by its output, in channels
-    whose scale is not 0.
+    x_hat of a layer is computed in three ways:
+
+    - For torch's own layers from the input of the layer: with the statistics of the batch in training mode (of the
+      batches of all ranks if the layer synchronises), else with the running statistics. So x_hat does not depend on
+      scale and shift, which may be 0 or missing.
+    - For a layer with its own `forward` from the arguments of its call of `torch.nn.functional.batch_norm`, whatever
+      the `forward` does before and after the call.
+    - If such a `forward` makes no call, from the input; and from the output, if that is another affine function of the
+      input, in channels whose scale is not 0.
 
     A forward pass that gradient checkpointing runs again in the backward pass is not measured again.
 
-    Nothing is kept but the metric's numbers. Not measured: layers in code compiled by `torch.compile`, in transforms of
-    `torch.func`, and layers whose input is a DTensor.
+    The hooks keep no activations, only the metric's numbers. They do not measure layers in code compiled by
+    `torch.compile`, in transforms of `torch.func`, or layers whose input is a DTensor.
 
     Use it as a context manager, or call `remove`.
 
     Args:
         records: The layers, in the order in which the metric counts them.
-        metric: What to update.
+        metric: The metric to update.
 
     Example:
         >>> from lightning_revbn import find_batch_norms
@@ -125,11 +129,11 @@ class ActivationHooks:
     """
 
     def __init__(self, records: Sequence[BatchNormRecord], metric: NormalizedActivations) -> None:
-        metric.update(0, torch.empty(0))  # torchmetrics warns of what was never updated, though no layer may run
+        metric.update(0, torch.empty(0))  # torchmetrics warns of a metric without updates, even if no layer may run
         self._removals: list[Callable[[], None]] = []
         for index, record in enumerate(records):
             layer, measure = record.module, _Measure(metric, index)
-            # Of torch's own forward the input tells everything, and a hook costs least.
+            # For torch's own forward the input is enough, and a hook costs less than watching its call.
             if _has_torchs_forward(layer):
                 removal = layer.register_forward_pre_hook(measure.before, with_kwargs=True).remove
             else:
@@ -151,18 +155,18 @@ class ActivationHooks:
 
 
 class _Measure:
-    """Gives the values of one layer to the metric."""
+    """Updates the metric with the values of a layer."""
 
     def __init__(self, metric: NormalizedActivations, index: int) -> None:
         self._metric = metric
         self._index = index
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Measure a layer that is known to work as torch's."""
+        """Measure a layer with torch's forward by its input."""
         self.after(layer, args, kwargs, None)
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
-        """Measure a layer by its input and output."""
+        """Measure a layer by its input, and by its output where that shows another x_hat."""
         inputs: object = args[0] if args else next(iter(kwargs.values()), None)
         if not _is_measurable(inputs):
             return
@@ -180,21 +184,22 @@ class _Measure:
         training: bool,
         eps: float,
     ) -> None:
-        """Measure a call of batch norm by its arguments."""
+        """Measure a call of `batch_norm` by its arguments."""
         if _is_measurable(inputs):
             with torch.no_grad():
                 self._metric.update(self._index, _x_hat(layer, inputs, running, training, eps))
 
 
 class _WatchedForward(EveryCall):
-    """Measures the calls of batch norm in a layer's forward until it is undone."""
+    """Measures the calls of `batch_norm` in a layer's forward, until `undo`."""
 
     def __init__(self, layer: nn.Module, measure: _Measure) -> None:
-        # A synchronised layer answers its call of batch norm itself: there the call is seen from inside alone.
+        # `synchronize_batch_norms` wraps a forward and answers its call of batch_norm. So the forward inside the
+        # wrapper is watched: outside of it no call is seen.
         super().__init__(*innermost_forward(layer), self._watch)
         self._layer = layer
         self._measure = measure
-        # Layers inside this one are measured by themselves.
+        # A layer inside this layer has its own hook, so its calls are not measured here.
         inner = [module for module in layer.modules() if module is not layer and isinstance(module, BatchNormBase)]
         self._foreign = {id(tensor) for module in inner for tensor in (module.running_mean, module.weight)} - {id(None)}
 
@@ -207,7 +212,8 @@ class _WatchedForward(EveryCall):
             self._measure.after(self._layer, args, kwargs, output)
         return output
 
-    # What synchronises a layer copies its forward before itself, so the method cannot be looked up in the copy.
+    # The wrapper of a synchronised layer copies this forward before the layer has a copy, so the copy must not look up
+    # the method in the layer.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         return copy.deepcopy(self.__wrapped__, memo)
@@ -218,7 +224,7 @@ class _WatchedForward(EveryCall):
 
 
 class _MeasuredCalls(BatchNormCalls):
-    """Measures calls of batch norm, and lets them pass."""
+    """Measures calls of `batch_norm`, and passes them on."""
 
     def __init__(self, layer: nn.Module, measure: _Measure, foreign: Container[int]) -> None:
         super().__init__()
@@ -235,25 +241,25 @@ class _MeasuredCalls(BatchNormCalls):
 
 
 def _has_torchs_forward(layer: nn.Module) -> bool:
-    """Tell whether nothing but torch's code runs in a layer's forward, and what synchronises the layer around it."""
+    """Tell whether a layer's forward is torch's own, apart from a wrapper of `synchronize_batch_norms` around it."""
     owner, name = innermost_forward(layer)
     own = type(layer).forward in (BatchNormBase.forward, nn.SyncBatchNorm.forward)
     return own and (owner is not layer or name not in vars(layer))
 
 
 def _is_measurable(inputs: object) -> TypeGuard[Tensor]:
-    """Tell whether values can be read: not in compiled code, nor a second time while gradients are computed."""
+    """Tell whether to measure values: not in compiled code, and not when a backward pass repeats a forward pass."""
     if torch.compiler.is_compiling() or is_in_backward():
         return False
-    # What is no batch of channels, the layer itself refuses.
+    # Input without a dimension of channels is left to the layer, which raises its own error.
     return isinstance(inputs, Tensor) and inputs.dim() >= 2 and not _stands_for_others(inputs)
 
 
 def compute_x_hat(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Compute x_hat of a batch norm layer, as it would be in the next forward pass; change nothing.
+    """Compute the x_hat of a batch norm layer in its next forward pass, without changing the layer.
 
     Args:
-        layer: A batch norm layer, frozen ones included.
+        layer: A batch norm layer; it may be frozen.
         inputs: Its input, shape `(N, C)` or `(N, C, *)`.
 
     Returns:
@@ -268,7 +274,7 @@ def _x_hat(
     layer: nn.Module, inputs: Tensor, running: tuple[Tensor | None, Tensor | None], training: bool, eps: float
 ) -> Tensor:
     values = inputs.detach()
-    # torch's kernels compute in float32 too where values have half precision.
+    # torch's kernels also compute in float32 where values have half precision.
     values = values if values.dtype == torch.float64 else values.float()
     if training or running[0] is None or running[1] is None:
         mean, variance = _batch_moments(layer, values)
@@ -279,7 +285,7 @@ def _x_hat(
 
 
 def _batch_moments(layer: nn.Module, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance per channel: of this rank's batch, or of all ranks' where the layer synchronises."""
+    """Return mean and variance per channel, of this rank's batch, or of all ranks' if the layer synchronises."""
     others = [dim for dim in range(values.dim()) if dim != 1]
     channels = values.shape[1]
     if values.numel():  # a rank without samples still takes part in the collective below
@@ -294,7 +300,7 @@ def _batch_moments(layer: nn.Module, values: Tensor) -> tuple[Tensor, Tensor]:
     gathered = [torch.empty_like(own) for _ in range(ranks)]
     torch.distributed.all_gather(gathered, own, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
     counts, means, variances = torch.stack(gathered).unbind(1)
-    # Variances of ranks add up only together with how far the ranks' means lie apart.
+    # The variance over all ranks is the mean of their variances plus the variance of their means.
     shares = counts / counts.sum(0)
     mean = (means * shares).sum(0)
     variance = ((variances + (means - mean).square()) * shares).sum(0)
@@ -302,11 +308,11 @@ def _batch_moments(layer: nn.Module, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _corrected_by_output(layer: nn.Module, x_hat: Tensor, output: Tensor) -> Tensor:
-    """Return the x_hat that an output reveals, where the layer has normalised by other statistics than expected.
+    """Return the x_hat that the output shows, if the layer has normalised by other statistics than expected.
 
-    A layer computes `output = x_hat * scale + shift`, so `revealed = (output - shift) / scale` is the x_hat that it
-    used. With other statistics that is `a * x_hat + b`, with an `a` and a `b` for each channel. Where the output
-    reveals anything else, an activation or dropout follows inside the layer, and the x_hat of the input stands.
+    A layer computes `output = x_hat * scale + shift`, so it has used `revealed = (output - shift) / scale`. With other
+    statistics than expected, `revealed` is `a * x_hat + b`, with an `a` and a `b` per channel. If it is anything else,
+    an activation or dropout follows inside the layer, and the x_hat of the input is returned.
     """
     shape = [1, -1] + [1] * (x_hat.dim() - 2)
     affine = cast("list[Tensor | None]", [getattr(layer, name, None) for name in ("weight", "bias")])
@@ -314,27 +320,27 @@ def _corrected_by_output(layer: nn.Module, x_hat: Tensor, output: Tensor) -> Ten
     shift = x_hat.new_zeros(1) if affine[1] is None else affine[1].to(x_hat)
     scale, shift = scale.reshape(shape), shift.reshape(shape)
     observed = output.to(x_hat)
-    # A few roundings in the precision of the output, which may be half of that of x_hat.
+    # A few roundings in the precision of the output, which may be lower than the precision of x_hat.
     tolerance = 30 * torch.finfo(output.dtype).eps
     if _is_near(observed, x_hat * scale + shift, tolerance):
         return x_hat
-    # A channel with scale 0 gives its shift for every input: its output reveals nothing.
+    # The output of a channel with scale 0 is its shift for every input, and shows nothing of x_hat.
     revealed = torch.where(scale == 0, x_hat, (observed - shift) / scale)
     others = [dim for dim in range(x_hat.dim()) if dim != 1]
-    # The straight line through the points (x_hat, revealed) of a channel, by least squares. A channel without spread
-    # has no slope to fit; any slope describes its one point.
+    # Fit a straight line to the points (x_hat, revealed) of each channel, by least squares. All points of a channel
+    # without spread have the same x_hat, so any slope fits; 0 avoids a division by 0.
     centred, mean = x_hat - x_hat.mean(others, keepdim=True), revealed.mean(others, keepdim=True)
     spread = centred.square().sum(others, keepdim=True)
     slope = torch.where(spread == 0, 0.0, (centred * revealed).sum(others, keepdim=True) / spread)
-    # The shift was subtracted, which magnifies the roundings of the output: hence the wider tolerance.
+    # Subtracting the shift magnifies the roundings of the output: hence the wider tolerance.
     return revealed if _is_near(revealed, centred * slope + mean, 10 * tolerance) else x_hat
 
 
 def _is_near(values: Tensor, others: Tensor, tolerance: float) -> bool:
-    """Tell whether tensors are equal up to rounding, in proportion to the greatest value of the first."""
+    """Tell whether tensors differ by no more than a tolerance, relative to the greatest value of the first."""
     return bool((values - others).abs().amax() <= tolerance * values.abs().amax())
 
 
 def _stands_for_others(tensor: Tensor) -> bool:
-    """Tell whether a tensor stands for other values than it holds: in a transform of torch.func, or as a DTensor."""
+    """Tell whether a tensor is in a transform of torch.func, or a DTensor: its own storage is not all of its values."""
     return hasattr(tensor, "full_tensor") or is_functorch_wrapped(tensor)

@@ -126,7 +126,7 @@ class AffineStatistics:
         for kind in names:
             saved = start.get(kind, {})
             if [*saved.get("layers", ())] != names[kind] or [*saved.get("channels", ())] != channels[kind]:
-                raise ValueError("the values to measure drift from are those of other layers")
+                raise ValueError("the values to measure drift from are of other layers")
         return cast("Floats", torch.cat([start[kind]["values"].cpu().double() for kind in names]).numpy())
 
     def _sums(self, values: Floats) -> Floats:

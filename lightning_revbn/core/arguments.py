@@ -110,7 +110,7 @@ def check_scale(scale: ScaleSpec) -> ScaleSpec:
     """
     if isinstance(scale, Mapping):
         if not scale:
-            raise ValueError('scale is an empty mapping: give at least one pattern, such as {"*": 0.1}')
+            raise ValueError('scale is an empty mapping: give a pattern, such as {"*": 0.1}')
         return {
             _check_pattern("scale", key): _check_scale_value(value, f"scale[{key!r}]") for key, value in scale.items()
         }
@@ -130,7 +130,9 @@ def check_choice(argument: str, value: object, choices: Iterable[object]) -> Non
     """
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"{argument}={value!r} is unknown: use one of {', '.join(repr(choice) for choice in choices)}")
+        raise ValueError(
+            f"{argument}={value!r} is unknown: choose from {', '.join(repr(choice) for choice in choices)}"
+        )
 
 
 def check_patterns(argument: str, patterns: Sequence[str]) -> tuple[str, ...]:

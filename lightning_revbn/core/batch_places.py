@@ -1,4 +1,4 @@
-"""How settings name places in a batch: an index, a key or an attribute, a path of them, or a list of places."""
+"""The names of places in a batch: an index, a key, an attribute, a path of these, or a list of places."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ Step: TypeAlias = int | str
 Place: TypeAlias = int | str | tuple[int | str, ...]
 """One step, or a path of steps; the empty path is the batch itself."""
 
-# A list comes first: a configuration file has no tuples, and what looks like a list there is one.
+# list is first in the union: a configuration file has no tuples, so LightningCLI must read a sequence there as a list
+# of places, before it tries a tuple, which is a path.
 Key: TypeAlias = list[int | str | tuple[int | str, ...]] | int | str | tuple[int | str, ...] | None
-"""A place, a list of places, or None for the place where an input usually is."""
+"""A place, a list of places, or None for the usual place of an input (see `InputNorm.key`)."""
 
 
 def check_key(name: str, key: object) -> Key:
-    """Return a key of the settings as it is kept: lists are copied, and lists within them become paths.
+    """Check a key of the settings: a list is copied, and lists within it become paths.
 
     Args:
-        name: What the key is called, for the message.
-        key: What was given.
+        name: The name of the setting, for the message.
+        key: The value that the user gave.
 
     Returns:
         The key.
 
     Raises:
-        ValueError: If it is no key, or names a place twice.
+        ValueError: If the value is not a key, or names a place twice.
 
     Example:
         >>> check_key("key", [0, ["views", 1]])
@@ -50,7 +51,7 @@ def check_key(name: str, key: object) -> Key:
 
 
 def places_in(key: Key) -> list[Place | None]:
-    """Return the places that a key names; that of the key None is None."""
+    """Return the places that a key names; for the key None, a list with None."""
     return [*key] if isinstance(key, list) else [key]
 
 
@@ -60,7 +61,7 @@ def path_of(place: Place) -> tuple[Step, ...]:
 
 
 def place_of(path: Iterable[Step]) -> Place:
-    """Return a path as a user writes it: one step alone, more as a tuple."""
+    """Return a path as a user writes it: a single step without a tuple, several as a tuple."""
     steps = tuple(path)
     return steps[0] if len(steps) == 1 else steps
 

@@ -1,4 +1,4 @@
-"""Views a tensor as (outer, channels, inner) in the order of its memory, in pieces that stay in the cache."""
+"""Views a tensor as (outer, channels, inner) in the order of its memory, in pieces that fit into the cache."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 __all__ = ["ChannelView", "Scratch", "channel_view", "dense", "pieces"]
 
 _CACHED = 5 << 17
-"""Elements of a piece on a CPU, per thread: few enough for its caches, enough to be worth the calls."""
+"""Elements of a piece on a CPU, per thread: few enough for its caches, and many enough to outweigh the calls."""
 _LAUNCHED = 1 << 23
-"""Elements of a piece on an accelerator, where the memory for intermediate values counts, not the cache. Float32 counts
-twice as many exactly."""
+"""Most elements of a piece. On an accelerator it bounds the memory for intermediate values; and float32 counts twice as
+many exactly (see `integer_sums`)."""
 _NARROW = 64
-"""Channels with fewer values side by side are joined to wide rows, since short loops are not worth their start."""
+"""Channels with fewer values side by side are joined into wide rows, since starting a short loop costs more than the
+loop."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ChannelView:
     Attributes:
         parts: At most two views that together hold every element once.
         channels: Number of channels C.
-        repeat: How many neighbours in `width` belong to a channel, before the next channel begins.
+        repeat: Number of neighbours in `width` that belong to a channel before the next channel begins.
     """
 
     parts: tuple[Tensor, ...]
@@ -42,7 +43,7 @@ class ChannelView:
     repeat: int
 
     def spread(self, values: Tensor, part: Tensor) -> Tensor:
-        """Return per-channel values so that they broadcast against a part.
+        """Return per-channel values in a shape that broadcasts against a part.
 
         Args:
             values: A value per channel, shape `(C,)`.
@@ -63,37 +64,38 @@ class ChannelView:
         Returns:
             Shape `(M, C)`: the M values of each channel.
         """
-        # Columns are ordered by joined rows, then channels, then the neighbours of a channel.
+        # Columns are ordered by joined row, then by channel, then by neighbour within the channel.
         rows = values.reshape(-1, self.channels, self.repeat)
         return rows.transpose(1, 2).reshape(-1, self.channels)
 
 
 def dense(values: Tensor) -> Tensor:
-    """Return a tensor that fills its memory without gaps or overlaps: the same tensor if it does.
+    """Return a tensor that fills its memory without gaps or overlaps.
 
     Args:
         values: Any tensor.
 
     Returns:
-        The tensor, or a contiguous copy.
+        The tensor itself if it is dense, in any order of dimensions; else a contiguous copy.
     """
     return values if values.permute(_memory_order(values)).is_contiguous() else values.contiguous()
 
 
 def channel_view(values: Tensor, channel_dim: int | None, like: Tensor | None = None) -> ChannelView:
-    """Look at a dense tensor by channel.
+    """View a dense tensor by channel.
 
     Args:
         values: A dense tensor (see `dense`) of any rank.
-        channel_dim: The dimension of its channels; negative counts from the end. None takes all values as a single
+        channel_dim: The dimension of the channels; a negative number counts from the end. None takes all values as one
             channel.
-        like: A tensor of the same shape whose memory order to take instead; `values` is copied if its order differs.
+        like: A tensor of the same shape whose memory order the view takes; `values` is copied if its order differs.
+            None takes the order of `values`.
 
     Returns:
         The view.
     """
     order = _memory_order(values if like is None else like)
-    # In the order of memory a dense tensor is contiguous, so `reshape` below gives views and copies nothing.
+    # Permuted into the order of its memory, a dense tensor is contiguous, so `reshape` below returns views.
     permuted = values.permute(order)
     sizes = list(permuted.shape)
     if channel_dim is None:
@@ -103,13 +105,13 @@ def channel_view(values: Tensor, channel_dim: int | None, like: Tensor | None = 
         outer, channels, inner = math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :])
     if inner >= _NARROW or not values.numel():
         return ChannelView((permuted.reshape(outer, channels, inner),), channels, 1)
-    # A loop over a handful of values costs more to start than to run. So many short rows become few long rows, each of
-    # `joined` periods: along a row the channels come round every `period` columns.
+    # Starting a loop over few values costs more than the loop. So many short rows become few long rows: each long row
+    # joins `joined` short rows, and the channels repeat in it every `period` columns.
     period = channels * inner
     joined = max(1, min(outer, _NARROW * 16 // period))
     rows = permuted.reshape(outer, period)
     whole = outer - outer % joined  # the remaining rows are the second part
-    parts = [rows[:whole].reshape(-1, period * joined, 1)]  # a view, unless it is a mask that was expanded
+    parts = [rows[:whole].reshape(-1, period * joined, 1)]  # a view, except for an expanded mask
     if whole < outer:
         parts.append(rows[whole:].unsqueeze(2))
     return ChannelView(tuple(parts), channels, inner)
@@ -120,18 +122,18 @@ def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, s
 
     Args:
         part: Shape `(outer, width, inner)`.
-        elements: The approximate number of elements in a piece; None chooses by the device.
+        elements: The approximate number of elements in a piece; None takes a number for the device.
 
     Yields:
-        The index of each piece.
+        The index of each piece; no index for an empty part.
     """
     cached = min(int(_CACHED * torch.get_num_threads()), _LAUNCHED)
     size = elements or (cached if part.device.type == "cpu" else _LAUNCHED)
     outer, width, inner = part.shape
     if not part.numel():
         return
-    # As many whole rows as fit. A row longer than two pieces is cut as well, into runs that are worth the start of
-    # their loop.
+    # A piece holds as many whole rows as fit. A row longer than two pieces is cut too, into runs of at least 256 values
+    # per channel, so that the runs outweigh the start of their loop.
     rows = max(1, size // (width * inner))
     columns = inner if width * inner <= 2 * size else max(256, size // width // 256 * 256)
     for row in range(0, outer, rows):
@@ -140,30 +142,30 @@ def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, s
 
 
 class Scratch:
-    """Memory for one piece after another: to ask the system for new memory takes longer than to fill it."""
+    """Memory that pieces use in turn, since asking the system for new memory takes longer than filling it."""
 
     def __init__(self) -> None:
         self._rooms: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def like(self, piece: Tensor, dtype: torch.dtype, name: str = "") -> Tensor:
-        """Return memory for a piece, with whatever it holds.
+        """Return memory for a piece; its content is undefined.
 
         Args:
             piece: The piece.
             dtype: The dtype of the memory.
-            name: What tells it from other memory of that dtype that is in use; the same name gives the same memory.
+            name: A name that tells this memory from other memory of the same dtype; each name has its own memory.
 
         Returns:
             A contiguous tensor of the shape of the piece.
         """
         room = self._rooms.get((name, dtype))
-        if room is None or room.numel() < piece.numel():  # all pieces but the last have one size
+        if room is None or room.numel() < piece.numel():  # all pieces but the last have the same size
             room = self._rooms[name, dtype] = torch.empty(piece.numel(), dtype=dtype, device=piece.device)
         return room[: piece.numel()].view(piece.shape)
 
 
 def _memory_order(values: Tensor) -> list[int]:
-    """Return the dimensions in the order of memory, from the largest stride to the smallest."""
+    """Return the dimensions by stride, from the largest to the smallest."""
     dims = list(range(values.dim()))
     if values.is_contiguous():
         return dims

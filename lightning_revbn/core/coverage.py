@@ -62,7 +62,7 @@ class Coverage:
         exempt = _tensors("weight_decay_exempt", exempt)
         ways: dict[int, Way] = {id(scale): ("scale", rates) for scale in scales}
         if any(id(shift) in ways for shift in shifts):
-            raise ValueError("a parameter is among the scales and among the shifts: it can learn in one way only")
+            raise ValueError("a parameter is among the scales and among the shifts: pass it in a single list")
         ways.update({id(shift): ("shift", rates) for shift in shifts})
         parameters = {id(parameter): parameter for parameter in (*scales, *shifts, *exempt)}
         return cls(ways, frozenset(map(id, exempt)), tuple(parameters.values()))

@@ -1,6 +1,6 @@
-"""Normalises tensors with given constants: `(x - mean) * gain`, in few passes over memory; and back."""
+"""Normalises tensors with given constants, `(x - mean) * gain`, in few passes over memory; and the inverse."""
 
-# TorchScript cannot read postponed annotations, so they are not postponed here.
+# No `from __future__ import annotations` here: TorchScript cannot read postponed annotations.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ __all__ = ["Constants", "FixedNormalizer", "arithmetic_dtype", "denormalize", "s
 
 @dataclass(frozen=True)
 class Constants:
-    """What is subtracted per channel, and what the difference is multiplied by.
+    """The constants of `(x - mean) * gain` per channel, in the precision of the arithmetic.
 
-    A mean that the precision of the arithmetic cannot hold is two numbers: what it can, and the rest.
+    A mean that needs more digits than this precision has is two numbers, `mean` and `rest`, subtracted in turn.
 
     Attributes:
-        mean: Shape `(C,)`.
-        rest: What `mean` lacks, shape `(C,)`; None if it is below the rounding of the result.
-        gain: Shape `(C,)`.
-        bound: How far from 0 a result may lie, shape `(C,)`; None if as far as it likes.
+        mean: The mean, rounded, shape `(C,)`.
+        rest: The part of the mean that rounding took, shape `(C,)`; None if the result cannot show it.
+        gain: The factor of the difference, shape `(C,)`.
+        bound: The largest absolute value of results, shape `(C,)`; None does not bound them.
     """
 
     mean: Tensor
@@ -45,22 +45,23 @@ class Constants:
         size: float = 1.0,
         bound: Tensor | None = None,
     ) -> "Constants":
-        """Round constants for arithmetic in a precision.
+        """Round constants to the precision of the arithmetic.
 
         Args:
-            mean: float64, shape `(C,)`.
-            rest: What the mean has lost by rounding, float64, shape `(C,)`.
-            gain: float64, shape `(C,)`.
-            dtype: The precision.
-            size: The standard deviation of the results.
-            bound: How far from 0 results may lie, float64, shape `(C,)`.
+            mean: The mean, float64, shape `(C,)`.
+            rest: The part of the mean that rounding to float64 has lost, float64, shape `(C,)`.
+            gain: The factor of the difference, float64, shape `(C,)`.
+            dtype: The precision, float32 or float64.
+            size: The standard deviation of the results, to judge whether they can show the rest.
+            bound: The largest absolute value of results, float64, shape `(C,)`; None does not bound them.
 
         Returns:
             The constants in that precision.
         """
         rounded = (mean + rest).to(dtype)
         rest = (mean - rounded.double()) + rest
-        # On an accelerator the comparison would make the host wait; there the rest is always subtracted.
+        # On CPUs a rest that changes results by less than 2^-21 of their standard deviation is left out, which saves a
+        # pass over memory. On an accelerator the comparison would make the host wait, so the rest is always subtracted.
         small = rest.device.type == "cpu" and bool((rest * gain).abs().le(size * 2.0**-21).all())
         bound = None if bound is None else bound.to(dtype)
         return cls(rounded, None if small else rest.to(dtype), gain.to(dtype), bound)
@@ -72,7 +73,7 @@ class Constants:
         return self._map(lambda column: column.to(device))
 
     def spread(self, view: ChannelView, part: Tensor) -> "Constants":
-        """Return the constants so that they broadcast against a part of a view."""
+        """Return the constants in shapes that broadcast against a part of a view."""
         return self._map(lambda column: view.spread(column, part))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Constants":
@@ -82,13 +83,13 @@ class Constants:
 
 
 def arithmetic_dtype(values: torch.dtype) -> torch.dtype:
-    """Return the precision in which values are normalised: float64 where float32 could not hold the values themselves.
+    """Return the precision in which values are normalised.
 
     Args:
-        values: Their dtype.
+        values: The dtype of the values.
 
     Returns:
-        float32 or float64.
+        float64 for dtypes whose values float32 cannot hold, else float32.
     """
     wide = (torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
     return torch.float64 if values in wide else torch.float32
@@ -107,12 +108,12 @@ def standardize(
 
     Args:
         values: A tensor of any rank and real dtype.
-        constants: Per channel, in the dtype of `arithmetic_dtype(values.dtype)`, on the device of `values`.
-        channel_dim: Where the channels are. None takes all values as one channel.
-        dtype: That of the result.
-        rules: Which values are kept; None is all.
-        compile: Whether a compiled kernel does it; the result is the same to the bit.
-        fill: What the others become.
+        constants: The constants, in the dtype `arithmetic_dtype(values.dtype)`, on the device of `values`.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
+        dtype: The dtype of the result.
+        rules: The rules for the values to keep; None keeps all.
+        compile: Whether to use a compiled kernel; its result is equal to the bit.
+        fill: The result in place of values that are not kept.
 
     Returns:
         A tensor of the same shape.
@@ -123,8 +124,8 @@ def standardize(
         result = compile_once(_standardize_in_one_kernel)(values, *columns, channel_dim, dtype)
         kept = None if rules is None else _kept(values, rules, channel_dim)
         return result if kept is None else result.masked_fill_(~kept, fill)
-    # With the strides of `values` the views of the result have the same shapes as the views of `values`, piece by
-    # piece, and what is written into them arrives in the result.
+    # The result gets the strides of `values`, so both tensors divide into the same pieces, and the pieces of the result
+    # are views: writing into them writes the result.
     result = torch.empty_strided(values.shape, values.stride(), dtype=dtype, device=values.device)
     source = channel_view(values, channel_dim)
     target = channel_view(result, channel_dim)
@@ -141,10 +142,11 @@ def standardize(
 def _standardize_piece(
     source: Tensor, target: Tensor, constants: Constants, bits: Tensor | None, fill: float, scratch: Scratch
 ) -> None:
-    """Write a standardised piece, with `fill` where bits are not set; constants broadcast to it."""
+    """Write a standardised piece, with `fill` where no bits are set; the constants broadcast to the piece."""
     dtype = constants.mean.dtype
     exact = dtype == target.dtype
-    # One copy into the precision of the arithmetic, then in place: each temporary costs a pass over memory.
+    # The values are copied into the precision of the arithmetic once, and all operations work in place: each temporary
+    # tensor would cost a pass over memory.
     work = (target if exact else scratch.like(source, dtype)).copy_(source)
     work.sub_(constants.mean)
     if constants.rest is not None:
@@ -157,11 +159,11 @@ def _standardize_piece(
     if not exact:
         target.copy_(work)
         if bits is not None and fill:
-            target.masked_fill_(bits == 0, fill)  # rounded once, to the dtype of the result
+            target.masked_fill_(bits == 0, fill)  # after the copy, so that `fill` is rounded only once
 
 
 def _kept(values: Tensor, rules: KeepRules, channel_dim: int | None) -> Tensor | None:
-    """Return True where rules keep a value; broadcasts to the values. None if all are kept."""
+    """Return True where rules keep a value, in a shape that broadcasts to the values; None if they keep all."""
     chosen = None
     if rules.spared is not None and channel_dim is not None:
         shape = [1] * values.dim()
@@ -179,7 +181,7 @@ def _standardize_in_one_kernel(
     channel_dim: int | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return what `standardize` returns, by one kernel that reads every value once."""
+    """Return the result of `standardize` without rules; compiled, a single kernel reads every value once."""
     shape = [1] * values.dim()
     if channel_dim is not None:
         shape[channel_dim] = -1
@@ -193,23 +195,24 @@ def _standardize_in_one_kernel(
 
 
 class FixedNormalizer(nn.Module):
-    """The normalisation of `OnlineInputNormMixin` with the statistics of one moment, for use without Lightning.
+    """The normalisation of `OnlineInputNormMixin` with fixed statistics, as a module without Lightning.
 
-    It has no parameters, and buffers only. It can be scripted, exported by `torch.export` and to ONNX, and put in front
-    of a trained network. `half`, `bfloat16`, `double` and `to` change the dtype of its results; its constants stay as
-    precise as they are.
+    The module has buffers and no parameters. It can be scripted, exported by `torch.export` and to ONNX, and put in
+    front of a trained network. `half`, `bfloat16`, `double` and `to` change the dtype of its results; its constants
+    keep their precision.
 
     Args:
-        mean: In units of the input range, float64, shape `(C,)`.
-        gain: What the difference is multiplied by, in the same units, float64, shape `(C,)`.
-        channel_dim: Where the channels are. None takes all values as one channel.
-        input_range: What raw values are divided by; None divides uint8 by 255 and leaves others.
-        kind: What the statistics are of, where `input_range` is None: "uint8" refuses other integers, "integer" refuses
-            uint8.
-        bound: How far from 0 results may lie; None if as far as they like.
-        fill: What masked values, `nodata` and NaN become. None makes the first two 0, and leaves NaN.
-        nodata: Numbers that stand for no value.
-        channels: Which channels are normalised; the others stay as they are. None is all.
+        mean: The mean in units of the input range, float64, shape `(C,)`.
+        gain: The factor of deviations from the mean, per input range, float64, shape `(C,)`.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
+        input_range: Raw values are divided by this number; None divides uint8 by 255 and other dtypes by 1.
+        kind: The kind of the training batches, if `input_range` is None: "uint8" refuses other integers, "integer"
+            refuses uint8, other texts refuse nothing.
+        bound: The largest absolute value of results; None does not bound them.
+        fill: The result for masked values, `nodata` and NaN. With None, masked values and `nodata` become 0, and NaN
+            stays NaN.
+        nodata: Numbers that stand for a missing value.
+        channels: Indices of the channels to normalise; other channels stay as they are. None is all channels.
 
     Example:
         >>> normalizer = FixedNormalizer(torch.tensor([0.5]).double(), torch.tensor([2.0]).double(), input_range=None)
@@ -253,13 +256,15 @@ class FixedNormalizer(nn.Module):
         if channels is not None:
             chosen = torch.tensor([channel in channels for channel in range(len(mean))], device=mean.device)
         self.register_buffer("chosen", chosen, persistent=False)
-        # Three float32 numbers add up to a constant: they hold all digits of float64, on devices without float64 too.
+        # Each constant is the sum of three float32 numbers: these hold all digits of float64, also on devices without
+        # float64.
         for name, unit in (("byte", self.byte_range), ("other", self.other_range)):
             raw_mean, raw_gain = mean * unit, gain / unit
             if chosen is not None:
                 raw_mean, raw_gain = torch.where(chosen, raw_mean, 0.0), torch.where(chosen, raw_gain, 1.0)
             self.register_buffer(f"{name}_mean", _in_three(raw_mean))
             self.register_buffer(f"{name}_gain", _in_three(raw_gain))
+        # Conversions of the module change the dtype of this empty buffer, which is the dtype of results.
         self.register_buffer("result", torch.empty(0), persistent=False)
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -267,31 +272,34 @@ class FixedNormalizer(nn.Module):
 
         Args:
             values: Raw values with the channels at `channel_dim`.
-            mask: True where values count; it broadcasts to them.
+            mask: True where values count; broadcasts to `values`. None counts all values.
 
         Returns:
-            The normalised values: float32, or the dtype that the module was converted to.
+            The normalised values, in the shape of `values`: float32, or the dtype that the module was converted to.
 
         Raises:
-            ValueError: If the statistics are of uint8 and these are other integers, or the other way round.
+            ValueError: If the training batches were uint8 and `values` are other integers, or the other way round.
         """
         is_bytes = values.dtype == torch.uint8
         is_whole = not values.is_floating_point()
         if (self.kind == "uint8" and is_whole and not is_bytes) or (self.kind == "integer" and is_bytes):
-            raise ValueError("the statistics are of another dtype of integers, whose range is another")
+            raise ValueError(
+                "the statistics are of integers of another dtype and range: convert the values to the dtype of training"
+            )
         mean, gain = (self.byte_mean, self.byte_gain) if is_bytes else (self.other_mean, self.other_gain)
         if not self.one_channel:
             shape = [3] + [1] * values.dim()
             shape[self.channel_dim if self.channel_dim < 0 else self.channel_dim + 1] = -1
             mean, gain = mean.view(shape), gain.view(shape)
-        # float32 could not hold such values themselves.
+        # float32 cannot hold all integers of 32 bits or more, nor float64.
         if values.element_size() > 2 and values.dtype != torch.float32:
             mean, gain = mean.double().sum(0), gain.double().sum(0)
             return self._cut_and_fill((values.double() - mean) * gain, values, mask)
+        # In float32 the third part of the mean and the smaller parts of the gain are below the rounding of results.
         return self._cut_and_fill((values.float() - mean[0] - mean[1]) * gain[0], values, mask)
 
     def _cut_and_fill(self, result: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Keep results within the bound, and replace those of values that do not count."""
+        """Cut results to the bound, and write `fill` where values do not count."""
         chosen, bound = self.chosen, self.bound
         if chosen is not None:
             shape = [1] * values.dim()
@@ -305,8 +313,8 @@ class FixedNormalizer(nn.Module):
         return result if kept is None else result.masked_fill(~kept, self.fill)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the constants in float32 where everything else is converted."""
-        # `half`, `to` and the rest all end in this private method of torch, and call nothing public for each tensor.
+        """Keep the constants in float32 where `result`, the buffer that holds the dtype of results, is converted."""
+        # `half`, `to` and all other conversions end in this private method; torch has no public hook for a tensor.
         kept = {name: buffer for name, buffer in self.named_buffers() if name != "result"}
         super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
         for name, before in kept.items():
@@ -317,7 +325,7 @@ class FixedNormalizer(nn.Module):
 
 
 def _in_three(constant: Tensor) -> Tensor:
-    """Return three float32 numbers that add up to a number in float64, shape `(3, C)`."""
+    """Return three float32 numbers whose sum is the float64 number, shape `(3, C)`."""
     parts: list[Tensor] = []
     for _ in range(3):
         parts.append(constant.float())
@@ -326,17 +334,17 @@ def _in_three(constant: Tensor) -> Tensor:
 
 
 def denormalize(values: Tensor, mean: Tensor, rest: Tensor, gain: Tensor, channel_dim: int | None) -> Tensor:
-    """Return `values / gain + mean`: what was normalised, in float32 or better.
+    """Undo the normalisation: return `values / gain + mean`.
 
     Args:
         values: Normalised values.
-        mean: float64, shape `(C,)`.
-        rest: What the mean has lost by rounding, float64, shape `(C,)`.
-        gain: What the values were multiplied by, float64, shape `(C,)`.
-        channel_dim: Where the channels are. None takes all values as one channel.
+        mean: The mean, float64, shape `(C,)`.
+        rest: The part of the mean that rounding has lost, float64, shape `(C,)`.
+        gain: The factor of the normalisation, float64, shape `(C,)`.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
 
     Returns:
-        A tensor of the same shape.
+        A tensor of the same shape, float32 or float64.
     """
     dtype = torch.promote_types(values.dtype, torch.float32)
     shape = [1] * values.dim()

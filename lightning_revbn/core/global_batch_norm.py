@@ -38,8 +38,8 @@ def refuse_single_values(values: Tensor, batch: Moments) -> None:
     # A rank with two values knows the answer. So the host waits for an accelerator only on ranks with fewer values.
     if values.numel() <= values.shape[1] and bool((batch.count == 1).any()):
         raise ValueError(
-            "Expected more than 1 value per channel when training, got one value on all ranks together; this rank has "
-            f"input size {tuple(values.shape)}. Leave out the last, smaller batch (drop_last=True)"
+            "Expected more than 1 value per channel when training, got a single value on all ranks together; this rank "
+            f"has input size {tuple(values.shape)}. Leave out the last, smaller batch (drop_last=True)"
         )
 
 

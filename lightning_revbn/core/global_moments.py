@@ -1,16 +1,16 @@
-"""The moments of a batch over all ranks, by one collective in which every rank sends one row of float64.
+"""Measures the moments of a batch over all ranks, by a single collective: every rank sends a row of float64.
 
 The row of a rank, with C channels:
 
 | entries | meaning |
 |---|---|
-| samples, nonfinite, beyond, mixed, kind | the number of samples; 1 for each fault; the `Kind` of the values |
+| samples, nonfinite, beyond, mixed, kind | the number of samples; 1 for each fault, else 0; the `Kind` of the values |
 | 4 x C: count, mean, rest, m2 | `Moments` of floating-point values |
 | 8 x C: upper, then lower 32 bits of count, sum, squares, upper half | exact sums of integers, see `integer_sums` |
 
-Where the ranks have not agreed on a kind, all rows have the longer length. Rows of several inputs follow each other, in
-one collective. Sums and moments of all ranks are merged in
-the order of ranks, so that every rank gets the same numbers to the bit.
+A row of float64 holds the 64 bits of an integer in two halves. In the first batch a rank does not know the kind of the
+others' values, so all rows have the longer length. The rows of several inputs are joined into one row. Every
+rank merges the rows in the order of ranks, so all get the same numbers to the bit.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _LOWER = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What all ranks together know of one batch.
+    """The moments and faults of a batch over all ranks.
 
     Attributes:
-        moments: Of the values of all ranks.
-        kind: What sort of numbers they are; unknown where no rank has any, and where ranks differ.
+        moments: The moments of the values of all ranks.
+        kind: The kind of the values; unknown if no rank has a value, or ranks differ.
         samples: Number of samples of all ranks, a float64 scalar.
-        faults: How many ranks have NaN or infinity, integers beyond 32 bits, and another kind of numbers than the
-            others or than before; float64, shape `(3,)`.
+        faults: Number of ranks with each fault, float64, shape `(3,)`: NaN or infinity; an integer beyond 32 bits;
+            another kind of numbers than other ranks or earlier batches.
     """
 
     moments: Moments
@@ -53,13 +53,13 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """What one rank knows of a batch.
+    """The part of a rank in a batch, measured.
 
     Attributes:
-        agreed: The kind of numbers that ranks have agreed on before.
-        kind: That of this rank's values.
+        agreed: The kind of the earlier batches; unknown before the first.
+        kind: The kind of this rank's values; unknown if it has none.
         header: Samples, three faults and the kind, float64, shape `(5,)`.
-        body: What `sums_or_moments` returns, shape `(4, C)`.
+        body: The sums or moments of `sums_or_moments`, shape `(4, C)`.
     """
 
     agreed: Kind
@@ -69,28 +69,28 @@ class RankBatch:
 
     @classmethod
     def of_nothing(cls, agreed: Kind, channels: int, device: torch.device) -> RankBatch:
-        """Return what a rank knows that has no part of the batch."""
+        """Return the measurement of a rank without a part of the batch."""
         header = torch.zeros(_HEADER, dtype=torch.float64, device=device)
         return cls(agreed, Kind.UNKNOWN, header, _no_body(agreed, channels, device))
 
     def join(self, other: RankBatch) -> RankBatch:
-        """Return what the rank knows of two parts of a batch, which hold the same channels at two places.
+        """Join two parts of this rank's batch, which hold the same channels at two places.
 
         Args:
-            other: The other part, of which the ranks have agreed on the same kind.
+            other: The other part, with the same `agreed`.
 
         Returns:
-            What it knows of both; parts of different kinds are a fault, as they are between ranks.
+            The measurement of both parts. Parts of different kinds are a fault, as between ranks.
         """
         header = self.header + other.header.to(self.header.device)
         header[1:4].clamp_(max=1)
         first, second = (part.body.to(header.device) for part in (self, other))
         kind = self.kind or other.kind
-        header[4].fill_(kind)  # an argument of the kernel, where an assignment would copy it and wait
+        header[4].fill_(kind)  # on an accelerator an assignment would copy the number, and the host would wait
         if other.kind not in (Kind.UNKNOWN, kind):
             header[3].fill_(1)
             second = torch.zeros_like(first)
-        if first.dtype != second.dtype:  # one of them is of no values
+        if first.dtype != second.dtype:  # a part without values has a body of float64
             body = second if self.kind is Kind.UNKNOWN else first
         elif first.dtype == torch.int64:
             body = first + second
@@ -109,15 +109,15 @@ class RankBatch:
         return torch.cat([self.header, body.flatten()])
 
     def alone(self) -> GlobalBatch:
-        """Return what is known where there is no other rank."""
+        """Return the batch without other ranks."""
         kind = self.kind if self.agreed is Kind.UNKNOWN else self.agreed
         return GlobalBatch(_merged(kind, self.body.unsqueeze(0)), kind, self.header[0], self.header[1:4])
 
     def among(self, table: Tensor) -> GlobalBatch:
-        """Return what is known from the rows of all ranks, shape `(ranks, L)`."""
+        """Return the batch of all ranks from their rows, shape `(ranks, L)`."""
         header, body = table[:, :_HEADER], table[:, _HEADER:].reshape(len(table), -1, self.body.shape[1])
         faults, kind = header[:, 1:4].sum(0), self.agreed
-        if kind is Kind.UNKNOWN:  # on an accelerator the host waits for it
+        if kind is Kind.UNKNOWN:  # in the first batch only; on an accelerator the host waits here
             found = {Kind(int(number)) for number in cast("list[float]", header[:, 4].tolist())} - {Kind.UNKNOWN}  # pyright: ignore[reportUnknownMemberType] # torch does not type it
             if len(found) == 1:
                 (kind,) = found
@@ -142,23 +142,23 @@ def measure(
 ) -> RankBatch:
     """Measure this rank's part of a batch.
 
-    A rank whose values are of another kind than agreed sends nothing but the fault, so that all ranks can complain
-    together.
+    Values of another kind than `kind` are not measured: the rank sends only the fault, so all ranks raise together.
 
     Args:
-        values: This rank's values; there may be none.
-        channel_dim: Where the channels are. None takes all values as one channel.
-        kind: What kind of numbers the ranks have agreed on.
-        mask: True where values count; broadcast to the shape of `values`.
+        values: This rank's values; they may be empty.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
+        kind: The kind of the earlier batches; unknown before the first.
+        mask: True where values count; broadcasts to `values`. None counts all values.
         ignore_nan: Whether NaN is left out.
-        compile: Whether 8-bit integers are added by a compiled kernel.
-        chosen: True for the channels to measure, shape `(C,)`; others have count 0, whatever they hold. None is all.
-        nodata: Numbers that stand for no value.
+        compile: Whether a compiled kernel adds 8-bit integers.
+        chosen: True for the channels to measure, shape `(C,)`; all other channels get count 0, even where they hold
+            NaN. None is all channels.
+        nodata: Numbers that stand for a missing value, and are left out.
 
     Returns:
-        What this rank knows.
+        The measurement of this rank, for `share`.
     """
-    if values.device.type == "mps":  # has no float64
+    if values.device.type == "mps":  # mps has no float64
         values, mask, chosen = values.cpu(), _on_cpu(mask), _on_cpu(chosen)
     own = Kind.of(values)
     mixed = Kind.UNKNOWN not in (own, kind) and own is not kind
@@ -167,7 +167,8 @@ def measure(
         body, beyond = _no_body(kind, channels, values.device), None
     else:
         body, beyond = sums_or_moments(values, channel_dim, KeepRules(mask, nodata, ignore_nan), compile, chosen)
-    # Each number is an argument of a kernel. A list would be copied to an accelerator, and the host would wait for it.
+    # fill_ passes a number as an argument of its kernel. A list would be copied to the accelerator, and the host would
+    # wait for the copy.
     header = torch.zeros(_HEADER, dtype=torch.float64, device=values.device)
     for index, number in enumerate((_count_samples(values, channel_dim), 0, 0, mixed, own)):
         if number:
@@ -180,31 +181,32 @@ def measure(
 
 
 def gather(row: Tensor, group: Any, ranks: int) -> Tensor:
-    """Return the rows of all ranks, which have one length, by one collective.
+    """Gather the rows of all ranks, by a single collective.
 
     Args:
-        row: That of this rank, float64, shape `(L,)`.
+        row: The row of this rank, float64, shape `(L,)`, of the same length on all ranks.
         group: The process group; None is the default group.
-        ranks: How many ranks it has.
+        ranks: Number of ranks in the group.
 
     Returns:
-        Shape `(ranks, L)`.
+        The rows in the order of ranks, shape `(ranks, L)`.
     """
+    # Not all_reduce: moments of floating-point values do not add up, and the order of its sums is not defined.
     table = row.new_empty(ranks, len(row))
     torch.distributed.all_gather([*table], row, group=group)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
     return table
 
 
 def share(own: Sequence[RankBatch], group: Any, ranks: int) -> list[GlobalBatch]:
-    """Return what all ranks know of the batches of several inputs, by one collective for all of them.
+    """Merge the batches of several inputs over all ranks, by a single collective.
 
     Args:
-        own: What this rank knows of the batch of each input, the same inputs on all ranks.
+        own: This rank's measurement of each input, in the same order on all ranks.
         group: The process group; None is the default group.
-        ranks: How many ranks it has; with 1 there is no collective.
+        ranks: Number of ranks in the group; 1 needs no collective.
 
     Returns:
-        What is known then of each batch, the same on all ranks.
+        The batch of all ranks of each input, equal to the bit on all ranks.
     """
     if ranks == 1 or not own:
         return [batch.alone() for batch in own]
@@ -226,20 +228,21 @@ def global_moments(
 ) -> GlobalBatch:
     """Measure a batch over all ranks with at most one collective.
 
-    Ranks may hold different numbers of samples, and none.
+    Ranks may hold different numbers of samples, and some may hold none.
 
     Args:
         values: This rank's values.
-        channel_dim: Where the channels are. None takes all values as one channel.
-        kind: What kind of numbers the ranks have agreed on. Unknown finds out; on accelerators that waits for them.
-        mask: True where values count; broadcast to the shape of `values`.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
+        kind: The kind of numbers that all ranks hold. With `Kind.UNKNOWN` ranks tell each other their kinds, and the
+            host waits for an accelerator.
+        mask: True where values count; broadcasts to `values`. None counts all values.
         ignore_nan: Whether NaN is left out.
         group: The process group; None is the default group.
-        ranks: How many ranks it has; with 1 there is no collective.
-        compile: Whether 8-bit integers are added by a compiled kernel.
+        ranks: Number of ranks in the group; 1 needs no collective.
+        compile: Whether a compiled kernel adds 8-bit integers.
 
     Returns:
-        What is known then, the same on all ranks.
+        The batch of all ranks, equal to the bit on all ranks.
     """
     (batch,) = share([measure(values, channel_dim, kind, mask, ignore_nan, compile)], group, ranks)
     return batch
@@ -250,13 +253,13 @@ def _on_cpu(values: Tensor | None) -> Tensor | None:
 
 
 def _no_body(agreed: Kind, channels: int, device: torch.device) -> Tensor:
-    """Return the sums or moments of no values."""
+    """Return the sums or moments of a rank without values."""
     dtype = torch.float64 if agreed in (Kind.FLOAT, Kind.UNKNOWN) else torch.int64
     return torch.zeros(4, channels, dtype=dtype, device=device)
 
 
 def _merged(kind: Kind, body: Tensor) -> Moments:
-    """Merge what all ranks have measured, shape `(ranks, 4, C)`."""
+    """Merge the sums or moments of all ranks, shape `(ranks, 4, C)`."""
     if kind is Kind.UNKNOWN:
         return Moments(*torch.zeros_like(body[0], dtype=torch.float64)[:4])
     if kind is Kind.FLOAT:
@@ -265,7 +268,7 @@ def _merged(kind: Kind, body: Tensor) -> Moments:
 
 
 def _count_samples(values: Tensor, channel_dim: int | None) -> int:
-    """Return the size of the first dimension that holds no channels; 1 for a sample without a batch dimension."""
+    """Return the size of the first dimension that is not the channels'; 1 if there is only that dimension."""
     if channel_dim is None or channel_dim % values.dim() != 0:
         return values.shape[0]
     return values.shape[1] if values.dim() > 1 else 1

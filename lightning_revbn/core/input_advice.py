@@ -1,4 +1,4 @@
-"""What the user ought to be told about raw data: as texts, and None where there is nothing to tell."""
+"""Finds reasons to warn the user about raw data: each function returns a text, or None without a reason."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = [
 ]
 
 _FAR = 10.0
-"""How many standard deviations from the mean values of evaluation may lie on average."""
+"""Average distance from the mean, in standard deviations, above which values of evaluation are of another range."""
 _SHOWN = 8
-"""How many channels a text names."""
+"""Most channels that a text names."""
 
 
 def average_size(result: Tensor, mask: Tensor | None) -> float:
@@ -50,19 +50,20 @@ def average_size(result: Tensor, mask: Tensor | None) -> float:
 def on_evaluation(
     values: Tensor, mask: Tensor | None, distance: float, kind: Kind, trained: InputStatistics, settings: InputNorm
 ) -> str | None:
-    """Compare a batch of evaluation with the training data.
+    """Compare the range of a batch of evaluation with the training data.
 
     Args:
-        values: The batch, raw.
-        mask: True where values count.
-        distance: How many standard deviations the values lie from the mean on average.
-        kind: What the training batches were made of; unknown for given constants.
-        trained: Their statistics.
+        values: Raw values.
+        mask: True where values count; None counts all values.
+        distance: Average distance of the values from the mean, in standard deviations.
+        kind: The kind of the training batches; unknown for given constants.
+        trained: The statistics of the training batches, or the constants.
         settings: The settings.
 
     Returns:
-        A text with both ranges if the batch is made of other numbers: far outside on average, or bytes where the floats
-        of training do not lie in 0 to 1, or the other way round.
+        A text with both ranges, if the values lie more than 10 standard deviations from the mean on average; or if,
+        with `input_range="auto"`, either of the batch and the training data is uint8, and the other is floating-point
+        numbers that do not fit 0 to 1.
     """
     own = Kind.of(values)
     is_other = False
@@ -83,21 +84,21 @@ def on_evaluation(
     mean, std = trained.mean.mean().item() * unit, trained.std.mean().item() * unit
     of = "The constants are of data" if kind is Kind.UNKNOWN else f"Training batches are {_NAMES[kind]}"
     return (
-        f"a batch of evaluation ({values.dtype}, {low:g} to {high:g}) is made of other numbers than the statistics. "
+        f"a batch of evaluation ({values.dtype}, {low:g} to {high:g}) lies in another range than the training data. "
         f"{of} with mean {mean:g} and standard deviation {std:g} (about {mean - 2 * std:g} to {mean + 2 * std:g}). "
         f"On average its values lie {distance:.3g} standard deviations from the mean. Use one dtype and range for both"
     )
 
 
 def on_unseen_channels(statistics: InputStatistics, channels: Sequence[int] | None = None) -> str | None:
-    """Name the channels of which training has seen no value.
+    """Name the channels without a value in training.
 
     Args:
-        statistics: What was learned.
-        channels: Which channels are normalised; None is all.
+        statistics: The statistics of training.
+        channels: The channels that are normalised; None is all.
 
     Returns:
-        The text.
+        The text; None if every channel has values.
     """
     unseen = [channel for channel in _indices(statistics.count == 0) if channels is None or channel in channels]
     if not unseen:
@@ -109,17 +110,18 @@ def on_unseen_channels(statistics: InputStatistics, channels: Sequence[int] | No
 
 
 def on_small_features(statistics: InputStatistics, eps: float) -> str | None:
-    """Name the channels whose variance is below ten eps, with the share of the spread that eps leaves.
+    """Name the channels whose variance is below 10 eps, with the share of the spread that eps leaves.
 
     Args:
-        statistics: What was learned or given.
-        eps: What is added to the variance.
+        statistics: The statistics of training, or constants.
+        eps: The number added to the variance.
 
     Returns:
-        The text.
+        The text; None without such a channel.
     """
     variance = statistics.std.square()
-    rounding = (8 * torch.finfo(torch.float64).eps * statistics.mean).square()  # a constant channel has no spread
+    # A constant channel has only the rounding of its mean for a spread, and no eps would help it.
+    rounding = (8 * torch.finfo(torch.float64).eps * statistics.mean).square()
     small = _indices((variance < 10 * eps) & (variance > rounding))
     if not small:
         return None
@@ -127,8 +129,9 @@ def on_small_features(statistics: InputStatistics, eps: float) -> str | None:
     parts = [f"{channel} (std {std:.3g}, {std / math.sqrt(std**2 + eps):.3g} left)" for channel, std in stds.items()]
     more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
     return (
-        f"eps={eps:g} is not small against the variance of the channels {', '.join(parts)}{more}: the spread after "
-        "normalising is the share that is left. Make eps smaller (for tables: eps=1e-12), or give input_range"
+        f"eps={eps:g} is not small against the variance of the channels {', '.join(parts)}{more}: after normalising, "
+        "each of these has the standard deviation that is left, not 1. Make eps smaller (for tables: eps=1e-12), or "
+        "give input_range"
     )
 
 
@@ -136,11 +139,11 @@ def on_half_precision(statistics: InputStatistics, dtype: torch.dtype) -> str | 
     """Name the channels whose spread is below two steps between neighbouring numbers of a dtype near the mean.
 
     Args:
-        statistics: What was learned.
-        dtype: That of the raw values.
+        statistics: The statistics of training.
+        dtype: The dtype of the raw values.
 
     Returns:
-        The text.
+        The text; None without such a channel, and for dtypes other than 16-bit floating point or narrower.
     """
     if not dtype.is_floating_point or dtype.itemsize > 2:
         return None
@@ -155,32 +158,32 @@ def on_half_precision(statistics: InputStatistics, dtype: torch.dtype) -> str | 
 
 
 def on_normalized_data(statistics: InputStatistics) -> str | None:
-    """Say so if every channel has about mean 0 and standard deviation 1.
+    """Find data that are normalised already: every channel has about mean 0 and standard deviation 1.
 
     Args:
-        statistics: What was learned from floating-point values.
+        statistics: The statistics of floating-point training data.
 
     Returns:
-        The text.
+        The text; None if a channel has another mean or standard deviation.
     """
     mean, std = statistics.mean.abs(), statistics.std
     if not bool((mean < 0.25).all() and ((std > 0.8) & (std < 1.25)).all()):
         return None
     return (
-        "the input has mean 0 and standard deviation 1 already. Normalising it again does no harm, but one in the data "
-        "set is not needed any more, and the statistics are not those of raw data"
+        "the input has mean 0 and standard deviation 1 already. Normalising it again does no harm, but a "
+        "normalisation in the data set is not needed any more, and the logged statistics are not of raw data"
     )
 
 
 def on_other_constants(saved: SavedInput, settings: InputNorm) -> str | None:
-    """Compare the constants of mode "fixed" with what a checkpoint's run has evaluated with.
+    """Compare the constants of mode `"fixed"` with the statistics by which a checkpoint's run evaluated.
 
     Args:
-        saved: What the checkpoint says.
-        settings: The settings.
+        saved: The input statistics of the checkpoint.
+        settings: The settings of this run.
 
     Returns:
-        A text if a mean lies a tenth of a standard deviation away, or a standard deviation is another by a tenth.
+        A text if a mean or a standard deviation differs by more than a tenth of the saved standard deviation.
     """
     if settings.mode != "fixed" or settings.mean is None or settings.std is None:
         return None
@@ -220,6 +223,6 @@ def _indices(marked: Tensor) -> list[int]:
 
 
 def _listed(channels: list[int]) -> str:
-    """Write a list of channels, the first ones of many."""
+    """Write a list of channels, cut after 8."""
     more = f" and {len(channels) - _SHOWN} more" if len(channels) > _SHOWN else ""
     return f"{channels[:_SHOWN]}{more}"

@@ -26,20 +26,22 @@ __all__ = ["InputBatchNorm"]
 class InputBatchNorm(nn.Module):
     """Normalise the input of a network by its batch, and multiply by a trainable scale (arXiv 2110.13989).
 
-    The layer of the paper: scale g * 0.58 where the batch norm layers behind it start at g, trained with lr / c like
-    theirs; shift fixed at 0. On one process its output, gradients and running statistics are those of
-    `torch.nn.BatchNorm2d` to the bit, and so are the names in its state. Where a process group is initialised it
-    normalises by the batch of all ranks while training, on CPUs too, with one collective forwards, and one backwards if
-    the input needs a gradient. It is no subclass of torch's batch norm, so `sync_batchnorm=True` leaves it as it is.
+    This is the front layer of the paper. Its scale starts at g * 0.58, where the other batch norm layers start at g,
+    and learns at lr / c as theirs do. Its shift is fixed at 0, and `bias` is a buffer.
+
+    On one process its output, gradients and running statistics equal `torch.nn.BatchNorm2d` to the bit, and its
+    `state_dict` has the same names. Where a process group is initialised, training normalises by the batch of all
+    ranks, also on CPUs, with one collective forwards, and one backwards if the input needs a gradient. The class does
+    not derive from torch's batch norm, so `sync_batchnorm=True` leaves the layer alone.
 
     uint8 input is divided by 255. Running statistics stay in float32 when the layer is converted to half precision.
 
-    `OnlineInputNormMixin` needs no layer in the model, costs less and works under FSDP; its scale is not trained.
+    `OnlineInputNormMixin` needs no layer in the model, costs less and works under FSDP, but its scale is not trained.
 
     Args:
         num_features: Number of channels C of inputs of shape `(N, C, *)`.
-        scale: Where the scale (`weight`) starts.
-        eps: Added to the variance; meant for data in [0, 1].
+        scale: The value at which the scale (`weight`) starts, above 0.
+        eps: Added to the variance; the default suits data in [0, 1].
         momentum: Weight of the newest batch in the running statistics.
         process_group: The ranks that share a batch; None is the default group.
 
@@ -81,6 +83,7 @@ class InputBatchNorm(nn.Module):
         self.momentum = float(momentum)
         self.process_group = process_group
         self.weight = nn.Parameter(torch.full((channels,), start))
+        # The shift is fixed at 0, so it is not a parameter; as a buffer it keeps the name that BatchNorm2d gives it.
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
@@ -94,10 +97,11 @@ class InputBatchNorm(nn.Module):
             inputs: Shape `(N, C, *)`; uint8, or floating-point values.
 
         Returns:
-            The same shape; float32 for uint8.
+            The normalised values, of the same shape; for uint8 in the dtype of the running statistics, float32.
 
         Raises:
-            ValueError: If there are other numbers of dimensions or channels.
+            ValueError: If the input has fewer than 2 dimensions or other channels, or a training batch has a single
+                value per channel.
         """
         if inputs.dim() < 2 or inputs.shape[1] != self.num_features:
             raise ValueError(
@@ -120,7 +124,7 @@ class InputBatchNorm(nn.Module):
         return f"{self.num_features}, scale={self.scale:g}, eps={self.eps}, momentum={self.momentum}"
 
     def _synchronized(self, inputs: Tensor, values: Tensor, ranks: int) -> Tensor:
-        """Normalise by the batch of all ranks, and add it to the running statistics."""
+        """Normalise by the batch of all ranks, and update the running statistics by it."""
         unit, kind = (255.0, Kind.UINT8) if inputs.dtype == torch.uint8 else (1.0, Kind.FLOAT)
         batch = global_moments(inputs.detach(), kind=kind, group=self.process_group, ranks=ranks)
         refuse_single_values(inputs, batch.moments)
@@ -131,8 +135,8 @@ class InputBatchNorm(nn.Module):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the running statistics in float32 where everything else becomes a half."""
-        # `half`, `to` and the rest all end in this private method of torch, and call nothing public for each tensor.
+        """Keep the running statistics in float32 where all other tensors become half precision."""
+        # `half`, `to` and all other conversions end in this private method; torch has no public hook for a tensor.
         kept = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType] # torch does not type it
         for name, before in kept.items():

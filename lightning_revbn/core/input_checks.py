@@ -1,4 +1,4 @@
-"""Checks of raw input: its shape and mask before a batch is measured, and the faults that ranks have found in it."""
+"""Checks raw input: shape and mask before a batch is measured, and afterwards the faults that ranks found in it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from lightning_revbn.core.moments import Kind
 __all__ = ["InputError", "InputPart", "check_input", "check_kind", "refuse_faults"]
 
 _SQUARE_ROOT = torch.finfo(torch.float64).max ** 0.5
+"""Absolute value above which the square of a value is infinite in float64."""
 
 
 class InputError(ValueError):
-    """A batch cannot be measured; the statistics are as they were before it."""
+    """A batch cannot be measured or normalised; the statistics stay as they are."""
 
 
 class InputPart(NamedTuple):
-    """An input of a batch, or what one place of the batch holds of it.
+    """The values of an input at a place of a batch.
 
     Attributes:
         values: Raw values.
-        mask: True where values count.
+        mask: True where values count; None counts all values.
     """
 
     values: Tensor
@@ -34,23 +35,24 @@ class InputPart(NamedTuple):
 
 
 def check_input(values: Tensor, mask: Tensor | None, channel_dim: int | None, channels: int) -> None:
-    """Raise unless a batch has the channels that the settings say, and a mask that fits it.
+    """Raise unless a batch has the channels of the settings, and a mask that fits it.
 
     Args:
         values: The batch.
-        mask: Its mask.
-        channel_dim: Where the channels are. None takes all values as one channel.
-        channels: How many channels there are.
+        mask: Its mask, or None.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
+        channels: Number of channels C.
 
     Raises:
-        InputError: If values are complex, a dimension is missing or of another size, or the mask does not fit.
+        InputError: If the values are complex, the batch has no dimension `channel_dim` or not C channels in it, or the
+            mask is not boolean or does not broadcast to the batch.
     """
     shape = tuple(values.shape)
     if values.is_complex():
         raise InputError(f"the input is complex ({values.dtype}): make it real, for example by its magnitude")
     if not shape or (channel_dim is not None and not -len(shape) <= channel_dim < len(shape)):
         single = ". InputNorm(1, channel_dim=None) takes all values as one channel" if shape and channels == 1 else ""
-        raise InputError(f"the input has shape {shape}: there is no dimension channel_dim={channel_dim}{single}")
+        raise InputError(f"the input has shape {shape}: it has no dimension channel_dim={channel_dim}{single}")
     if channel_dim is not None and shape[channel_dim] != channels:
         raise InputError(
             f"the input has shape {shape}: its dimension channel_dim={channel_dim} has {shape[channel_dim]} channels, "
@@ -67,15 +69,16 @@ def check_input(values: Tensor, mask: Tensor | None, channel_dim: int | None, ch
 
 
 def check_kind(dtype: torch.dtype, kind: Kind, settings: InputNorm) -> None:
-    """Raise if a batch of evaluation holds integers in another unit than the training batches.
+    """Raise if evaluation would divide integers by another number than training did.
 
     Args:
-        dtype: That of the batch.
-        kind: What the training batches were made of.
-        settings: The settings; a given `input_range` holds for every kind.
+        dtype: The dtype of a batch of evaluation.
+        kind: The kind of the training batches.
+        settings: The settings; a number as `input_range` divides every kind.
 
     Raises:
-        InputError: If so.
+        InputError: With `input_range="auto"`, if either of the batch and the training batches is uint8, and the other
+            is another integer dtype.
     """
     if settings.input_range != "auto" or {Kind.of_dtype(dtype), kind} != {Kind.UINT8, Kind.INTEGER}:
         return
@@ -86,7 +89,7 @@ def check_kind(dtype: torch.dtype, kind: Kind, settings: InputNorm) -> None:
     )
     raise InputError(
         f"the input is {dtype}, but the training batches were {before}: evaluation would be off by a factor of 255. "
-        "Hand over both in one dtype, or give InputNorm(input_range=...) if they have one range"
+        "Use the same dtype for both, or give InputNorm(input_range=...) if they have the same range"
     )
 
 
@@ -94,13 +97,13 @@ def refuse_faults(faults: Sequence[int], kind: Kind, parts: Sequence[InputPart] 
     """Raise if any rank has found a fault in a training batch.
 
     Args:
-        faults: How many ranks have found each, in the order of `GlobalBatch.faults`.
-        kind: What sort of numbers the batches before were made of.
-        parts: What this rank has of the batch, to say more about it.
-        ignore_nan: Whether NaN is no fault.
+        faults: Number of ranks with each fault, in the order of `GlobalBatch.faults`.
+        kind: The kind of the earlier training batches.
+        parts: This rank's parts of the batch, to name the sample and channel.
+        ignore_nan: Whether NaN is allowed.
 
     Raises:
-        InputError: If so; the message says where and what to do.
+        InputError: If a number is not 0. The message names the first bad value of this rank, and the remedy.
     """
     nonfinite, beyond, mixed = faults
     if nonfinite:
@@ -119,8 +122,8 @@ def refuse_faults(faults: Sequence[int], kind: Kind, parts: Sequence[InputPart] 
 
 
 def _place_of_nonfinite(parts: Sequence[InputPart], ignore_nan: bool) -> str:
-    """Say which sample and channel of this rank is not finite, as the end of a clause."""
-    # On an accelerator the batch may be gone by the time that its faults are read.
+    """Return the index of the first value of this rank that is not finite, as the end of a clause."""
+    # On an accelerator faults are read later, when the batch may be gone.
     floats = [part for part in parts if part.values.device.type == "cpu" and part.values.is_floating_point()]
     for values, mask in floats:
         wrong = ~values.isfinite()

@@ -1,4 +1,4 @@
-"""Compares batches of evaluation with the training data, and warns once in one way."""
+"""Compares batches of evaluation with the training data, and warns once of each difference."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["InputComparison"]
 
 
 class InputComparison:
-    """Warns of batches of evaluation that are made of other numbers than the training data.
+    """Warns if batches of evaluation lie in another range than the training data.
 
     Args:
         settings: The settings.
-        name: The name of the input; empty where there is one input alone.
+        name: The name of the input in warnings; empty for a single input.
     """
 
     def __init__(self, settings: InputNorm, name: str = "") -> None:
@@ -33,25 +33,25 @@ class InputComparison:
         self._told: set[str] = set()
 
     def again(self, dtype: torch.dtype | None = None) -> None:
-        """Compare the next batch: it may be of another data set.
+        """Compare the next batch again, since it may be of another data set.
 
         Args:
-            dtype: Only batches of this dtype; None is every dtype.
+            dtype: The dtype of the batch; None compares the next batch of each dtype.
         """
         self._compared -= {*self._compared} if dtype is None else {dtype}
 
     def forget_warnings(self) -> None:
-        """Warn anew of the same things: the statistics are others."""
+        """Repeat earlier warnings where they apply, since other statistics were loaded."""
         self._told.clear()
 
     def is_due(self, values: Tensor) -> bool:
-        """Tell whether a batch is to be compared: the first of its dtype, unless it has no values.
+        """Tell whether to compare a batch: it is the first batch of its dtype, and has values.
 
         Args:
             values: The batch.
 
         Returns:
-            Whether it is.
+            True for the first batch of each dtype since `again`, unless it is empty or a meta tensor.
         """
         return values.dtype not in self._compared and values.numel() > 0 and not values.is_meta
 
@@ -65,21 +65,21 @@ class InputComparison:
         kind: Kind,
         statistics: InputStatistics,
     ) -> None:
-        """Warn if a batch is made of other numbers, or has channels that training never saw.
+        """Warn if a batch lies in another range than the training data, or training had no value of a channel.
 
         Args:
-            values: The batch, raw.
-            result: The same standardised.
-            mask: True where values count.
-            constants: What it was standardised by.
-            scale: What standardised values were multiplied by.
-            kind: What the training batches were made of; unknown for given constants.
-            statistics: What was learned from them.
+            values: Raw values.
+            result: The standardised values.
+            mask: True where values count; None counts all values.
+            constants: The constants that standardised them.
+            scale: The number that standardised values were multiplied by.
+            kind: The kind of the training batches; unknown for given constants.
+            statistics: The statistics of the training batches, or the constants.
         """
         self._compared.add(values.dtype)
         settings = self._settings
         masks = InputMasks.of(values, mask, settings)
-        if constants.bound is not None:  # a result that was cut tells no distance
+        if constants.bound is not None:  # values cut to `clip` no longer show how far they lie from the mean
             result = standardize(values, replace(constants, bound=None), settings.channel_dim, torch.float32)
         distance = average_size(result, masks.compared) / scale
         trained = statistics.of(settings.channels)

@@ -1,4 +1,4 @@
-"""What one input has taught: measured batch by batch, checked, frozen, loaded, and estimated from as the mode says."""
+"""Learns the statistics of an input: measures training batches, checks them, and freezes or loads the statistics."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ __all__ = ["InputLearner"]
 
 
 class InputLearner:
-    """The statistics of one input, and the estimator of its mode.
+    """Learns the statistics of an input, and estimates the mean and variance that its mode normalises by.
+
+    A training batch passes `measure` on each rank, then `judge` and `add` with the moments over all ranks. The steps
+    are apart so that several inputs can share a collective.
 
     Args:
         settings: The settings.
-        ignores_infinity: Whether infinity is left out too: for batches of evaluation, which may hold it.
+        ignores_infinity: Whether infinity is left out of the statistics rather than an error: for the sanity check,
+            whose batches of evaluation may hold it.
 
     Attributes:
         learned: The statistics of all training batches.
-        saved: What was loaded last.
-        is_frozen: Whether training batches change nothing any more.
+        saved: The state that was loaded last; None before.
+        is_frozen: Whether training batches no longer change the statistics.
     """
 
     def __init__(self, settings: InputNorm, *, ignores_infinity: bool = False) -> None:
@@ -46,21 +50,21 @@ class InputLearner:
 
     @property
     def learns(self) -> bool:
-        """Whether training batches teach anything, as they do in every mode but `"fixed"`."""
+        """Whether training batches add to the statistics, as they do in every mode but `"fixed"`."""
         return self._estimator.learns
 
     def measure(self, parts: Sequence[InputPart], device: torch.device | None = None) -> RankBatch:
-        """Measure what this rank has of a training batch.
+        """Measure this rank's part of a training batch.
 
         Args:
-            parts: Raw values and their masks, one for each place of the batch; there may be none.
-            device: Where the result is if there are none.
+            parts: Raw values and masks for each place of the input in the batch; there may be no place.
+            device: The device of the result if there are no parts; None is the device of the statistics.
 
         Returns:
-            What this rank knows, to be shared with other ranks.
+            The moments or sums of this rank, for `share`.
 
         Raises:
-            InputError: If a part has other channels than the settings say.
+            InputError: If a part has other channels than the settings, or a mask that does not fit.
         """
         settings, kind = self._settings, self.learned.kind
         for part in parts:
@@ -70,14 +74,17 @@ class InputLearner:
         return reduce(RankBatch.join, map(self._measure, parts))
 
     def judge(self, batch: GlobalBatch, parts: Sequence[InputPart]) -> None:
-        """Raise if a training batch has a fault that can be asked for now; nothing has been added by then.
+        """Raise if a training batch has a fault, before `add`.
+
+        On accelerators this raises for the first batch only; faults of later batches wait for `check`, since reading
+        them makes the host wait for the device.
 
         Args:
-            batch: What all ranks know of it.
-            parts: What this rank has of it, to say more about the fault.
+            batch: The batch of all ranks.
+            parts: This rank's parts of it, to name the sample and channel of the fault.
 
         Raises:
-            InputError: If so, on every rank.
+            InputError: On all ranks, if the batch of any rank has a fault (see `GlobalBatch.faults`).
         """
         self.move_to(batch.samples.device)
         self._faults = self._faults + batch.faults
@@ -85,26 +92,28 @@ class InputLearner:
             self.check(parts)
 
     def add(self, batch: GlobalBatch) -> None:
-        """Add what all ranks know of a training batch that was judged; on accelerators without a wait for its faults.
+        """Add a training batch of all ranks to the statistics, after `judge`.
 
         Args:
-            batch: What they know.
+            batch: The batch of all ranks. On accelerators it may have faults that nobody has read: then the statistics
+                stay as they are.
         """
-        if batch.kind is Kind.UNKNOWN:  # no rank has any values
+        if batch.kind is Kind.UNKNOWN:  # the batch is empty on every rank
             return
         learned = self.learned.add(batch, self._estimator.momentum)
         if not _answers_at_once(batch.samples.device):
+            # The device chooses, so that the host does not wait for the faults.
             learned = learned.where(batch.faults.sum() == 0, replace(self.learned, kind=batch.kind))
         self._take(learned)
 
     def check(self, parts: Sequence[InputPart] = ()) -> None:
-        """Raise if a training batch had a fault since the last check; on accelerators this waits for the batch.
+        """Raise if a training batch since the last check had a fault; on accelerators this waits for the device.
 
         Args:
-            parts: What this rank has of the batch, to say more about it.
+            parts: This rank's parts of the batch, to name the sample and channel of the fault.
 
         Raises:
-            InputError: If so.
+            InputError: If the batch of any rank has a fault (see `GlobalBatch.faults`).
         """
         faults = [int(count) for count in self._faults]
         self._faults = torch.zeros_like(self._faults)
@@ -112,26 +121,30 @@ class InputLearner:
         refuse_faults(faults, self.learned.kind, parts, ignore_nan=self._settings.nan_policy == "ignore")
 
     def estimate(self, batch: Moments | None = None) -> Estimate:
-        """Return what to normalise by: a training batch that was added, or batches of evaluation.
+        """Return the mean and variance to normalise a batch by.
 
         Args:
-            batch: The moments of the training batch.
+            batch: The moments of the training batch that was added last; None for batches of evaluation.
 
         Returns:
-            The estimate.
+            The estimate, in units of the input range.
 
         Raises:
-            MissingStatisticsError: If there is nothing to tell it from.
+            MissingStatisticsError: Before the first statistics.
         """
         estimate = self._estimator.estimate(self.learned, self._settings.unit(self.learned.kind), batch)
         if estimate is None:
             lack = None if self.saved is None else self.saved.lacks(self._settings.mode)
             loaded = f". Some were loaded, but {lack}" if lack else ""
-            raise MissingStatisticsError(f"there are no input statistics yet: train first, or load them{loaded}")
+            raise MissingStatisticsError(f"input statistics are missing: train first, or load them{loaded}")
         return estimate
 
     def statistics(self) -> InputStatistics:
-        """Return the mean and standard deviation of all values, or the given ones, on the CPU."""
+        """Return the mean and standard deviation of all training data, or the constants of mode `"fixed"`, on the CPU.
+
+        Raises:
+            MissingStatisticsError: Before the first statistics.
+        """
         estimate = self.estimate()
         if self.learns:
             total = self.learned.total.scaled(self._settings.unit(self.learned.kind))
@@ -145,13 +158,16 @@ class InputLearner:
         return InputStatistics(mean, std, count)
 
     def load(self, state: object) -> SavedInput:
-        """Take over a saved state, in this mode or another.
+        """Load a saved state, in this mode or another.
 
         Args:
-            state: The state.
+            state: The result of `write_state`.
 
         Returns:
-            What it says.
+            The state, checked and converted to the raw units of these settings.
+
+        Raises:
+            ValueError: If the state is damaged or of an input with other channels; the statistics stay as they are.
         """
         saved = read_state(state, self._settings)
         self.saved, self._is_held = saved, saved.is_held and self.learns
@@ -161,7 +177,7 @@ class InputLearner:
 
     @property
     def is_held(self) -> bool:
-        """Whether training batches change nothing, as `hold` has asked for."""
+        """Whether `hold` keeps training batches from changing the statistics."""
         return self._is_held
 
     def hold(self, *, is_held: bool) -> None:
@@ -171,8 +187,8 @@ class InputLearner:
             is_held: Whether to keep them.
 
         Raises:
-            MissingStatisticsError: If there is nothing to keep yet.
-            RuntimeError: If they are to learn again, but the limit of the settings has frozen them.
+            MissingStatisticsError: If they are to be kept before the first statistics.
+            RuntimeError: If batches are to add to them again, but `freeze_after` keeps them frozen.
         """
         if is_held:
             self.estimate()
@@ -186,11 +202,11 @@ class InputLearner:
             )
 
     def move_to(self, device: torch.device) -> None:
-        """Keep the statistics on a device from here on."""
+        """Move the statistics to a device, where they stay."""
         self.learned, self._faults = self.learned.to(device), self._faults.to(device)
 
     def _measure(self, part: InputPart) -> RankBatch:
-        """Measure what this rank has at one place of a training batch."""
+        """Measure this rank's values at a place of a training batch."""
         settings = self._settings
         values, mask = self._finite(part)
         return measure(
@@ -205,30 +221,30 @@ class InputLearner:
         )
 
     def _counted(self, parts: Sequence[InputPart]) -> list[InputPart]:
-        """Return parts with the masks of all values that count."""
+        """Return parts whose masks are True at the values that the statistics count."""
         left = map(self._finite, parts)
         return [InputPart(values, InputMasks.of(values, mask, self._settings).counted) for values, mask in left]
 
     def _finite(self, part: InputPart) -> InputPart:
-        """Return a part whose mask leaves infinity out, if that is to be ignored."""
+        """Return a part whose mask leaves infinity out, if this learner ignores infinity."""
         values, mask = part
         if not self._ignores_infinity or not values.is_floating_point():
             return part
         return InputPart(values, values.isfinite() if mask is None else values.isfinite() & mask)
 
     def _is_checked(self, batch: GlobalBatch) -> bool:
-        """Tell whether faults of a batch are told at once."""
-        # The first batch of all is looked at everywhere: nobody knew its kind, so that nothing went on meanwhile.
+        """Tell whether to read the faults of a batch now."""
+        # Faults of the first batch are read on every device: `share` has waited for the batch to learn its kind anyway.
         return _answers_at_once(batch.samples.device) or self.learned.kind is Kind.UNKNOWN
 
     def _take(self, learned: LearnedStatistics) -> None:
-        """Replace the statistics, and freeze them if it is time."""
+        """Replace the statistics, and freeze them at the limit of `freeze_after`."""
         self.learned = learned
         limit = self._settings.freeze_after
-        # Without a limit the number is not asked for, since on an accelerator the host would wait for it.
+        # Without a limit the number is not read, since on an accelerator the host would wait for it.
         self.is_frozen = not self.learns or self._is_held or (limit is not None and int(learned.samples) >= limit)
 
 
 def _answers_at_once(device: torch.device) -> bool:
-    """Tell whether the host need not wait for a device to know a number."""
+    """Tell whether the host reads numbers of a device without waiting."""
     return device.type == "cpu"

@@ -1,6 +1,6 @@
-"""Which values of a batch count, and which are replaced: by a mask, `nodata`, `channels` and NaN together."""
+"""Finds the values of a batch that count, and those that are replaced, from mask, `nodata`, `channels` and NaN."""
 
-# TorchScript cannot read postponed annotations, so they are not postponed here.
+# No `from __future__ import annotations` here: TorchScript cannot read postponed annotations.
 
 import math
 from dataclasses import dataclass
@@ -19,12 +19,13 @@ def valid_values(values: Tensor, mask: Tensor | None, nodata: list[float]) -> Te
 
     Args:
         values: Raw values.
-        mask: True where values count.
-        nodata: Numbers that stand for no value. Integers must equal such a number exactly, floating-point values as
-            their dtype rounds it.
+        mask: True where values count; None counts all values.
+        nodata: Numbers that stand for a missing value. Integers must equal such a number exactly, floating-point values
+            as their dtype rounds it.
 
     Returns:
-        True where the mask is True and the value is none of the numbers; broadcasts to `values`. None if all are data.
+        True where the mask is True and the value equals none of the numbers; broadcasts to `values`. None without a
+        mask and numbers.
     """
     for number in nodata:
         other = ~_equal(values, number)
@@ -33,16 +34,17 @@ def valid_values(values: Tensor, mask: Tensor | None, nodata: list[float]) -> Te
 
 
 def kept_values(values: Tensor, valid: Tensor | None, replaces_nan: bool, chosen: Tensor | None) -> Tensor | None:
-    """Find the values that are not replaced after the normalisation.
+    """Find the values that `fill` does not replace after the normalisation.
 
     Args:
         values: Raw values.
-        valid: True where they are data.
+        valid: The result of `valid_values`.
         replaces_nan: Whether NaN is replaced.
-        chosen: True for the channels that are normalised; broadcasts to `values`. Others keep every value.
+        chosen: True for the channels that are normalised, broadcasts to `values`; other channels keep every value. None
+            is all channels.
 
     Returns:
-        True where a value stays; broadcasts to `values`. None if all stay.
+        True where a value stays; broadcasts to `values`. None if every value stays.
     """
     kept = valid
     if replaces_nan and values.is_floating_point():
@@ -54,14 +56,14 @@ def kept_values(values: Tensor, valid: Tensor | None, replaces_nan: bool, chosen
 
 
 def chosen_channels(settings: InputNorm, device: torch.device | None = None) -> Tensor | None:
-    """Return which channels are normalised.
+    """Return the channels that are normalised.
 
     Args:
         settings: The settings.
-        device: Where the result is.
+        device: The device of the result; None is the CPU.
 
     Returns:
-        Booleans of shape `(C,)`; None if all channels are.
+        Booleans of shape `(C,)`; None for all channels.
     """
     if settings.channels is None:
         return None
@@ -69,28 +71,29 @@ def chosen_channels(settings: InputNorm, device: torch.device | None = None) -> 
 
 
 def kept_by(settings: InputNorm, mask: Tensor | None, device: torch.device) -> KeepRules:
-    """Return the rules by which values are not replaced after the normalisation.
+    """Return the rules for the values that `fill` does not replace after the normalisation.
 
     Args:
         settings: The settings.
-        mask: True where values count.
-        device: Where the values are.
+        mask: True where values count; None counts all values.
+        device: The device of the values.
 
     Returns:
-        The rules; applied to whole tensors they are `InputMasks.kept`.
+        The rules. They work piece by piece; `InputMasks.kept` is the same for a whole tensor.
     """
     chosen = chosen_channels(settings, device)
     return KeepRules(mask, settings.nodata_values, settings.fill is not None, None if chosen is None else ~chosen)
 
 
 def _equal(values: Tensor, number: float) -> Tensor:
-    """Return where values are a number."""
+    """Return True where values equal a number as their dtype stores it."""
     if values.is_floating_point():
-        # Half precision would refuse a number beyond its range, of which the data hold an infinity.
+        # torch refuses a Python number beyond the range of half precision; converted from float64 it is infinity, as it
+        # is in data of half precision.
         return values == torch.full((), number, dtype=torch.float64).to(values.dtype)
     if not math.isfinite(number) or number != math.floor(number) or abs(number) >= 2.0**63:
         return torch.zeros_like(values, dtype=torch.bool)
-    # Compared with bytes, torch takes -9999 for 241, the number that a byte stores of it.
+    # In a comparison with uint8, torch converts -9999 to 241, its low byte. So the conversion is checked first.
     whole = torch.full((), int(number), dtype=torch.int64)
     stored = whole.to(values.dtype)
     is_stored = stored.to(torch.int64) == whole
@@ -99,11 +102,11 @@ def _equal(values: Tensor, number: float) -> Tensor:
 
 @dataclass(frozen=True)
 class InputMasks:
-    """Which values of one batch count, and which stay; all broadcast to the batch, and None stands for all values.
+    """The masks of a batch; each broadcasts to the batch, and None is True everywhere.
 
     Attributes:
-        valid: True where a value is data, in channels that are left alone too.
-        kept: True where the result is the normalised value, or the value itself in a channel that is left alone.
+        valid: True where a value is data, also in channels that are not normalised.
+        kept: True where `fill` does not replace the value.
         chosen: True for the channels that are normalised.
     """
 
@@ -113,11 +116,11 @@ class InputMasks:
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor | None, settings: InputNorm) -> "InputMasks":
-        """Find out which they are; without settings that ask for it, nothing reads the values.
+        """Make the masks of a batch. The values are read only if `nodata` or `fill` is set.
 
         Args:
             values: Raw values.
-            mask: True where values count.
+            mask: True where values count; None counts all values.
             settings: The settings.
 
         Returns:
@@ -133,14 +136,14 @@ class InputMasks:
 
     @property
     def counted(self) -> Tensor | None:
-        """True where a value adds to the statistics, unless it is NaN."""
+        """True where the statistics count a value, unless it is NaN."""
         if self.valid is None or self.chosen is None:
             return self.chosen if self.valid is None else self.valid
         return self.valid & self.chosen
 
     @property
     def compared(self) -> Tensor | None:
-        """True where a result is that of a value that counts."""
+        """True where the statistics count a value and `fill` does not replace it."""
         counted = self.counted
         if counted is None or self.kept is None:
             return self.kept if counted is None else counted

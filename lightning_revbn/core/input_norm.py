@@ -1,6 +1,7 @@
-"""Standardises raw batches while they come in, with statistics that are learned on the way.
+"""Standardises raw batches with statistics that it learns from the training batches themselves.
 
-The state is plain tensors, never buffers of a module: nothing rebroadcasts, casts or shards it.
+The state is plain tensors, not buffers of a module: DDP would broadcast buffers from rank 0, FSDP and `bf16-true` would
+cast them.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ __all__ = [
 class OnlineStandardizer:
     """Standardise batches by statistics that every training batch adds to, on one process or many.
 
-    For plain loops and Fabric; with a Trainer use `OnlineInputNormMixin`. No gradient flows through it, and no batch is
-    changed in place.
+    For plain loops and Fabric; with a Trainer use `OnlineInputNormMixin`. No gradient flows through it, and it changes
+    no batch in place.
 
     Args:
-        settings: What is done; where batches hold the input is the caller's business.
-        scale: What takes the place of `settings.scale` while that is "auto".
-        name: What warnings call the input, where there are several.
+        settings: The settings. The caller finds the input and its mask in a batch: keys of the settings are not used.
+        scale: The scale if `settings.scale` is "auto"; None is 0.58.
+        name: The name of the input in warnings; empty for a single input.
 
     Example:
         >>> standardizer = OnlineStandardizer(InputNorm(num_features=1, scale=1.0, eps=0.0))
@@ -65,7 +66,7 @@ class OnlineStandardizer:
 
     @property
     def scale(self) -> float:
-        """What standardised values are multiplied by."""
+        """The number that standardised values are multiplied by."""
         return RELU_STD if self._scale is None else self._scale
 
     @property
@@ -75,7 +76,7 @@ class OnlineStandardizer:
 
     @property
     def learns(self) -> bool:
-        """Whether training batches teach anything, as they do in every mode but `"fixed"`."""
+        """Whether training batches add to the statistics, as they do in every mode but `"fixed"`."""
         return self.learner.learns
 
     @property
@@ -85,20 +86,16 @@ class OnlineStandardizer:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether training batches change nothing any more."""
+        """Whether training batches no longer change the statistics."""
         return self.learner.is_frozen
 
     @property
     def samples(self) -> int:
-        """How many samples of all ranks were measured; on an accelerator this waits for it."""
+        """Number of measured samples of all ranks; on an accelerator, reading it waits for the device."""
         return int(self.learner.learned.samples)
 
     def set_scale(self, scale: float) -> None:
-        """Multiply by another number from here on.
-
-        Args:
-            scale: The number.
-        """
+        """Multiply standardised values by another number from now on."""
         self._scale = scale
         self._constants.clear()
 
@@ -111,21 +108,22 @@ class OnlineStandardizer:
         group: Any = None,
         ranks: int | None = None,
     ) -> Tensor:
-        """Add a training batch to the statistics, and standardise it as the mode says.
+        """Add a training batch to the statistics, and standardise it by the statistics of the mode.
 
         Args:
-            values: This rank's part of the batch, raw; it may be empty.
-            mask: True where values count.
-            dtype: That of the result.
+            values: Raw values of this rank; they may be empty.
+            mask: True where values count; None counts all values.
+            dtype: The dtype of the result.
             group: The process group of the ranks that share the batch; None is the default group.
-            ranks: How many these are; None asks the group. Where there are several, each must call this once a step,
-                and there is one collective, unless the statistics are frozen or given.
+            ranks: Number of ranks in the group; None asks the group. With several ranks, each must call this once a
+                step, for a collective; with frozen statistics or mode `"fixed"` there is no collective.
 
         Returns:
-            The standardised values, of the shape and memory format of `values`.
+            The standardised values, in the shape and memory format of `values`.
 
         Raises:
-            InputError: If any rank's values cannot be measured. On accelerators it is `check` that says so.
+            InputError: On this rank, if values have other channels than the settings; on all ranks, if any rank's
+                values have a fault (see `GlobalBatch.faults`; on accelerators `check` raises, but for the first batch).
         """
         part = InputPart(values.detach(), mask)
         batch = None
@@ -136,7 +134,7 @@ class OnlineStandardizer:
         return self.normalize(part, dtype)
 
     def learn(self, batch: GlobalBatch | None) -> None:
-        """Add what all ranks know of a training batch, measured and judged by `learner`; None where that is frozen."""
+        """Add a training batch of all ranks, measured and judged by `learner`; None if the learner is frozen."""
         self._newest = None
         if batch is not None:
             self.learner.add(batch)
@@ -145,36 +143,36 @@ class OnlineStandardizer:
                 self._newest = self._transform(batch.moments)
 
     def normalize(self, part: InputPart, dtype: torch.dtype) -> Tensor:
-        """Standardise a part of the training batch that was learned last, as the mode says."""
+        """Standardise this rank's part of the training batch that `learn` has added last, as the mode does."""
         if self._newest is not None:
             return self._apply(*part, self._newest.constants_for(part.values), dtype)
         if self.is_frozen:
             return self.evaluate(*part, dtype=dtype)
-        return torch.empty_like(part.values, dtype=dtype)  # no rank has any values
+        return torch.empty_like(part.values, dtype=dtype)  # the batch is empty on every rank
 
     def evaluate(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standardise a batch by what was learned in training; change nothing, communicate nothing.
+        """Standardise a batch by the statistics of training; change nothing, communicate nothing.
 
-        The first batch after `compare_again` and after every training batch is compared with the training data, with a
-        warning if it is made of other numbers.
+        Warns if the first batch of a dtype after training, or after `compare_again`, lies in another range.
 
         Args:
-            values: The batch, raw.
-            mask: True where values count.
-            dtype: That of the result.
+            values: Raw values.
+            mask: True where values count; None counts all values.
+            dtype: The dtype of the result.
 
         Returns:
-            The standardised values, of the shape and memory format of `values`.
+            The standardised values, in the shape and memory format of `values`.
 
         Raises:
-            InputError: If it holds uint8 and training batches held other integers, or the other way round.
-            MissingStatisticsError: If nothing was learned yet.
+            InputError: If values have other channels than the settings; or if they are uint8 and the training batches
+                were other integers, or the other way round.
+            MissingStatisticsError: Before the first statistics.
         """
         check_input(values, mask, self.settings.channel_dim, self.settings.num_features)
         key = values.dtype, values.device
         if key not in self._constants:
             check_kind(values.dtype, self.learner.learned.kind, self.settings)
-            if values.device.type != "mps":  # has no float64, in which the statistics are
+            if values.device.type != "mps":  # mps has no float64, the dtype of the statistics
                 self.learner.move_to(values.device)
             self._constants[key] = self._transform().constants_for(values)
             self._comparison.again(values.dtype)
@@ -186,51 +184,49 @@ class OnlineStandardizer:
         return result
 
     def preview(self, values: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standardise a batch before there are statistics, by its own alone; learn nothing, communicate nothing.
+        """Standardise a batch as `evaluate` does; before the first statistics, by its own mean and variance.
 
-        Args:
-            values: The batch, raw.
-            mask: True where values count.
-            dtype: That of the result.
+        For the sanity check, which runs before training: it learns nothing and communicates nothing.
 
         Returns:
-            The standardised values.
+            The standardised values. Arguments and errors are those in `evaluate`, except missing statistics.
         """
         if self.has_statistics:
             return self.evaluate(values, mask, dtype=dtype)
         return self.stand_in().train(values, mask, dtype=dtype, ranks=1)
 
     def stand_in(self) -> OnlineStandardizer:
-        """Return a standardiser for one batch; `denormalize` undoes the batch until there are statistics."""
+        """Return a standardiser for a batch before training; `denormalize` undoes it until there are statistics."""
+        # NaN and infinity do not raise in it, since batches of evaluation may hold them.
         self._stand_in = OnlineStandardizer(replace(self.settings, nan_policy="ignore"), self.scale)
         self._stand_in.learner = InputLearner(self._stand_in.settings, ignores_infinity=True)
         return self._stand_in
 
     def check(self) -> None:
-        """Raise if a training batch could not be measured; on accelerators this waits for the batch.
+        """Raise if a training batch since the last check had a fault; on accelerators this waits for the device.
 
         Raises:
-            InputError: If so.
+            InputError: If a batch held NaN, infinity, integers beyond 32 bits, or another kind of numbers than before.
         """
         self.learner.check()
 
     def compare_again(self) -> None:
-        """Compare the next batch of evaluation with the training data: it may be of another data set."""
+        """Compare the next batch of evaluation with the training data again, since it may be of another data set."""
         self._comparison.again()
 
     def statistics(self) -> InputStatistics:
         """Return mean and standard deviation of all training data seen so far, in units of the input range.
 
         Returns:
-            Tensors on the CPU. In mode `"fixed"` the given constants.
+            Tensors on the CPU: in mode `"fixed"` the given constants, with count 0.
 
         Raises:
-            MissingStatisticsError: If nothing was learned yet.
+            MissingStatisticsError: Before the first statistics.
         """
         return self.learner.statistics()
 
     def normalizer(self) -> FixedNormalizer:
-        """Return what `evaluate` does now as a module without Lightning.
+        """Return the normalisation of `evaluate`, with the present statistics, as a module without Lightning.
 
         Returns:
             A module with buffers only, on the CPU.
@@ -238,15 +234,19 @@ class OnlineStandardizer:
         return self._transform().module(self.learner.learned.kind)
 
     def denormalize(self, values: Tensor, *, is_training: bool = False) -> Tensor:
-        """Undo what `evaluate` does: for pictures of what a network was given.
+        """Undo the normalisation, to draw the input of a network.
 
         Args:
-            values: Standardised values: a batch, or a sample without the dimension of the batch.
-            is_training: Whether the values are of the newest training batch, to undo what `train` did. In mode
-                `"batch"` the two differ.
+            values: Standardised values: a batch, or a sample without the batch dimension.
+            is_training: Whether to undo `train` of the newest training batch, rather than `evaluate`. In mode
+                `"batch"` the two use different statistics.
 
         Returns:
-            Values in units of the input range: pictures that came as uint8 lie in [0, 1].
+            Values of the same shape in units of the input range: images that came as uint8 lie in [0, 1].
+
+        Raises:
+            InputError: If values have other channels than the settings.
+            MissingStatisticsError: Before the first statistics.
         """
         if not self.has_statistics and self._stand_in is not None:
             return self._stand_in.denormalize(values, is_training=True)
@@ -254,18 +254,19 @@ class OnlineStandardizer:
         return transform.undo(values, self._dims)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that was learned, on the CPU."""
+        """Return the statistics and the scale as plain values and tensors on the CPU; `input_state` has the keys."""
         return write_state(self.settings, self._scale, self.learner.learned, is_held=self.learner.is_held)
 
     def load_state_dict(self, state: object) -> None:
-        """Take over what was learned.
+        """Load saved statistics.
 
         Args:
-            state: What `state_dict` returned, in this mode or another. Mode `"fixed"` uses its constants alone; mode
-                `"ema"` begins from the statistics of other modes; what mode `"fixed"` has saved teaches others nothing.
+            state: The result of `state_dict`, in this mode or another. Mode `"fixed"` keeps its constants; mode `"ema"`
+                begins its average from the statistics of other modes. A state of mode `"fixed"` has constants only, so
+                other modes have no statistics after it.
 
         Raises:
-            ValueError: If it cannot be such a state; the statistics are as they were before.
+            ValueError: If the state is damaged or of an input with other channels; the statistics stay as they are.
         """
         saved = self.learner.load(state)
         if self.settings.scale == "auto":
@@ -275,7 +276,7 @@ class OnlineStandardizer:
         self._constants.clear()
 
     def _transform(self, batch: Moments | None = None) -> InputTransform:
-        """Return the transform of a training batch that was added, or of batches of evaluation."""
+        """Return the transform of a training batch; without moments of a batch, the transform of evaluation."""
         return InputTransform(self.settings, self.scale, self.learner.estimate(batch))
 
     def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the input is normalised: the settings of `OnlineInputNormMixin` and `OnlineStandardizer`."""
+"""The settings of input normalisation, for `OnlineInputNormMixin` and `OnlineStandardizer`."""
 
 from __future__ import annotations
 
@@ -16,71 +16,78 @@ from lightning_revbn.core.moments import Kind
 __all__ = ["MODES", "RELU_STD", "InputNorm"]
 
 RELU_STD = 0.58
-"""Standard deviation of ReLU(N(0, 1)), sqrt(1/2 - 1/(2 pi)) = 0.58382, as the paper rounds it: that of the input of a
-layer inside a network, in units of the scale of the batch norm before it."""
+"""Standard deviation of ReLU(N(0, 1)), sqrt(1/2 - 1/(2 pi)) = 0.58382, as the paper rounds it.
+
+A layer inside a network reads values of this standard deviation, times the scale of the batch norm layer before it. So
+that the first layer reads such values too, the standardised input is multiplied by it.
+"""
 
 Mode: TypeAlias = Literal["batch", "running", "ema", "fixed"]
 _NanPolicy: TypeAlias = Literal["error", "ignore"]
 
 MODES: tuple[str, ...] = get_args(Mode)
-"""The modes that there are."""
+"""All modes."""
 
 _Number = TypeVar("_Number", int, float)
 
 _MISSING = object()
 
 _HALF = torch.finfo(torch.float16).max
+"""Largest `fill`, since results may be float16."""
 
 
 @dataclass(frozen=True)
 class InputNorm:
-    """How the input is normalised: settings of `OnlineInputNormMixin` and `OnlineStandardizer`.
+    """Settings of input normalisation, for `OnlineInputNormMixin` and `OnlineStandardizer`.
 
     The result is `(x / input_range - mean) / sqrt(var + eps) * scale` per channel.
 
     Args:
         num_features: Number of channels C.
-        scale: What the standardised input is multiplied by. "auto" takes 0.58 times the scale of the
-            `RevisitedBatchNorm` in the Trainer, as the paper does, and 0.58 where there is none.
-        mode: Whose mean and variance are used while training: `"batch"`, those of the global batch (the paper);
-            `"running"`, those of everything seen so far, this batch included; `"ema"`, an exponential moving average;
-            `"fixed"`, the constants `mean` and `std`. Evaluation uses the statistics of everything seen in training; in
-            mode `"ema"` the average.
-        momentum: Weight of the newest batch in mode `"ema"`; the other modes forget nothing.
+        scale: The standardised input is multiplied by this number. "auto" takes 0.58 times the scale of the
+            `RevisitedBatchNorm` in the Trainer, as the paper does, and 0.58 without such a callback.
+        mode: The mean and variance to train with: `"batch"`, of the global batch (the paper); `"running"`, of all
+            training data so far, this batch included; `"ema"`, an exponential moving average over batches; `"fixed"`,
+            the constants `mean` and `std`. Evaluation uses the statistics of all training data so far in modes
+            `"batch"` and `"running"`, the average in mode `"ema"`, and the constants in mode `"fixed"`.
+        momentum: Weight of the newest batch in mode `"ema"`, above 0 and at most 1; the other modes ignore it.
         eps: Added to the variance, in units of `input_range` squared.
-        input_range: What raw values are divided by. "auto" is 255 for uint8 and 1 for everything else.
-        key: Where a batch holds the input: an index, a key of a mapping, or the name of an attribute; a tuple of these
-            is a path into a nested batch. A list of places, as in `[0, 1]` for two views, is one input at several
-            places, with one mean and variance from all of them. None is the tensor itself, the first of a tuple or
-            list, or the only tensor of a mapping; a warning names tensors of the same dtype and shape beside it.
-        channel_dim: Which dimension holds the channels; negative counts from the end. None takes all values together,
-            with `num_features=1`.
-        mask_key: Where a batch holds a boolean mask, True where values count; it must broadcast to the input. What it
-            leaves out becomes 0, or `fill`. A list has one mask for each place of `key`; a single mask is for all.
-        eval_key: Where batches of validation, test and prediction hold the input, if elsewhere. Of a list, each batch
-            needs one place only, so that loaders may give batches of different structure.
-        eval_mask_key: The same for the mask.
-        nan_policy: `"error"` stops training on all ranks, statistics untouched. `"ignore"` leaves NaN out of the
-            statistics and in the input, unless `fill` replaces it. Infinity is always an error.
-        freeze_after: After how many samples of all ranks the statistics are kept as they are. From then on the
-            statistics of everything seen are used in mode `"batch"` too, and ranks communicate no more.
-        mean: Constants of mode `"fixed"`, one a channel, in units of `input_range`.
-        std: The same for the standard deviation.
-        prefix: First part of the keys that are logged.
-        compile: Whether `torch.compile` makes kernels of it, with the same results: faster for uint8 on most
-            processors, after some seconds in the first step. On CPUs that takes a C++ compiler.
-        channels: Numbers of the channels that are learned and normalised; negative counts from the end. The others,
-            such as one-hot columns, stay as they are: neither divided by `input_range` nor masked, clipped or filled.
-            None is all channels.
-        clip: How many standard deviations from the mean a result may lie, as an outlier does: the standardised value is
-            cut to `-clip ... clip` before it is multiplied by `scale`. Statistics count outliers in full.
-        fill: What masked values, `nodata` and NaN become: a number in the result, which neither `scale` nor `clip`
-            changes, and 0 is the mean. With None, masked values and `nodata` become 0, and NaN stays NaN.
-        nodata: A number, or several, that raw values have where there is no value, as rasters do. Such values count as
-            masked. Integers must equal it exactly, floating-point values as their dtype rounds it.
+        input_range: Raw values are divided by this number. "auto" is 255 for uint8 and 1 for every other dtype.
+        key: The place of the input in a batch: an index, a key of a mapping, or the name of an attribute; a tuple of
+            these is a path into a nested batch. A list of places, such as `[0, 1]` for two views, is an input at
+            several places, which share a mean and a variance. With None the input is the batch itself if it is a
+            tensor, the first element of a tuple or list, or the only tensor of a mapping; a warning names further
+            tensors of the same dtype and shape.
+        channel_dim: The dimension of the channels; a negative number counts from the end. None takes all values as one
+            channel, and needs `num_features=1`.
+        mask_key: The place of a boolean mask, True where values count; the mask must broadcast to the input. Values
+            where it is False become 0, or `fill`. A list names a mask for each place of `key`; a single mask applies
+            to all places.
+        eval_key: The place of the input in batches of validation, test and prediction; None is `key`. Of a list of
+            places, each batch of evaluation needs only one, so loaders may return batches of different structure.
+        eval_mask_key: The place of the mask in these batches; None is `mask_key`.
+        nan_policy: `"error"` stops training on all ranks and leaves the statistics unchanged. `"ignore"` leaves NaN
+            out of the statistics; the NaN stays in the input, unless `fill` replaces it. Infinity is always an error
+            in training, unless a mask leaves it out.
+        freeze_after: Number of samples, of all ranks together, after which the statistics stop changing. From then on
+            mode `"batch"` also trains with the statistics of all these samples, and ranks communicate no more.
+        mean: Means for mode `"fixed"`, a number per channel, in units of `input_range`.
+        std: Standard deviations for mode `"fixed"`, a number per channel, in units of `input_range`.
+        prefix: First part of the metric keys.
+        compile: Whether to use kernels of `torch.compile`. The results are equal to the bit. They are faster for uint8
+            on most processors, but the first step takes some seconds longer, and CPUs need a C++ compiler.
+        channels: Indices of the channels to measure and normalise; negative indices count from the end. The other
+            channels, such as one-hot columns, stay as they are: they are not divided by `input_range`, masked, clipped
+            or filled. None is all channels.
+        clip: Bound of the results, in standard deviations: standardised values are cut to `-clip ... clip` before they
+            are multiplied by `scale`. It bounds outliers in the result; the statistics count outliers in full.
+        fill: The result for masked values, `nodata` and NaN. `scale` and `clip` do not change it; 0 is the mean. With
+            None, masked values and `nodata` become 0, and NaN stays NaN.
+        nodata: A number, or several, that stands for a missing value in raw data, as in rasters. Such values count as
+            masked. Integers must equal the number exactly, floating-point values as their dtype rounds it.
 
     Raises:
-        ValueError: If a value is out of range or settings contradict each other.
+        ValueError: If a value is out of range, or settings contradict each other.
 
     Example:
         >>> InputNorm(num_features=3).mode
@@ -145,32 +152,32 @@ class InputNorm:
         self._check_masks()
 
     def places(self, *, is_training: bool) -> tuple[Key, Key]:
-        """Return where batches hold the input and its mask.
+        """Return the places of the input and of its mask in a batch.
 
         Args:
-            is_training: Whether these are batches of training.
+            is_training: Whether the batch is a training batch.
 
         Returns:
-            The key of the input and that of the mask.
+            The key of the input, and the key of the mask.
         """
         key = self.key if is_training or self.eval_key is None else self.eval_key
         return key, self.mask_key if is_training or self.eval_mask_key is None else self.eval_mask_key
 
     @property
     def nodata_values(self) -> list[float]:
-        """The numbers that stand for no value."""
+        """The numbers that stand for a missing value, as a list."""
         if self.nodata is None:
             return []
         return [self.nodata] if isinstance(self.nodata, (int, float)) else [*self.nodata]
 
     def unit(self, kind: Kind) -> float:
-        """Return what raw values of a kind are divided by.
+        """Return the number that raw values of a kind are divided by.
 
         Args:
             kind: The kind.
 
         Returns:
-            `input_range`, or what "auto" means for the kind.
+            `input_range`; for "auto" 255 for uint8, else 1.
         """
         if self.input_range == "auto":
             return 255.0 if kind is Kind.UINT8 else 1.0
@@ -179,7 +186,7 @@ class InputNorm:
     def _take(
         self, name: str, read: Callable[[object], _Number | None], is_good: Callable[[_Number], bool], must: str
     ) -> None:
-        """Put a plain number in the place of what was given: a NumPy scalar, an array without dimensions or a text."""
+        """Check a setting, and store it as a plain number: it may be a NumPy scalar, a 0-d array or a text."""
         value: object = getattr(self, name)
         number = read(value)
         if number is None or not math.isfinite(number) or not is_good(number):
@@ -199,9 +206,9 @@ class InputNorm:
                 )
 
     def _checked_channels(self, given: object) -> tuple[int, ...]:
-        """Return numbers of channels in order, counted from the first."""
+        """Return the indices of channels, not negative and sorted."""
         if self.channel_dim is None:
-            raise ValueError(f"channels={given!r} cannot be told apart: channel_dim=None takes all values together")
+            raise ValueError(f"channels={given!r} needs a channel_dim: channel_dim=None takes all values together")
         last = self.num_features - 1
         wrong = f"channels={given!r} must be different numbers from 0 to {last}, as [0, {last}], or None for all"
         if isinstance(given, str) or not isinstance(given, Iterable):
@@ -217,7 +224,7 @@ class InputNorm:
         values: Sequence[float] | None = getattr(self, name)
         if values is None:
             if self.mode == "fixed":
-                raise ValueError(f'mode="fixed" needs {name}: one number a channel, in units of input_range')
+                raise ValueError(f'mode="fixed" needs {name}: a number per channel, in units of input_range')
             return
         if self.mode != "fixed":
             raise ValueError(f'{name} is for mode="fixed"; mode={self.mode!r} learns it from the data')
@@ -231,36 +238,37 @@ class InputNorm:
 
 
 def _checked_nodata(given: object) -> float | tuple[float, ...]:
-    """Return a number or several as floats."""
+    """Return a single number as a float, several as a tuple of floats."""
     several = as_number(given) is None and not isinstance(given, str) and isinstance(given, Iterable)
     items: list[object] = [*cast("Iterable[object]", given)] if several else [given]
     numbers = [as_number(item) for item in items]
     found = [number for number in numbers if number is not None and not math.isnan(number)]
     if any(number is not None and math.isnan(number) for number in numbers):
         raise ValueError(
-            f'nodata={given!r} equals no value: nan_policy="ignore" leaves NaN out of the statistics, and fill=0.0 '
+            f'nodata={given!r} matches no value: nan_policy="ignore" leaves NaN out of the statistics, and fill=0.0 '
             "replaces it"
         )
     if not numbers or len(found) != len(numbers):
         raise ValueError(f"nodata={given!r} must be a number such as -9999, several as [-9999, 0], or None")
     inexact = [item for item in items if (whole := as_integer(item)) is not None and int(float(whole)) != whole]
     if inexact:
-        raise ValueError(f"nodata={inexact[0]} cannot be told from its neighbours: float64 holds no such number")
+        raise ValueError(f"nodata={inexact[0]} is rounded in float64: give an integer that float64 holds exactly")
     return tuple(found) if several else found[0]
 
 
 def _set(settings: InputNorm, name: str, value: object) -> None:
-    """Take a value that is there already, and no other."""
+    """Refuse to change a field, but let other code write the value again that the field has."""
     present = vars(settings).get(name, _MISSING)
     if type(present) is not type(value) or present != value:
-        raise FrozenInstanceError(f"cannot assign to field {name!r}: make another by dataclasses.replace")
+        raise FrozenInstanceError(f"cannot assign to field {name!r}: make a changed copy with dataclasses.replace")
 
 
-# Hyperparameters may hold it. Where omegaconf is installed, Lightning's loggers copy a dataclass by writing every field
-# again, and omegaconf reads the types of the class, where it refuses Literal; LightningCLI reads those of __init__.
+# An InputNorm may be among the hyperparameters. Where omegaconf is installed, Lightning's loggers copy a dataclass by
+# writing every field again, which a frozen dataclass refuses, and omegaconf refuses Literal in the class annotations.
+# LightningCLI reads the annotations of __init__, so these keep the types.
 InputNorm.__setattr__ = _set
 InputNorm.__init__.__annotations__ = get_type_hints(InputNorm)
 InputNorm.__annotations__ = dict.fromkeys(InputNorm.__annotations__, Any)
 
-# Checkpoints hold hyperparameters, and are loaded with weights_only=True.
+# Checkpoints hold the hyperparameters, and torch.load with weights_only=True refuses classes that it does not know.
 torch.serialization.add_safe_globals([InputNorm])  # pyright: ignore[reportUnknownMemberType] # torch does not type it

@@ -1,14 +1,14 @@
-"""The state of an `OnlineStandardizer` in a checkpoint: written, and checked before anything of it is taken over.
+"""Writes the state of an `OnlineStandardizer` for a checkpoint, and checks a state before it is loaded.
 
 | key | value |
 |---|---|
 | mode, kind | `InputNorm.mode`, and the name of the `Kind` of the training batches |
-| scale | what standardised values were multiplied by; None while that is not known |
-| input_range | what raw values were divided by |
-| channels | the numbers of the channels that were normalised; None for all |
+| scale | the number that standardised values were multiplied by; None before it is known |
+| input_range | the number that raw values were divided by |
+| channels | the indices of the normalised channels; None for all |
 | samples | number of samples, a float64 scalar |
-| count, mean, rest, m2 | the moments of all values in raw units, float64, shape `(C,)` each |
-| average_weight, average_mean, average_rest, average_m2 | the same of the moving average |
+| count, mean, rest, m2 | `Moments` of all values in raw units, float64, shape `(C,)` each |
+| average_weight, average_mean, average_rest, average_m2 | `Moments` of the moving average |
 | constants | mean and std of mode "fixed" in units of the range, float64, shape `(2, C)`; None in other modes |
 | frozen | whether `freeze_input_statistics` holds the statistics |
 """
@@ -40,14 +40,14 @@ _NEVER_NEGATIVE = {"count", "m2", "average_weight", "average_m2", "samples"}
 
 @dataclass(frozen=True)
 class SavedInput:
-    """A state that was read.
+    """A state that was read and checked.
 
     Attributes:
-        mode: The mode it was saved in.
-        scale: What standardised values were multiplied by; None where nobody knew.
-        constants: Mean and std of mode "fixed", shape `(2, C)`.
-        learned: The statistics, in the raw units of the settings that read them.
-        is_held: Whether training batches were to change nothing any more.
+        mode: The mode that saved the state.
+        scale: The number that standardised values were multiplied by; None if it was not known.
+        constants: Mean and std of mode `"fixed"`, float64, shape `(2, C)`; None in other modes.
+        learned: The statistics, in the raw units of the settings that read the state.
+        is_held: Whether `freeze_input_statistics` had frozen the statistics.
     """
 
     mode: str
@@ -57,13 +57,13 @@ class SavedInput:
     is_held: bool = False
 
     def lacks(self, mode: str) -> str | None:
-        """Say why a mode cannot normalise batches of evaluation by it.
+        """Explain why a mode cannot evaluate with this state.
 
         Args:
             mode: The mode.
 
         Returns:
-            The reason, as a clause that names both modes; None if it can.
+            The reason, as a clause that names both modes; None if the mode can.
         """
         if mode == "fixed" or self.learned.kind is not Kind.UNKNOWN:
             return None
@@ -75,16 +75,16 @@ class SavedInput:
 def write_state(
     settings: InputNorm, scale: float | None, learned: LearnedStatistics, *, is_held: bool = False
 ) -> dict[str, Any]:
-    """Return everything in plain values and tensors on the CPU.
+    """Write a state as plain values and tensors on the CPU, which `torch.load` reads with `weights_only=True`.
 
     Args:
         settings: The settings.
-        scale: What standardised values are multiplied by, if that is known.
+        scale: The number that standardised values are multiplied by; None if it is not known.
         learned: The statistics.
-        is_held: Whether training batches are to change nothing any more.
+        is_held: Whether `freeze_input_statistics` has frozen the statistics.
 
     Returns:
-        The state.
+        The state, with the keys of the table above.
     """
     constants = None
     if settings.mode == "fixed":
@@ -102,17 +102,18 @@ def write_state(
 
 
 def read_state(state: object, settings: InputNorm) -> SavedInput:
-    """Check a state, and return what it says in the raw units of other settings.
+    """Check a state, and convert it to the raw units of the present settings.
 
     Args:
-        state: What `write_state` returned.
-        settings: The settings.
+        state: The result of `write_state`.
+        settings: The present settings; their `input_range` may differ from the saved number.
 
     Returns:
-        What it says; no tensor is one of the state.
+        The state; its tensors are copies.
 
     Raises:
-        ValueError: If it cannot be the state of an input with so many channels; the message is one line.
+        ValueError: If the state is damaged, contradicts itself, or is of an input with other channels. The message has
+            a single line.
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"the saved input statistics are a {type(state).__name__}, not a mapping")
@@ -140,7 +141,7 @@ def read_state(state: object, settings: InputNorm) -> SavedInput:
         _expect(kind is Kind.UNKNOWN, "kind", f"{kind.name} in mode 'fixed', which learns nothing")
     else:
         _expect(values["constants"] is None, "constants", f"given in mode {values['mode']!r}, which learns them")
-    factor = values["input_range"] / settings.unit(kind)  # the range may be another now
+    factor = values["input_range"] / settings.unit(kind)
     total, average = (Moments(*(tensors[name] for name in names)).scaled(factor) for names in (_TOTAL, _AVERAGE))
     learned = LearnedStatistics(kind, total, average, tensors["samples"])
     finite = all(bool(tensor.isfinite().all()) for tensor in learned.tensors())
@@ -153,7 +154,7 @@ def read_state(state: object, settings: InputNorm) -> SavedInput:
 
 
 def _check_channels(saved: object, settings: InputNorm) -> None:
-    """Raise unless the same channels were normalised."""
+    """Raise unless the saved run and this run normalise the same channels."""
     everything = [*range(settings.num_features)]
     of_saved = everything if saved is None else saved
     is_list = isinstance(of_saved, list) and {type(channel) for channel in cast("list[object]", of_saved)} <= {int}
@@ -162,7 +163,7 @@ def _check_channels(saved: object, settings: InputNorm) -> None:
         own = None if settings.channels is None else [*settings.channels]
         raise ValueError(
             f"the saved input statistics are of a run with InputNorm(channels={saved}), and this run has "
-            f"channels={own}: the network was trained on other input. Give this run the channels of the saved one"
+            f"channels={own}: the network was trained on other input. Give both runs the same channels"
         )
 
 
@@ -181,7 +182,7 @@ def _check_together(tensors: Mapping[str, Tensor], kind: Kind) -> None:
 
 
 def _tensor(values: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a copy of a tensor on the CPU, after all checks of its own."""
+    """Return a copy of a tensor on the CPU, after checking its dtype, shape and values."""
     value = values[name]
     _expect(isinstance(value, Tensor), name, f"a {type(value).__name__}, not a tensor")
     _expect(value.layout == torch.strided and not value.is_meta, name, f"a tensor without values ({value.layout})")
@@ -199,4 +200,4 @@ def _is_positive(value: object) -> bool:
 
 def _expect(holds: bool, name: str, found: str) -> None:
     if not holds:
-        raise ValueError(f"the saved input statistics cannot be taken over: {name} is {found}")
+        raise ValueError(f"the saved input statistics cannot be loaded: {name} is {found}")

@@ -1,4 +1,4 @@
-"""What training batches have told about the input, as plain tensors that a checkpoint can hold."""
+"""Holds the statistics of the input over all training batches, as plain tensors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class InputStatistics(NamedTuple):
     Attributes:
         mean: float64, shape `(C,)`.
         std: `sqrt(m2 / count)`, float64, shape `(C,)`.
-        count: How many values they are of, float64, shape `(C,)`; 0 for given constants.
+        count: Number of values, float64, shape `(C,)`; 0 for given constants.
 
-    A channel that `InputNorm(channels=...)` leaves alone has mean 0, std 1 and count 0.
+    A channel that `InputNorm(channels=...)` does not normalise has mean 0, std 1 and count 0.
     """
 
     mean: Tensor
@@ -31,16 +31,16 @@ class InputStatistics(NamedTuple):
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] # the design's name; nobody counts in it
 
     def of(self, channels: Sequence[int] | None) -> InputStatistics:
-        """Return the statistics of some channels; of all for None."""
+        """Return the statistics of the channels with these indices; None is all channels."""
         return self if channels is None else InputStatistics(*(column[[*channels]] for column in self))
 
     def fit_range(self) -> bool:
-        """Tell whether the values can be floating-point numbers from 0 to 1, give or take some augmentation."""
+        """Tell whether the data may be floating-point numbers from 0 to 1, with a margin for augmentation."""
         return bool(((self.mean > -0.5) & (self.mean < 1.5) & (self.std < 0.75)).all())
 
 
 class MissingStatisticsError(RuntimeError):
-    """There are no statistics yet."""
+    """Statistics are needed, and no training batch was measured yet."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ class LearnedStatistics:
     """The statistics of all training batches so far, in raw units.
 
     Attributes:
-        kind: What sort of numbers the batches are made of; unknown before the first.
+        kind: The kind of numbers in the batches; unknown before the first batch.
         total: The moments of all values.
-        average: The moving average over batches, its count the weight: 1 once the start of the average is forgotten.
+        average: The moments of the moving average. Its count is the sum of the weights of all batches, which tends to
+            1; dividing by it corrects the start of the average. 0 in modes without an average.
         samples: Number of samples of all ranks, a float64 scalar.
     """
 
@@ -69,16 +70,16 @@ class LearnedStatistics:
         """Return the statistics with one more batch.
 
         Args:
-            batch: What all ranks know of the batch.
-            momentum: Weight of the batch in the moving average; None leaves the average alone.
+            batch: The batch of all ranks.
+            momentum: Weight of the batch in the moving average; None leaves the average unchanged.
 
         Returns:
-            The statistics.
+            New statistics; these stay as they are.
         """
         average = self.average
         if momentum is not None:
             newest = torch.where(batch.moments.count > 0, momentum, 0.0)
-            # Merged with these weights, the variance between batches is in the average too.
+            # An average of variances would lose the variance between batches. A merge with weights as counts keeps it.
             average = average.weighing((1 - newest) * average.count).merge(batch.moments.weighing(newest))
         return LearnedStatistics(batch.kind, self.total.merge(batch.moments), average, self.samples + batch.samples)
 
@@ -88,18 +89,18 @@ class LearnedStatistics:
         return LearnedStatistics(self.kind, self.total, self.total.weighing(seen), self.samples)
 
     def where(self, condition: Tensor, other: LearnedStatistics) -> LearnedStatistics:
-        """Return these statistics where a boolean scalar is true, else the others; the host does not wait for it."""
+        """Return these statistics if a boolean scalar is True, else the others, without a wait for the device."""
         pairs = zip(self.tensors(), other.tensors(), strict=True)
         return self.with_tensors(*(torch.where(condition, own, foreign) for own, foreign in pairs))
 
     def to(self, device: torch.device) -> LearnedStatistics:
-        """Return the statistics on a device: these, if they are there."""
+        """Return the statistics on a device."""
         if self.samples.device == device:
             return self
         return self.with_tensors(*(tensor.to(device) for tensor in self.tensors()))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all tensors: those of the total, those of the average, and the samples."""
+        """Return all tensors: four of the total, four of the average, and the samples."""
         return (*self.total.astuple(), *self.average.astuple(), self.samples)
 
     def with_tensors(self, *tensors: Tensor) -> LearnedStatistics:

@@ -1,4 +1,4 @@
-"""The transform `(x / input_range - mean) * gain` that an estimate asks for: applied, undone and exported."""
+"""The transform `(x / input_range - mean) * gain` of an estimate: its constants, its inverse, and its export."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["InputTransform"]
 
 @dataclass(frozen=True)
 class InputTransform:
-    """What a batch is normalised by, in float64; its constants are rounded once, at the end.
+    """The transform of a batch, kept in float64: constants are rounded once, to the precision of the arithmetic.
 
     Attributes:
         settings: The settings.
-        scale: What standardised values are multiplied by.
+        scale: The number that standardised values are multiplied by.
         estimate: Mean and variance in units of the input range.
     """
 
@@ -33,28 +33,29 @@ class InputTransform:
 
     @property
     def gain(self) -> Tensor:
-        """What deviations are multiplied by, in units of the input range, shape `(C,)`."""
+        """Factor of deviations from the mean, `scale / sqrt(var + eps)`, per input range, shape `(C,)`."""
         mean, variance = self.estimate.mean, self.estimate.variance
-        # A channel that never changed has no spread to divide by, and the rounding of its mean is no spread either.
+        # A constant channel has only the rounding of its mean for a spread. Divided by it, a value of evaluation that
+        # differs would become huge; so such a channel is centred and scaled, but not divided.
         constant = variance <= (8 * torch.finfo(torch.float64).eps * mean).square()
         return self.scale / torch.where(constant, 1.0, (variance + self.settings.eps).sqrt())
 
     def constants_for(self, values: Tensor) -> Constants:
         """Return constants in raw units and in the precision of the arithmetic, on the device of the values."""
-        # What was learned from bytes also standardises floats from 0 to 1, and the other way round.
+        # The unit follows the dtype of these values, so statistics of uint8 also standardise floats from 0 to 1.
         unit = self.settings.unit(Kind.of_dtype(values.dtype))
         mean, rest, gain = self.columns(unit)
         constants = Constants.of(mean, rest, gain, arithmetic_dtype(values.dtype), self.scale, self._bound())
         return constants.to(values.device)
 
     def columns(self, unit: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what values are normalised by, channels that are left alone included.
+        """Return mean, rest and gain per channel; channels that are not normalised have 0, 0 and 1.
 
         Args:
-            unit: How much of the values is 1 of the input range.
+            unit: The number of raw units in the input range, 255 for uint8.
 
         Returns:
-            The mean, what it has lost by rounding, and the gain; float64, shape `(C,)` each.
+            The mean, its rest (the part lost by rounding), and the gain; float64, shape `(C,)` each.
         """
         columns = (self.estimate.mean * unit, self.estimate.rest * unit, self.gain / unit)
         chosen = chosen_channels(self.settings, self.estimate.mean.device)
@@ -64,20 +65,23 @@ class InputTransform:
         return torch.where(chosen, mean, 0.0), torch.where(chosen, rest, 0.0), torch.where(chosen, gain, 1.0)
 
     def undo(self, values: Tensor, dims: int | None) -> Tensor:
-        """Return values in units of the input range.
+        """Undo the transform.
 
         Args:
-            values: Standardised values: a batch, or a sample without the dimension of the batch.
-            dims: How many dimensions a batch has, where that is known.
+            values: Standardised values: a batch, or a sample without the batch dimension.
+            dims: Number of dimensions of a batch; None if it is not known, then the sizes decide.
 
         Returns:
-            A tensor of the same shape.
+            Values in units of the input range, of the same shape.
+
+        Raises:
+            InputError: If the values have other channels than the settings.
         """
         dim, channels = self.settings.channel_dim, self.settings.num_features
         if dim is not None and dim > 0:
             looks_single = values.shape[dim : dim + 1] != (channels,) == values.shape[dim - 1 : dim]
             dim -= looks_single if dims is None else values.dim() == dims - 1
-        if dim is not None or values.dim():  # without channels a single number is a sample
+        if dim is not None or values.dim():  # with channel_dim=None, a 0-d tensor is a sample of a 1-d batch
             check_input(values, None, dim, channels)
         return denormalize(values, *self.columns(), dim)
 
@@ -85,7 +89,7 @@ class InputTransform:
         """Return the transform as a module on the CPU.
 
         Args:
-            kind: What the training batches were made of.
+            kind: The kind of the training batches.
 
         Returns:
             The module.
@@ -105,7 +109,7 @@ class InputTransform:
         )
 
     def _bound(self) -> Tensor | None:
-        """Return how far from 0 results may lie, shape `(C,)`."""
+        """Return the largest absolute value of results, shape `(C,)`; None without `clip`."""
         clip = self.settings.clip
         if clip is None:
             return None

@@ -1,4 +1,4 @@
-"""Training batches of several inputs, each at one place of the batch or several, with one collective for all."""
+"""Trains with batches of several inputs, each at any number of places, with a single collective for all."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["InputParts", "learn_together", "naming", "train_together"]
 
 @dataclass(frozen=True)
 class InputParts:
-    """What a batch holds of one input on this rank.
+    """This rank's parts of an input in a batch.
 
     Attributes:
-        name: The name of the input, for errors; empty where there is one input alone.
+        name: The name of the input in errors; empty for a single input.
         online: Its standardiser.
-        parts: Raw values and masks of the places that have any; there may be none.
+        parts: Raw values and mask of each place that has values; empty if no place has any.
     """
 
     name: str
@@ -35,21 +35,21 @@ class InputParts:
 def train_together(
     inputs: Sequence[InputParts], dtype: torch.dtype, group: Any, ranks: int, device: torch.device
 ) -> list[list[Tensor]]:
-    """Add a training batch to the statistics of all its inputs, and standardise them as their modes say.
+    """Add a training batch to the statistics of all its inputs, and standardise each input as its mode does.
 
     Args:
         inputs: The inputs, the same on all ranks.
-        dtype: That of the results.
+        dtype: The dtype of the results.
         group: The process group of the ranks that share the batch; None is the default group.
-        ranks: How many these are. Each must call this once a step, and there is one collective, unless the statistics
-            of all inputs are frozen or given.
-        device: Where ranks communicate if this one has no part of the batch.
+        ranks: Number of ranks in the group. With several, each must call this once a step, for a collective; if all
+            inputs are frozen or in mode `"fixed"` they need no collective.
+        device: The device for the collective if this rank has no part of the batch.
 
     Returns:
         The standardised parts of each input.
 
     Raises:
-        InputError: If any rank's values of any input cannot be measured; then no input has learned from the batch.
+        InputError: If the values of any input cannot be measured on any rank; then the batch changes no statistics.
     """
     learn_together(inputs, group, ranks, device)
     results: list[list[Tensor]] = []
@@ -60,7 +60,17 @@ def train_together(
 
 
 def learn_together(inputs: Sequence[InputParts], group: Any, ranks: int, device: torch.device) -> None:
-    """Add a training batch to the statistics of all its inputs; the arguments are those of `train_together`."""
+    """Add a training batch to the statistics of all its inputs.
+
+    Args:
+        inputs: The inputs, the same on all ranks.
+        group: The process group of the ranks that share the batch; None is the default group.
+        ranks: Number of ranks in the group.
+        device: The device for the collective if this rank has no part of the batch.
+
+    Raises:
+        InputError: If the values of any input cannot be measured on any rank; then the batch changes no statistics.
+    """
     learning = [one for one in inputs if not one.online.is_frozen]
     measured: list[RankBatch] = []
     for one in learning:
@@ -73,7 +83,8 @@ def learn_together(inputs: Sequence[InputParts], group: Any, ranks: int, device:
     for one in inputs:
         if one.online.is_frozen:
             one.online.learn(None)
-    # On an accelerator nobody has waited for the faults: a batch that one input leaves out is left out of all.
+    # On an accelerator `judge` has not waited for the faults. So each input gets the faults of all inputs: a batch that
+    # is bad in any of them is added to none.
     for one, own in zip(learning, batches, strict=True):
         faults = torch.stack([batch.faults.to(own.faults.device) for batch in batches]).sum(0)
         one.online.learn(replace(own, faults=faults))
@@ -84,13 +95,13 @@ def naming(name: str) -> Generator[None]:
     """Put the name of an input in front of errors about its values.
 
     Args:
-        name: The name; empty changes nothing.
+        name: The name; an empty name changes nothing.
 
     Yields:
         Nothing.
 
     Raises:
-        InputError: The error with the name.
+        InputError: The error of the body, with the name.
     """
     try:
         yield

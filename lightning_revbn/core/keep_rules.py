@@ -1,8 +1,8 @@
-"""Which raw values are kept, found piece by piece while a piece is in the cache of the processor.
+"""Finds the raw values to keep, piece by piece, while a piece is in the cache of the processor.
 
 On CPUs `torch.where` and `masked_fill` branch at every value, and comparisons that write booleans are slow too. So the
-rules are applied by arithmetic alone: comparisons write 0 and 1 in the dtype of the values, integers are multiplied by
-that, and floating-point numbers are blanked by their bits, which is exact for NaN and infinity too.
+rules use arithmetic alone. Comparisons write 0 and 1 in the dtype of the values; integers are multiplied by these;
+floating-point numbers are cleared bit by bit, since NaN or infinity times 0 is NaN.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ __all__ = ["KeepRules", "PieceMasks", "blank_"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MULTIPLIED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATS)
+"""Dtypes whose tensors torch multiplies with each other; bool and the wide unsigned integers are not among them."""
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""The integer dtype of the same width."""
 
 
 @dataclass(frozen=True)
 class KeepRules:
-    """Which raw values are kept; without arguments all are.
+    """Rules for the raw values to keep; without arguments they keep all.
 
     Attributes:
-        mask: True where values are kept; broadcasts to them.
-        nodata: Numbers that stand for no value. Integers must equal such a number exactly, floating-point values as
-            their dtype rounds it.
-        drops_nan: Whether NaN is not kept.
-        spared: True for channels that keep every value, shape `(C,)`; None is no channel.
+        mask: True where values are kept; broadcasts to them. None keeps all values.
+        nodata: Numbers that stand for a missing value. Integers must equal such a number exactly, floating-point values
+            as their dtype rounds it.
+        drops_nan: Whether to drop NaN.
+        spared: True for channels that keep every value, shape `(C,)`; None spares no channel.
     """
 
     mask: Tensor | None = None
@@ -45,11 +47,11 @@ class KeepRules:
 
         Args:
             values: A dense tensor.
-            view: Its view.
-            channel_dim: Where the channels are, as the view was made.
+            view: The channel view of `values`.
+            channel_dim: The dimension of the channels, as in the view.
 
         Returns:
-            What tells the pieces of the view; None if the rules keep every value of this dtype.
+            The masks of the pieces of the view; None if the rules keep every value of this dtype.
         """
         found = [_stored(number, values.dtype) for number in self.nodata]
         numbers = tuple(number for number in found if number is not None)
@@ -62,14 +64,14 @@ class KeepRules:
 
 @dataclass(frozen=True)
 class PieceMasks:
-    """Rules on the values of one view.
+    """The rules for the values of a view; some rule can drop a value.
 
     Attributes:
         view: The values.
-        mask: True where they are kept.
-        numbers: Numbers of their dtype that are not kept.
-        drops_nan: Whether NaN is not kept.
-        spared: True for channels that keep every value, shape `(C,)`.
+        mask: True where values are kept, in the memory order of the view; None keeps all values.
+        numbers: Numbers to drop, as the dtype of the values stores them.
+        drops_nan: Whether to drop NaN.
+        spared: True for channels that keep every value, shape `(C,)`; None spares no channel.
     """
 
     view: ChannelView
@@ -80,19 +82,20 @@ class PieceMasks:
     _scratch: Scratch = field(default_factory=Scratch)
 
     def kept(self, index: int, at: tuple[slice, slice, slice], dtype: torch.dtype) -> Tensor:
-        """Tell which values of a piece are kept.
+        """Find the values of a piece that are kept.
 
         Args:
-            index: The part of the view.
+            index: The index of the part of the view.
             at: The piece of the part.
-            dtype: An integer dtype.
+            dtype: The dtype of the result, an integer dtype.
 
         Returns:
-            Shape of the piece: 1 where a value is kept, else 0. It may be changed, and holds until the next call.
+            1 where a value is kept, else 0, in the shape of the piece. The caller may change it; the next call
+            overwrites it.
         """
         part = self.view.parts[index]
         piece = part[at]
-        # bool and the wide unsigned integers cannot be multiplied by themselves.
+        # For dtypes that torch cannot multiply, comparisons are written in the dtype of the result.
         own = piece.dtype if piece.dtype in _MULTIPLIED else dtype
         factors = [torch.ne(piece, n, out=self._scratch.like(piece, own, f"{n}")) for n in self.numbers]
         if self.drops_nan:
@@ -105,21 +108,27 @@ class PieceMasks:
         return kept if self.spared is None else kept.bitwise_or_(self.view.spread(self.spared.to(dtype), part))
 
     def kept_bits(self, index: int, at: tuple[slice, slice, slice], dtype: torch.dtype) -> Tensor:
-        """Tell which values of a piece are kept, for `blank_` of floating-point numbers of a dtype.
+        """Find the values of a piece that are kept, for `blank_`.
+
+        Args:
+            index: The index of the part of the view.
+            at: The piece of the part.
+            dtype: The dtype of the numbers to blank, float32 or float64.
 
         Returns:
-            Integers as wide as the dtype: every bit is set where a value is kept, and none else.
+            Integers of the same width, in the shape of the piece: all bits are set where a value is kept, elsewhere no
+            bit.
         """
-        return self.kept(index, at, _BITS[dtype]).neg_()
+        return self.kept(index, at, _BITS[dtype]).neg_()  # the integer -1 has all bits set
 
 
 def blank_(values: Tensor, bits: Tensor, fill: float = 0.0) -> None:
-    """Replace values in place.
+    """Replace the values that are not kept, in place.
 
     Args:
         values: float32 or float64.
-        bits: What `kept_bits` returns; it is used up where `fill` is not 0.
-        fill: What values become that are not kept.
+        bits: The result of `kept_bits`; changed in place if `fill` is not 0.
+        fill: The number in place of values that are not kept.
     """
     whole = values.view(bits.dtype)
     whole.bitwise_and_(bits)
@@ -131,10 +140,11 @@ def blank_(values: Tensor, bits: Tensor, fill: float = 0.0) -> None:
 def _stored(number: float, dtype: torch.dtype) -> float | None:
     """Return a number as a dtype stores it; None if no value of that dtype equals it."""
     if dtype.is_floating_point:
-        # Half precision would refuse a number beyond its range, of which the data hold an infinity.
+        # torch refuses a Python number beyond the range of half precision; converted from float64 it is infinity, as it
+        # is in data of half precision.
         return torch.full((), number, dtype=torch.float64).to(dtype).item()
     if not math.isfinite(number) or number != math.floor(number) or abs(number) >= 2.0**63:
         return None
-    # Compared with bytes, torch takes -9999 for 241, the number that a byte stores of it.
+    # In a comparison with uint8, torch converts -9999 to 241, its low byte. So the conversion is checked first.
     whole = int(number)
     return whole if int(torch.full((), whole, dtype=torch.int64).to(dtype)) == whole else None

@@ -390,11 +390,11 @@ def _state_of(layer: nn.Module, target: float, other_owners: Mapping[int, str]) 
     if any(cls.__module__.startswith(_QUANTIZED) for cls in type(layer).__mro__):
         return "unsupported", "a quantised layer is for inference; it cannot be trained"
     if is_flattened(layer):
-        reason = "its scale is no parameter but part of a flat one, as FSDP1 makes them with use_orig_params=False"
+        reason = "its scale is not a parameter but part of a flat parameter, as FSDP1 makes with use_orig_params=False"
         return "unsupported", f"{reason}; wrap with use_orig_params=True, which is what FSDPStrategy does by itself"
     if sources := _hooked_sources(layer):
         reason = (
-            f"its scale is no parameter: a hook makes it from {' and '.join(sources)}, as torch.nn.utils.prune does"
+            f"its scale is not a parameter: a hook makes it from {' and '.join(sources)}, as torch.nn.utils.prune does"
         )
         return "unsupported", f"{reason}; remove the hook (prune.remove makes pruning permanent) or exclude the layer"
     if isinstance(layer, InputBatchNorm):

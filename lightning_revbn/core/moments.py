@@ -1,7 +1,8 @@
-"""Count, mean and sum of squared deviations per channel, in float64: measured, and merged.
+"""Measures and merges moments per channel: count, mean and sum of squared deviations, in float64.
 
-A mean is two numbers, `mean` and the `rest` that its rounding has lost. So nothing cancels where the mean is large and
-the spread small, wherever the data go, and no shift has to be chosen before the data are known.
+A mean is two numbers: `mean`, and the `rest` that rounding took from it. Together they are precise enough for data with
+a large mean and a small spread. Sums about a fixed shift would need the shift before the data are known, and would lose
+precision where the data move away from it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["Kind", "Moments", "join", "moments", "sums_or_moments", "two_sum"]
 
 
 class Kind(IntEnum):
-    """What sort of numbers batches are made of; it decides how they are summed and what 1 is."""
+    """The kind of numbers in a batch. It decides how they are summed, and the divisor of `input_range="auto"`."""
 
     UNKNOWN = 0
     UINT8 = 1
@@ -29,7 +30,7 @@ class Kind(IntEnum):
 
     @classmethod
     def of(cls, values: Tensor) -> Kind:
-        """Return the kind of a tensor; of an empty one it is not known."""
+        """Return the kind of a tensor; unknown for an empty tensor."""
         return cls.of_dtype(values.dtype) if values.numel() else cls.UNKNOWN
 
     @classmethod
@@ -45,9 +46,9 @@ class Moments:
     """Count, mean and sum of squared deviations from the mean, per channel; float64, shape `(C,)` each.
 
     Attributes:
-        count: How many values; in an average that forgets, their weight.
-        mean: Their mean; 0 where there are none.
-        rest: What the mean has lost by rounding.
+        count: Number of values; in a moving average, their weight.
+        mean: Their mean; 0 where there are no values.
+        rest: The part of the mean that rounding has lost: `mean + rest` is the mean in twice the precision.
         m2: The sum of their squared deviations from the mean.
     """
 
@@ -79,7 +80,7 @@ class Moments:
             other: Moments of other values of the same channels.
 
         Returns:
-            Those of all.
+            The moments of all values.
 
         Example:
             >>> first, second = (moments(torch.tensor([[0.0], [value]])) for value in (2.0, 6.0))
@@ -90,7 +91,7 @@ class Moments:
         return join(*(torch.stack(pair) for pair in zip(self.astuple(), other.astuple(), strict=True)))
 
     def weighing(self, weight: Tensor) -> Moments:
-        """Return the moments with the same mean and variance and another count, shape `(C,)`; 0 forgets them."""
+        """Return moments with the same mean and variance and another count, shape `(C,)`; merging count 0 adds 0."""
         return Moments(weight, self.mean, self.rest, self.variance * weight)
 
     def astuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -110,13 +111,13 @@ def moments(
     """Measure count, mean and sum of squared deviations per channel.
 
     Args:
-        values: A tensor of any rank and dtype with at least one dimension.
-        channel_dim: Where the channels are. None takes all values as one channel.
-        mask: True where values count; broadcast to the shape of `values`.
-        ignore_nan: Whether NaN is left out.
+        values: A tensor of any real dtype, with at least one dimension.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
+        mask: True where values count; broadcasts to `values`. None counts all values.
+        ignore_nan: Whether NaN is left out; else it makes the moments of its channel NaN.
 
     Returns:
-        The moments. Those of integers are exact before the last rounding.
+        The moments. For integers they are computed from exact sums, and rounded once.
 
     Raises:
         ValueError: If an integer lies beyond 32 bits.
@@ -139,18 +140,19 @@ def sums_or_moments(
     compile: bool,
     chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Measure values as they can be merged without loss: integers by exact sums, floating-point values by moments.
+    """Measure values in the form that ranks merge: integers by exact sums, floating-point values by moments.
 
     Args:
-        values: A tensor of any rank and real dtype.
-        channel_dim: Where the channels are. None takes all values as one channel.
-        rules: Which values count.
-        compile: Whether 8-bit integers are added by a compiled kernel.
-        chosen: True for the channels to measure, shape `(C,)`; others have count 0, whatever they hold. None is all.
+        values: A tensor of any real dtype, with at least one dimension.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
+        rules: The rules for the values that count.
+        compile: Whether a compiled kernel adds 8-bit integers.
+        chosen: True for the channels to measure, shape `(C,)`; all other channels get count 0, even where they hold
+            NaN. None is all channels.
 
     Returns:
-        The sums of `integer_sums`, int64, or count, mean, rest and m2, float64, shape `(4, C)`; and for integers
-        whether one lies beyond 32 bits, so that the sums are wrong.
+        The sums of `integer_sums`, int64, or count, mean, rest and m2, float64, shape `(4, C)`; and for integers a
+        boolean scalar, True if an integer beyond 32 bits makes the sums wrong, else None.
     """
     is_float = values.is_floating_point()
     if not values.numel():
@@ -163,22 +165,22 @@ def sums_or_moments(
         table, beyond = torch.stack(_float_moments(view, masks).astuple()), None
     else:
         table, beyond = integer_sums(view, masks, compile, chosen)
-    # To measure a channel and forget it is cheaper than a mask. No channel touches another, not by NaN either.
+    # Measuring a channel and dropping its result is cheaper than a mask, and safe: NaN in a channel stays in it.
     return table if chosen is None else torch.where(chosen, table, 0), beyond
 
 
 def join(count: Tensor, mean: Tensor, rest: Tensor, m2: Tensor) -> Moments:
     """Return the moments of M sets of values together.
 
-    Squared deviations from the common mean are those from the own mean, plus how far the own mean lies from it: Chan,
-    Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979). All means are
-    taken from that of the largest set, since differences of neighbouring numbers are exact.
+    With d_i = mean_i - mean, m2 = sum(m2_i + count_i * d_i^2): Chan, Golub and LeVeque, "Updating formulae and a
+    pairwise algorithm for computing sample variances" (1979). Means are first measured from the mean of the largest
+    set, since differences of neighbouring floating-point numbers are exact.
 
     Args:
-        count: How many values each set has, shape `(M, C)`, as every argument.
-        mean: Their means.
-        rest: What the means have lost by rounding.
-        m2: Their squared deviations.
+        count: Number of values of each set, shape `(M, C)` as all arguments.
+        mean: Means of the sets.
+        rest: The parts of the means that rounding has lost.
+        m2: Sums of squared deviations of the sets.
 
     Returns:
         The moments of all, shape `(C,)`.
@@ -193,16 +195,16 @@ def join(count: Tensor, mean: Tensor, rest: Tensor, m2: Tensor) -> Moments:
 
 
 def two_sum(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a sum and exactly what it has lost by rounding.
+    """Add two numbers without loss: `total + rest` equals `first + second` exactly.
 
     Knuth, "The Art of Computer Programming", volume 2, section 4.2.2.
 
     Args:
-        first: A number.
-        second: Another one.
+        first: A floating-point tensor.
+        second: A tensor of the same shape and dtype.
 
     Returns:
-        The rounded sum, and the rest.
+        The rounded sum `total`, and the `rest` that rounding has lost.
     """
     total = first + second
     part = total - first
@@ -212,8 +214,8 @@ def two_sum(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 def _float_moments(view: ChannelView, masks: PieceMasks | None) -> Moments:
     """Return the moments of floating-point values.
 
-    Every piece is read again from its own mean, so that nothing cancels; it is in the cache by then. The mean of what
-    is left is what the rounding of the mean has lost.
+    Each piece is read twice: for its mean, and then, while it is in the cache, for its deviations from the mean. So no
+    large sums of squares cancel. The mean of the deviations is the part of the mean that rounding has lost.
     """
     found: list[tuple[Tensor, ...]] = []
     scratch = Scratch()
@@ -227,7 +229,7 @@ def _float_moments(view: ChannelView, masks: PieceMasks | None) -> Moments:
                 count = torch.full_like(mean, number)
             else:
                 bits = masks.kept_bits(index, at, torch.float64)
-                count = -bits.sum((0, 2)).double()
+                count = -bits.sum((0, 2)).double()  # the bits of a kept value are the integer -1
                 blank_(values, bits)
                 mean = _divide(values.sum((0, 2)), count)
                 blank_(values.sub_(mean.view(1, -1, 1)), bits)

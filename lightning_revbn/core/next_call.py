@@ -1,4 +1,4 @@
-"""Routes calls of a method through a function: the next call alone, or every call until it is undone."""
+"""Routes calls of a method through a function: the next call only, or every call until `undo`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["EveryCall", "NextCall", "followed_by"]
 class EveryCall:
     """Routes every call of `owner.name` through `around`, until `undo` restores the method.
 
-    Copies and pickles of the owner get the method without the addition.
+    A copy or pickle of the owner has its own method, without `around`.
 
     Args:
         owner: The object.
-        name: Of its method.
-        around: Takes the method and the arguments of the call, and returns the result of the call.
+        name: The name of its method.
+        around: Called with the method and the arguments of the call; returns the result of the call.
     """
 
     def __init__(self, owner: object, name: str, around: Callable[..., Any]) -> None:
@@ -27,8 +27,8 @@ class EveryCall:
         vars(owner)[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the call."""
-        if self._is_undone:
+        """Call `around`, or after `undo` the method."""
+        if self._is_undone:  # another object on top may still call this one
             return self.__wrapped__(*args, **kwargs)
         return self._around(self.__wrapped__, *args, **kwargs)
 
@@ -37,11 +37,11 @@ class EveryCall:
 
     @property
     def is_pending(self) -> bool:
-        """Whether the addition acts on the next call."""
+        """Whether the next call goes through `around`."""
         return not self._is_undone
 
     def undo(self) -> None:
-        """Restore the method; under another addition, the undo of that addition restores it."""
+        """Restore the method. If another object of this class was put on top later, its `undo` restores the method."""
         self._is_undone = True
         attributes = vars(self._owner)
         while isinstance(top := attributes.get(self._name), EveryCall) and top._is_undone:
@@ -56,15 +56,15 @@ class NextCall(EveryCall):
 
     Args:
         owner: The object.
-        name: Of its method.
-        around: Takes the method and the arguments of the call, and returns the result of the call.
+        name: The name of its method.
+        around: Called with the method and the arguments of the call; returns the result of the call.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the call."""
+        """Restore the method, then call `around`."""
         if self._is_undone:
             return self.__wrapped__(*args, **kwargs)
-        self.undo()  # first, since the call may raise, or call the method again
+        self.undo()  # before the call, since the call may raise, or call the method again
         return self._around(self.__wrapped__, *args, **kwargs)
 
 
@@ -72,10 +72,10 @@ def followed_by(then: Callable[[], None]) -> Callable[..., Any]:
     """Make an `around` that calls a function after the method.
 
     Args:
-        then: The function.
+        then: The function; it takes no arguments.
 
     Returns:
-        The argument `around` of `NextCall`.
+        The `around` for `NextCall` or `EveryCall`.
     """
 
     def around(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

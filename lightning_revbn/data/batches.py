@@ -19,17 +19,18 @@ def find_tensor(batch: Any, place: Place | None, argument: str) -> Tensor | None
 
     Args:
         batch: A tensor, tuple, list, mapping or any object with attributes.
-        place: An index, a key or the name of an attribute, or a path of these; None is the tensor itself, the first of
-            a tuple or list, or the only tensor of a mapping.
-        argument: What the place is called where the user gives it, for the message.
+        place: An index, a key or the name of an attribute, or a path of these; None is the place of `usual_place`.
+        argument: The name of the setting that holds the place, for the message.
 
     Returns:
-        The tensor; None if the batch has None there or on the way, as a `CombinedLoader` gives for loaders that ended.
+        The tensor; None if the batch has None there or on the way, as in batches of a `CombinedLoader` after one of its
+        loaders has ended.
 
     Raises:
-        TypeError: If the place does not lead to a tensor; the message says what the batch is.
+        TypeError: If the place does not lead to a tensor. The message describes the batch.
     """
-    if isinstance(batch, Tensor) and place == 0:  # the first of a batch that is nothing but its input
+    # Place 0 of `(input, target)` must also suit loaders that return the input alone, where it is not the first sample.
+    if isinstance(batch, Tensor) and place == 0:
         return batch
     named = f"InputNorm({argument}={place!r})"
     values: Any = batch
@@ -39,7 +40,7 @@ def find_tensor(batch: Any, place: Place | None, argument: str) -> Tensor | None
                 return None
             values = _at(values, step)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
-        raise TypeError(f"{named} leads nowhere in a batch that is {_describe(batch)}") from error
+        raise TypeError(f"{named} names no place in the batch, {_describe(batch)}") from error
     if values is not None and not isinstance(values, Tensor):
         inside = ", ".join(repr(found) for found, _ in tensors_in(batch))
         raise TypeError(
@@ -51,15 +52,15 @@ def find_tensor(batch: Any, place: Place | None, argument: str) -> Tensor | None
 
 
 def replace_tensor(batch: Any, place: Place | None, value: Tensor) -> Any:
-    """Return a batch with the tensor replaced that `find_tensor` returns.
+    """Return a batch with another tensor at a place.
 
     Args:
         batch: The batch; it is not changed.
-        place: Where the tensor is.
-        value: What takes its place.
+        place: The place of the tensor, as in `find_tensor`.
+        value: The new tensor.
 
     Returns:
-        A copy of the same type, shallow but for the containers on the way.
+        A shallow copy of the same type. The containers on the path to the tensor are copied too.
     """
     if isinstance(batch, Tensor):
         return value
@@ -67,13 +68,13 @@ def replace_tensor(batch: Any, place: Place | None, value: Tensor) -> Any:
 
 
 def usual_place(batch: Any) -> Place:
-    """Return where the input of a batch is if the user does not say so.
+    """Return the place of the input in a batch if the user names none.
 
     Args:
         batch: The batch.
 
     Returns:
-        The first of a tuple or list, the only tensor of a mapping, or else the batch itself.
+        The first element of a tuple or list, the only tensor of a mapping, or else the batch itself.
     """
     if _is_mapping(batch):
         keys = [key for key, value in batch.items() if isinstance(value, Tensor)]
@@ -115,7 +116,7 @@ def tensors_in(batch: Any, path: tuple[Step, ...] = ()) -> Iterator[tuple[Place,
 
     Args:
         batch: Tensors in tuples, lists, mappings and dataclasses.
-        path: Where the batch is within a larger one.
+        path: The path of the batch within a larger batch.
 
     Yields:
         A place and its tensor.
@@ -141,7 +142,7 @@ def is_sequence(batch: Any) -> bool:
         batch: The batch.
 
     Returns:
-        Whether it is.
+        True for tuples, named tuples and lists.
     """
     return isinstance(batch, (tuple, list))
 
@@ -170,7 +171,7 @@ def _replaced(batch: Any, path: tuple[Step, ...], value: Tensor) -> Any:
 
 def _at(batch: Any, step: Step) -> Any:
     if isinstance(batch, Tensor):
-        raise TypeError("a tensor is no container: its first index is a sample")
+        raise TypeError("a tensor is not a container: its first index is a sample")
     if isinstance(step, str) and not _is_mapping(batch):
         return getattr(batch, step)
     return batch[step]
@@ -181,7 +182,7 @@ def _is_mapping(batch: Any) -> bool:
 
 
 def _describe(batch: Any) -> str:
-    """Say what a batch is."""
+    """Return a description of a batch for messages: its type, and its keys or the types of its elements."""
     name = type(batch).__name__
     if _is_mapping(batch):
         return f"a {name} with the keys {', '.join(map(repr, batch))}"

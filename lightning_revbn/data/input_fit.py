@@ -1,4 +1,4 @@
-"""What a DataModule with input normalisation does once a fit, at logging steps and at the end of an epoch."""
+"""Does the work of input normalisation that is due per fit, logging step and epoch: settles the scale, logs, warns."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ _BYPASSED = (
 
 
 class InputFit(Callback):
-    """What one DataModule does with one Trainer; it stands among the Trainer's callbacks from the first batch on.
+    """Serves a DataModule in a Trainer; it adds itself to the Trainer's callbacks at the first batch.
 
     Args:
         trainer: The Trainer.
         data: The DataModule.
-        inputs: Its inputs.
-        home: Takes what is learned to the process that spawned this one.
+        inputs: The inputs of the DataModule.
+        home: Sends the statistics to the process that spawned this process.
     """
 
     def __init__(self, trainer: Trainer, data: LightningDataModule, inputs: InputSet, home: SharedStatistics) -> None:
+        # Weak references, since the Trainer and the DataModule refer to this object.
         self._trainer, self._data = weakref.ref(trainer), weakref.ref(data)
         self._owner = type(data).__name__
         self._inputs = inputs
@@ -62,25 +63,26 @@ class InputFit(Callback):
         self._step: int | None = None
         self._looked_at: set[object] = set()
         self._is_told = False
-        # The user's own list stays as it is, since it may go to another Trainer.
+        # The Trainer gets a new list: the user's list may go to another Trainer, which must not get this callback.
         setattr(trainer, "callbacks", [*callbacks_of(trainer), self])  # noqa: B010 # not typed, as in `callbacks_of`
 
     def __reduce__(self) -> Any:
-        """Leave a callback that does nothing in a copy of the Trainer, whose process makes its own."""
+        """Pickle as a callback that does nothing, since the process of the copied Trainer makes its own."""
         return Callback, ()
 
     def is_of(self, trainer: Trainer) -> bool:
-        """Tell whether this belongs to a Trainer, and stands among its callbacks."""
+        """Tell whether this object serves a Trainer, and is still among its callbacks."""
         return self._trainer() is trainer and any(callback is self for callback in callbacks_of(trainer))
 
     def before_batch(self, trainer: Trainer) -> None:
-        """Settle the scale before the first batch, and what is due in a fit before its first training batch.
+        """Settle the scale before the first batch; before the first training batch of a fit, check and inform too.
 
         Args:
             trainer: The Trainer.
 
         Raises:
-            MisconfigurationException: If ranks have different settings, or checkpoints would lack the statistics.
+            MisconfigurationException: If ranks have different settings, or the DataModule's `state_dict` drops the
+                statistics.
         """
         self._hooked = True
         if trainer.training and not self._is_training:
@@ -97,7 +99,7 @@ class InputFit(Callback):
             report.on_scale()
 
     def look_at(self, trainer: Trainer, batch: Any) -> None:
-        """Warn of tensors that look like the input and stay raw, in the first batch of every stage.
+        """Warn of tensors that look like the input and stay raw, in the first batch of each stage.
 
         Args:
             trainer: The Trainer.
@@ -112,11 +114,11 @@ class InputFit(Callback):
                 self._reports[0].tell("views", text)
 
     def after_batch(self, trainer: Trainer, inputs: Sequence[InputParts]) -> None:
-        """Log the statistics at logging steps, once however many batches a step has, and warn where it is due.
+        """Log the statistics at logging steps, once a step even if it has several batches, and warn of the data.
 
         Args:
             trainer: The Trainer, while training.
-            inputs: What the batch holds of each input.
+            inputs: The parts of each input in the batch.
         """
         known = [
             (report, own) for report, own in zip(self._reports, inputs, strict=True) if report.online.has_statistics
@@ -137,7 +139,8 @@ class InputFit(Callback):
         for report, own in known:
             for values, _ in own.parts:
                 report.on_dtype(values.dtype)
-            # On an accelerator the answer waits for the device, so it is asked for at logging steps alone.
+            # On an accelerator the host would wait for the statistics, so there the data are judged at logging steps
+            # only, where the host waits anyway.
             if is_due or not own.parts or own.parts[0].values.device.type == "cpu":
                 report.advise()
 
@@ -178,7 +181,7 @@ class InputFit(Callback):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def _warn_of_bypass(self, trainer: Trainer) -> None:
-        """Warn if a batch comes from a loader of which Lightning has not asked the DataModule."""
+        """Warn if a batch reached the network without passing the DataModule's hook."""
         if not self._hooked and getattr(trainer, "datamodule", None) is self._data():
             if not self._is_told:
                 rank_zero_warn(_BYPASSED.format(name=self._owner))
@@ -187,10 +190,10 @@ class InputFit(Callback):
 
 
 def _refuse_other_ranks(name: str, inputs: InputSet) -> None:
-    """Raise if ranks normalise differently; each waits for all others here, as it does in every step.
+    """Raise if ranks have different settings or statistics; each rank waits for all others.
 
     Raises:
-        MisconfigurationException: If so, on every rank.
+        MisconfigurationException: On every rank, if so.
     """
     comparison = RankSettings.open("input_norm")
     if comparison is None:
@@ -211,18 +214,18 @@ def _refuse_other_ranks(name: str, inputs: InputSet) -> None:
 
 
 def _rounded(online: OnlineStandardizer) -> dict[str, Any]:
-    """Return what ranks agree on that begin with the same statistics, whatever their rounding."""
+    """Return values that are equal on ranks with the same statistics up to rounding."""
     found: dict[str, Any] = {"frozen": online.is_frozen}
     if online.learns and online.has_statistics:
         statistics = online.statistics()
-        # A mean of about 0 has no digits that rounding leaves alone; other data have another spread too.
+        # The mean is left out: near 0 all its digits may be rounding. Other data differ in count or spread as well.
         found["count"] = statistics.count.tolist()  # pyright: ignore[reportUnknownMemberType] # torch does not type it
         found["std"] = [f"{value:.6g}" for value in statistics.std]
     return found
 
 
 def _settle_and_tell(name: str, one: NamedInput, trainer: Trainer) -> None:
-    """Settle the scale of an input before its first training batch, and tell what it begins with."""
+    """Settle the scale of an input before its first training batch, and inform of scale and earlier statistics."""
     online, label = one.online, one.label
     origin = _settle_scale(online, trainer)
     rank_zero_info(f"{name}: the standardised {label} is multiplied by {online.scale:g} ({origin})")
@@ -232,7 +235,7 @@ def _settle_and_tell(name: str, one: NamedInput, trainer: Trainer) -> None:
 
 
 def _settle_scale(online: OnlineStandardizer, trainer: Trainer) -> str:
-    """Take the scale that the settings ask for, and return in words where it is from."""
+    """Set the scale of the settings, and return its origin in words."""
     if online.settings.scale != "auto":
         return "InputNorm(scale=...)"
     scale, origin = _automatic_scale(trainer)
@@ -241,7 +244,7 @@ def _settle_scale(online: OnlineStandardizer, trainer: Trainer) -> str:
 
 
 def _automatic_scale(trainer: Trainer) -> tuple[float, str]:
-    """Return the scale of the input that suits the callback of a Trainer, and in words where it is from."""
+    """Return the scale of the input for the callback of a Trainer, and its origin in words."""
     ours = (found for found in callbacks_of(trainer) if isinstance(found, RevisitedBatchNorm))
     callback = next((found for found in ours if found.enabled), None)
     scale = None if callback is None else _first_scale(callback)
@@ -251,7 +254,7 @@ def _automatic_scale(trainer: Trainer) -> tuple[float, str]:
 
 
 def _first_scale(callback: RevisitedBatchNorm) -> float | None:
-    """Return g: of a mapping by name, that of the first layer which has one and is not an input layer itself."""
+    """Return g; from a mapping, the scale of the first layer that has a scale and is not an `InputBatchNorm`."""
     if not isinstance(callback.scale, Mapping):
         return callback.scale
     return next(

@@ -1,4 +1,4 @@
-"""What is logged of one input, and what the user is told about its data, once a Trainer."""
+"""Reports on an input: its metrics for the loggers, and warnings about its data, each once per Trainer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning_revbn.lightning_compat import rank_zero_warn
 __all__ = ["InputReport"]
 
 _SINGLE_CHANNELS = 16
-"""Up to how many channels single ones are logged too."""
+"""Most channels for which each channel is logged too."""
 _ENOUGH = 256
-"""After how many samples the statistics tell what the data are like; the end of an epoch is enough too."""
+"""Number of samples from which the statistics are precise enough to judge the data; an epoch is enough too."""
 _OTHER_SCALE = (
     "{name}: the checkpoint was made with an input scale of {loaded:g}, this run has {scale:g}. From here on this "
     "run's applies."
@@ -24,10 +24,10 @@ _OTHER_SCALE = (
 
 
 class InputReport:
-    """What was told of one input.
+    """Makes the metrics of an input, and warns about its data, each subject once.
 
     Args:
-        owner: The name of the DataModule's class.
+        owner: The name of the DataModule's class, for the warnings.
         source: The input.
     """
 
@@ -38,11 +38,11 @@ class InputReport:
 
     @property
     def online(self) -> OnlineStandardizer:
-        """The standardiser of the input at present."""
+        """The present standardiser of the input."""
         return self.source.online
 
     def metrics(self) -> dict[str, float]:
-        """Return mean and standard deviation over the normalised channels, and of each if there are not too many."""
+        """Return mean and standard deviation averaged over the normalised channels; of 2 to 16, each too."""
         settings = self.source.settings
         statistics, prefix = self.online.statistics().of(settings.channels), settings.prefix
         channels = range(settings.num_features) if settings.channels is None else settings.channels
@@ -55,7 +55,7 @@ class InputReport:
         return metrics
 
     def on_scale(self) -> None:
-        """Warn if what was loaded has another scale."""
+        """Warn if loaded statistics were saved with another scale."""
         saved, scale = self.online.learner.saved, self.online.scale
         loaded = None if saved is None else saved.scale
         if loaded not in (None, scale):
@@ -68,9 +68,13 @@ class InputReport:
             self.tell("half", on_half_precision(self.online.statistics(), dtype))
 
     def advise(self, *, is_end: bool = False) -> None:
-        """Say what the data are like, as soon as enough were seen, or at the end of an epoch."""
+        """Warn about small features and normalised data, once enough samples were measured.
+
+        Args:
+            is_end: Whether an epoch ends, after which any number of samples is enough for a warning of small features.
+        """
         online = self.online
-        if {"eps", "normalized"} <= self._told:
+        if {"eps", "normalized"} <= self._told:  # both are judged, and this is called in every step
             return
         enough = not online.learns or online.samples >= _ENOUGH
         if (enough or is_end) and "eps" not in self._told:
@@ -80,11 +84,11 @@ class InputReport:
             self.tell("normalized", on_normalized_data(online.statistics()) if is_float else None)
 
     def tell(self, subject: object, text: str | None) -> None:
-        """Warn of a subject once with one Trainer.
+        """Warn of a subject once per Trainer.
 
         Args:
             subject: The subject.
-            text: What there is to tell; None marks it as told.
+            text: The warning; None marks the subject as told without a warning.
         """
         if text is not None and subject not in self._told:
             rank_zero_warn(text if text.startswith(self._name) else f"{self._name}: {text}")

@@ -1,4 +1,4 @@
-"""The inputs that a DataModule standardises: one, or several by name, each with its settings and statistics."""
+"""The inputs of a DataModule: a single input, or several with names, each with its settings and statistics."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lightning_revbn.data.batches import exact_path, find_tensor, replace_tensor
 __all__ = ["Found", "InputSet", "NamedInput", "Selected"]
 
 Found: TypeAlias = Tensor | list[Tensor | None] | None
-"""An input of a batch; a list where its key lists places; None for what the batch lacks."""
+"""The tensor of an input in a batch, or a list of tensors if its key lists places; None for a place the batch lacks."""
 Selected: TypeAlias = Found | dict[str, Found]
-"""The input, or all inputs by name."""
+"""The input, or a dict with the input of each name."""
 
 _NO_MASK = (
     ". eval_mask_key names the mask in batches of evaluation. Where these have none, put None there, or override "
@@ -30,14 +30,14 @@ _NO_MASK = (
 
 
 class NamedInput:
-    """One input: where batches hold it, and the standardiser that learns from it.
+    """An input: its place in batches, and its standardiser.
 
     Args:
-        name: Its name; empty for an only input.
-        settings: Its settings.
+        name: The name of the input; empty for a single input without a name.
+        settings: The settings of the input.
 
     Attributes:
-        online: The standardiser; another one where the statistics are learned anew.
+        online: The standardiser; a pass or a reset puts a new standardiser here.
     """
 
     def __init__(self, name: str, settings: InputNorm) -> None:
@@ -47,7 +47,7 @@ class NamedInput:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The name of the input in messages."""
         return f"input {self.name!r}" if self.name else "input"
 
     def fresh(self) -> OnlineStandardizer:
@@ -55,19 +55,19 @@ class NamedInput:
         return OnlineStandardizer(self.settings, self.online.scale if self.online.knows_scale else None, self.name)
 
     def check(self) -> None:
-        """Raise if a training batch could not be measured; on accelerators this waits for the batch."""
+        """Raise if a training batch since the last check had a fault; on accelerators this waits for the device."""
         with naming(self.name):
             self.online.check()
 
     def require_statistics(self) -> None:
-        """Raise, naming the input, if there are no statistics yet."""
+        """Raise `MissingStatisticsError` with the name of the input before the first statistics."""
         try:
             self.online.statistics()
         except MissingStatisticsError as error:
             raise MissingStatisticsError(self._named(error)) from error
 
     def release(self) -> str | None:
-        """Let training batches add to the statistics again; return why they stay frozen, and None if they do not."""
+        """Let training batches add to the statistics again; return the reason if the statistics stay frozen."""
         try:
             self.online.learner.hold(is_held=False)
         except RuntimeError as error:
@@ -79,13 +79,14 @@ class NamedInput:
 
         Args:
             batch: The batch.
-            is_training: Whether it is a batch of training.
+            is_training: Whether it is a training batch.
 
         Returns:
-            What the batch holds. Of a list of places, batches of evaluation need only one.
+            The tensor, or a list of tensors if the key lists places; None for a place that the batch lacks.
 
         Raises:
-            TypeError: If the key does not lead to a tensor.
+            TypeError: If the key does not lead to a tensor. If it lists places, a training batch must have all of them,
+                a batch of evaluation any of them.
         """
         key, _ = self.settings.places(is_training=is_training)
         is_other = not is_training and self.settings.eval_key is not None
@@ -99,13 +100,13 @@ class NamedInput:
         return tensors if isinstance(key, list) else tensors[0]
 
     def select_mask(self, batch: Any, *, is_training: bool) -> Found:
-        """Return the mask of the input, or a list of masks, one for each place; None where all values count."""
+        """Return the mask of the input, a list of masks if the key of the mask lists places, or None without a mask."""
         _, key = self.settings.places(is_training=is_training)
         is_other = not is_training and self.settings.eval_mask_key is not None
         argument = "eval_mask_key" if is_other else "mask_key"
         if key is None:
             return None
-        places: list[Any] = [batch]  # a mask that is for all places is looked for in every batch
+        places: list[Any] = [batch]  # a single mask for all places does not depend on which places the batch has
         if isinstance(key, list):
             found = self.select(batch, is_training=is_training)
             places = found if isinstance(found, list) else [found]
@@ -121,7 +122,7 @@ class NamedInput:
         return tensors if isinstance(key, list) else tensors[0]
 
     def replace(self, batch: Any, found: Found, *, is_training: bool) -> Any:
-        """Return a copy of a batch with another input, of the structure that `select` returns."""
+        """Return a copy of a batch with another input, in the structure of the result of `select`."""
         key, _ = self.settings.places(is_training=is_training)
         values = found if isinstance(found, list) else [found]
         for place, value in zip(places_in(key), values, strict=True):
@@ -130,7 +131,7 @@ class NamedInput:
         return batch
 
     def evaluate(self, parts: Sequence[InputPart], dtype: torch.dtype) -> list[Tensor]:
-        """Standardise batches of evaluation, each place by itself."""
+        """Standardise the parts of a batch of evaluation."""
         with naming(self.name):
             try:
                 return [self.online.evaluate(*part, dtype=dtype) for part in parts]
@@ -140,7 +141,7 @@ class NamedInput:
                 raise InputError(f"{error}. eval_key names the input in batches of evaluation") from error
 
     def preview(self, parts: Sequence[InputPart], dtype: torch.dtype) -> list[Tensor]:
-        """Standardise a batch before there are statistics, by its own alone."""
+        """Standardise the parts of a batch of the sanity check: before the first statistics, by the batch's own."""
         if self.online.has_statistics:
             return self.evaluate(parts, dtype)
         own = InputParts(self.name, self.online.stand_in(), parts)
@@ -157,11 +158,15 @@ class InputSet:
     """All inputs of a DataModule.
 
     Args:
-        given: The settings of the only input, or those of several by name.
+        given: The settings of a single input, or a mapping of names to settings.
+
+    Attributes:
+        given: The settings; in a mapping, settings without a key have the name for the key.
+        inputs: The inputs, in the order of the mapping.
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If two inputs are at one place.
+        TypeError: If `given` is neither, or the mapping is empty.
+        ValueError: If two inputs have the same place in a batch.
     """
 
     def __init__(self, given: object) -> None:
@@ -184,28 +189,30 @@ class InputSet:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether training batches change nothing any more, so that ranks communicate nothing."""
+        """Whether training batches no longer change any statistics, so ranks need not communicate."""
         return all(one.online.is_frozen for one in self.inputs)
 
     def __getitem__(self, name: str | None) -> NamedInput:
-        """Return an input by name; None is the only one."""
+        """Return an input by name; None is a single input without a name."""
         found = [one for one in self.inputs if one.name == (name or "")]
         if found:
             return found[0]
         names = ", ".join(repr(one.name) for one in self.inputs)
         if not self.inputs[0].name:
-            raise ValueError(f"there is one input without a name, and none called {name!r}")
+            raise ValueError(f"the only input has no name, got {name!r}")
         have = "there are several inputs" if len(self.inputs) > 1 else "the only input has a name"
-        raise ValueError(f"{have}, {names}: name {'one of them' if len(self.inputs) > 1 else 'it'}, got {name!r}")
+        raise ValueError(
+            f"{have}, {names}: give {'any of these names' if len(self.inputs) > 1 else 'its name'}, got {name!r}"
+        )
 
     def select(self, batch: Any, *, is_training: bool) -> Selected:
-        """Return the input of a batch, or all inputs by name."""
+        """Return the input of a batch, or a dict with the input of each name."""
         selected = self._each(lambda one: one.select(batch, is_training=is_training))
         self._refuse_places_that_meet(batch, self._listed(selected), is_training=is_training)
         return selected
 
     def select_mask(self, batch: Any, *, is_training: bool) -> Selected:
-        """Return the mask of the input, or those of all inputs by name."""
+        """Return the mask of the input, or a dict with the mask of each name."""
         return self._each(lambda one: one.select_mask(batch, is_training=is_training))
 
     def replace(self, batch: Any, selected: Selected, *, is_training: bool) -> Any:
@@ -215,14 +222,17 @@ class InputSet:
         return batch
 
     def parts(self, selected: Selected, masks: Selected) -> list[InputParts]:
-        """Pair raw values with their masks, without what the batch lacks.
+        """Pair raw values with their masks, without the places that the batch lacks.
 
         Args:
-            selected: What `select` returns.
-            masks: What `select_mask` returns.
+            selected: The result of `select_input`, which the user may have overridden.
+            masks: The result of `select_mask`.
 
         Returns:
             The parts of each input.
+
+        Raises:
+            TypeError: If the results have another structure than the inputs.
         """
         found: list[InputParts] = []
         for one, values, mask in zip(self.inputs, self._listed(selected), self._listed(masks), strict=True):
@@ -234,14 +244,14 @@ class InputSet:
         return found
 
     def filled(self, selected: Selected, results: Sequence[Sequence[Tensor]]) -> Selected:
-        """Return results in the structure of what was selected.
+        """Put results into the structure of `selected`.
 
         Args:
-            selected: What `select` returns.
+            selected: The result of `select_input`.
             results: A tensor for each part of each input.
 
         Returns:
-            The same structure.
+            The results in that structure, with None for places that the batch lacks.
         """
         filled: list[Found] = []
         for found, own in zip(self._listed(selected), results, strict=True):
@@ -253,13 +263,13 @@ class InputSet:
         return self._structured(filled)
 
     def lack_of(self, state: object) -> str | None:
-        """Say why the modes of these inputs cannot evaluate by a state.
+        """Explain why these inputs cannot evaluate with a state.
 
         Args:
-            state: What `state_dict` returned.
+            state: The result of `state_dict`.
 
         Returns:
-            The reason; None if they can.
+            The reason, with the name of the first such input; None if all inputs can.
         """
         for one, saved in zip(self.inputs, self.read(state), strict=True):
             lack = saved.lacks(one.settings.mode)
@@ -268,32 +278,32 @@ class InputSet:
         return None
 
     def replace_standardizers(self, learned: Sequence[OnlineStandardizer]) -> None:
-        """Go on with other standardisers, one for each input."""
+        """Replace the standardiser of each input."""
         for one, online in zip(self.inputs, learned, strict=True):
             one.online = online
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the only standardiser, or those of all by name."""
+        """Return the state of the standardiser, or a dict with the state of each name."""
         if not self.inputs[0].name:
             return self.inputs[0].online.state_dict()
         return {one.name: one.online.state_dict() for one in self.inputs}
 
     def read(self, state: object) -> list[SavedInput]:
-        """Check a state, and return what it says of each input.
+        """Check a state without loading it.
 
         Args:
-            state: What `state_dict` returned.
+            state: The result of `state_dict`.
 
         Returns:
-            What it says.
+            The checked state of each input.
 
         Raises:
-            ValueError: If it cannot be the state of these inputs.
+            ValueError: If the state is damaged or of other inputs.
         """
         return [read_state(state, one.settings) for one, state in zip(self.inputs, self._states(state), strict=True)]
 
     def load_state_dict(self, state: object) -> None:
-        """Take over the state of each input, after all were checked."""
+        """Load the state of each input, after checking all: an error leaves every input unchanged."""
         self.read(state)
         for one, own in zip(self.inputs, self._states(state), strict=True):
             one.online.load_state_dict(own)
@@ -323,11 +333,12 @@ class InputSet:
         if own == [""]:
             if named:
                 raise ValueError(
-                    f"the saved input statistics are of {_listed(named)}, and this DataModule has one without a name"
+                    f"the saved input statistics are of {_listed(named)}, and this DataModule has a single input "
+                    "without a name"
                 )
             return [state]
         if {*named} != {*own} or len(values) != len(own):
-            saved = _listed(named) if named else "one input without a name"
+            saved = _listed(named) if named else "a single input without a name"
             raise ValueError(f"the saved input statistics are of {saved}, and this DataModule has {_listed(own)}")
         return [values[name] for name in own]
 
@@ -340,7 +351,7 @@ class InputSet:
         return {one.name: own for one, own in zip(self.inputs, found, strict=True)}
 
     def _listed(self, selected: Selected) -> list[Found]:
-        """Return what was selected of each input, in order; None stands for a mask of none."""
+        """Return the selected tensors of each input, in order; None if no input has a mask."""
         if not self.inputs[0].name:
             return [cast("Found", selected)]
         if selected is None:
@@ -363,7 +374,7 @@ def _listed(names: Sequence[object]) -> str:
 
 
 def _refuse_other_structure(places: list[Any], masks: list[Any]) -> None:
-    """Raise if overridden methods have returned anything but tensors, or another number of masks."""
+    """Raise if overridden methods have returned other objects than tensors, or another number of masks."""
     for method, found in (("select_input", places), ("select_mask", masks)):
         wrong = next((own for own in found if own is not None and not isinstance(own, Tensor)), None)
         if wrong is not None:
@@ -373,7 +384,7 @@ def _refuse_other_structure(places: list[Any], masks: list[Any]) -> None:
 
 
 def _refuse_shared_places(keys: Mapping[str, Key]) -> None:
-    """Raise if two inputs name one place of a batch."""
+    """Raise if two inputs have the same place in a batch."""
     owners: dict[object, str] = {}
     for name, key in keys.items():
         for place in places_in(key):

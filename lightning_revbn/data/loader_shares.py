@@ -1,4 +1,4 @@
-"""What of a training loader each rank reads in a pass before training, so that together they read it once."""
+"""Divides a training loader among ranks for a pass before training, so that together they read it once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 __all__ = ["loader_share"]
 
 _SEED = 0
+"""All ranks shuffle with this seed, so that their shares do not overlap."""
 
 
 def loader_share(loaders: Any, rank: int, ranks: int) -> CombinedLoader:
-    """Return this rank's share of what `train_dataloader` returned.
+    """Return this rank's share of the training loaders.
 
-    A `DataLoader` with torch's own random or sequential sampler is read in turn: rank r takes every batch r, r + ranks,
-    and so on, in an order that all ranks know. Every other loader is read as it is, as Lightning leaves it: it has a
-    sampler of the user's, which may divide samples itself, or makes its own batches. Neither order takes random numbers
-    from the training that follows.
+    Ranks take turns with the batches of a `DataLoader` with torch's own random or sequential sampler: rank r reads the
+    batches r, r + ranks, and so on, in an order that all ranks compute from the same seed. Every other loader is read
+    as it is, as Lightning leaves it: a sampler of the user may divide the samples itself. Neither order takes random
+    numbers from the training that follows.
 
     Args:
-        loaders: A loader, or lists and dicts of them.
-        rank: The number of this rank.
-        ranks: How many ranks there are.
+        loaders: A loader, or lists and dicts of loaders, as `train_dataloader` returns them.
+        rank: The index of this rank.
+        ranks: Number of ranks.
 
     Returns:
         The share, combined as Lightning combines loaders in training.
@@ -38,7 +39,7 @@ def loader_share(loaders: Any, rank: int, ranks: int) -> CombinedLoader:
 
 
 class _EveryNth:
-    """Every n-th of some batches of indices, from a first one on."""
+    """Every n-th batch of indices of a batch sampler, beginning with batch `first`."""
 
     def __init__(self, batches: BatchSampler, first: int, step: int) -> None:
         self._batches, self._first, self._step = batches, first, step
@@ -54,7 +55,8 @@ def _one_share(loader: Any, rank: int, ranks: int) -> Any:
     if not _is_torch_loader(loader):
         return loader
     share: Any = copy.copy(loader)
-    # A DataLoader refuses to have its samplers and workers replaced; a copy shares nothing with it but the data.
+    # A DataLoader refuses new samplers by attribute, so the attributes of a copy are written past it. The copy has its
+    # own generator and workers, and shares only the data with the user's loader.
     own: dict[str, Any] = share.__dict__
     own.update(generator=torch.Generator().manual_seed(_SEED), persistent_workers=False, _iterator=None)
     batches, sampler = loader.batch_sampler, loader.sampler

@@ -14,17 +14,18 @@ __all__ = ["on_other_views"]
 
 
 def on_other_views(batch: Any, settings: InputNorm, *, is_training: bool) -> str | None:
-    """Name the tensors of a batch that have the dtype and shape of its input and stay raw.
+    """Name the tensors of a batch that look like its input and stay raw.
 
-    Crops of another size count too: images whose dtype, dimensions and channels are those of the input.
+    They have the dtype and shape of the input, or are crops of another size: images with the dtype, number of samples
+    and channels of the input.
 
     Args:
         batch: The raw batch.
-        settings: The settings of its only input; a key says that all else is meant to stay raw.
-        is_training: Whether it is a batch of training.
+        settings: The settings of its single input. With a key, the user has decided which tensors stay raw.
+        is_training: Whether it is a training batch.
 
     Returns:
-        A text that names both places; None if there is nothing to tell.
+        A text that names the places; None without such a tensor, or with a key.
     """
     key, _ = settings.places(is_training=is_training)
     if key is not None:

@@ -1,4 +1,4 @@
-"""What a DataModule with input normalisation offers of its statistics: read, collected, frozen, loaded, exported."""
+"""The methods of a DataModule for its input statistics: read, collect, reset, freeze, load and export them."""
 
 from __future__ import annotations
 
@@ -39,51 +39,53 @@ class InputStatisticsMethods(_Base):
 
     @property
     def input_norm(self) -> InputNorm | dict[str, InputNorm]:
-        """The settings; of several inputs those of each by name, with the name for the key if they had none."""
+        """The settings; with several inputs, a dict of each name's settings, whose key is the name if they had none."""
         return self._inputs.given
 
     @property
     def input_scale(self) -> float | dict[str, float]:
-        """What the standardised input is multiplied by at present; of several inputs, the number of each by name."""
+        """The factor of the standardised input; with several inputs, a dict of each name's factor."""
         scales = {one.name: one.online.scale for one in self._inputs.inputs}
         return scales.get("", scales)
 
     def input_statistics(self, name: str | None = None) -> InputStatistics:
-        """Return mean and standard deviation of all training data seen so far.
+        """Return mean and standard deviation of all training data so far.
 
         Args:
-            name: The input, where there are several.
+            name: The name of the input; None for a single input without a name.
 
         Returns:
-            float64 tensors of shape `(C,)` in units of the input range: for uint8 in [0, 1], as the `Normalize` of
-            torchvision wants them.
+            Mean, std and count, float64 tensors of shape `(C,)`, in units of the input range: for uint8 in [0, 1], as
+            torchvision's `Normalize` takes them.
 
         Raises:
-            MissingStatisticsError: If there are none yet.
+            MissingStatisticsError: Before the first statistics.
             ValueError: If no input has this name.
         """
         return self._inputs[name].online.statistics()
 
     def collect_input_statistics(self, limit_batches: int | None = None) -> None:
-        """Read the training loader once, and learn the statistics of all inputs from it, before training.
+        """Read the training loader once, before training, and learn the statistics of all inputs from it.
 
-        What was learned before is forgotten, but only when the pass is over. Then validation, test and prediction work
-        before a fit, and the sanity check is that of trained statistics. A fit adds its batches to those of the pass;
-        call `freeze_input_statistics` to train by what was collected alone.
+        At the end of the pass the new statistics replace the earlier statistics. Validation, test and prediction then
+        work before a fit, and the sanity check uses these statistics too. A fit adds its batches to them; call
+        `freeze_input_statistics` to train with the statistics of the pass alone.
 
-        Batches pass the hooks `on_before_batch_transfer` and `on_after_batch_transfer`, as in training. Random numbers
-        are taken from a stream of their own, so that a seeded fit is the same with and without the pass.
+        Batches pass the hooks `on_before_batch_transfer` and `on_after_batch_transfer`, as in training. The pass leaves
+        the global random generators as they are, so a seeded fit is the same with and without the pass.
 
-        Without a Trainer, call `prepare_data()` and `setup("fit")` before it, as for any use of loaders by hand. Called
-        in `setup`, where a strategy has its ranks, all ranks share the pass: each reads its part of a loader with
-        torch's own samplers, no sample twice, and other loaders as they are.
+        Without a Trainer, call `prepare_data()` and `setup("fit")` first. In `setup` of a fit with several ranks, all
+        ranks share the pass: of a loader with torch's own sampler each rank reads a part, so that no sample is read
+        twice; other loaders are read as they are.
 
         Args:
-            limit_batches: How many batches of the loader are read at most, by all ranks together; None reads all.
+            limit_batches: Most batches to read, by all ranks together; None reads all.
 
         Raises:
-            MisconfigurationException: If there is nothing to learn: constants, frozen statistics, or no batch.
-            ValueError: If `limit_batches` is no number above 0.
+            MisconfigurationException: If all inputs have constants, an input is frozen by `freeze_input_statistics`,
+                the loader has no batch, or its batches have no value of an input.
+            ValueError: If `limit_batches` is not a whole number above 0.
+            InputError: If a batch cannot be measured; the earlier statistics stay.
         """
         limit = None if limit_batches is None else as_integer(limit_batches)
         if limit_batches is not None and (limit is None or limit < 1):
@@ -97,20 +99,20 @@ class InputStatisticsMethods(_Base):
         inputs.replace_standardizers(learned)
 
     def reset_input_statistics(self) -> None:
-        """Forget what was learned, for another fold of a cross-validation or a fit on other data.
+        """Forget the statistics, for another fold of a cross-validation or a fit on other data.
 
-        Frozen statistics are forgotten too, and learn again. With several ranks, call it on all.
+        Frozen statistics are forgotten too, and training adds to them again. With several ranks, call it on all.
         """
         inputs = self._inputs
         inputs.replace_standardizers([one.fresh() for one in inputs.inputs])
 
     def freeze_input_statistics(self) -> None:
-        """Keep the statistics as they are from here on: training normalises by them too, and ranks communicate no more.
+        """Stop adding training batches to the statistics; training then normalises by them, without a collective.
 
-        A checkpoint keeps them frozen. With several ranks, call it on all.
+        They stay frozen in checkpoints. With several ranks, call it on all.
 
         Raises:
-            MissingStatisticsError: If there are none yet.
+            MissingStatisticsError: Before the first statistics.
         """
         for one in self._inputs.inputs:
             one.require_statistics()
@@ -121,7 +123,7 @@ class InputStatisticsMethods(_Base):
         """Let training batches add to the statistics again after `freeze_input_statistics`.
 
         Raises:
-            RuntimeError: If `InputNorm(freeze_after=...)` has frozen those of an input; all other inputs learn again.
+            RuntimeError: If `InputNorm(freeze_after=...)` keeps an input frozen; all other inputs learn again.
         """
         reasons = [one.release() for one in self._inputs.inputs]
         held = [reason for reason in reasons if reason is not None]
@@ -129,16 +131,18 @@ class InputStatisticsMethods(_Base):
             raise RuntimeError("; ".join(held))
 
     def load_input_statistics(self, path: str | Path, *, weights_only: bool = True) -> None:
-        """Load the statistics from a checkpoint, whatever the name of the class that saved them.
+        """Load the statistics from a checkpoint, whatever the class of the DataModule that saved them.
 
         Args:
-            path: A checkpoint of a Trainer; of a distributed one, the directory.
-            weights_only: Whether to refuse anything but tensors and plain values. Checkpoints with hyperparameters of
-                other types need False, which runs code from the file: only for files that you trust.
+            path: A checkpoint of a Trainer; a distributed checkpoint is a directory.
+            weights_only: Whether to refuse objects other than tensors and plain values. Checkpoints with
+                hyperparameters of other types need False, which runs code from the file: use it for files that you
+                trust.
 
         Raises:
-            ValueError: If the checkpoint has no input statistics or those of several DataModules, if they are of other
-                inputs, or if they cannot be used in this mode: those of mode `"fixed"` in another.
+            ValueError: If the checkpoint does not have the input statistics of exactly one DataModule; if they are
+                damaged or of other inputs; or if they cannot serve this mode, as constants of mode `"fixed"` cannot
+                serve the other modes.
         """
         state = read_input_statistics(Path(path), weights_only=weights_only)
         lack = self._inputs.lack_of(state)
@@ -147,37 +151,39 @@ class InputStatisticsMethods(_Base):
         self._load(state)
 
     def export_normalizer(self, name: str | None = None) -> FixedNormalizer:
-        """Return the normalisation with the present statistics as a module that needs no Lightning.
+        """Return the normalisation of evaluation, with the present statistics, as a module without Lightning.
 
         Args:
-            name: The input, where there are several.
+            name: The name of the input; None for a single input without a name.
 
         Returns:
-            A module with buffers only, for TorchScript, `torch.export` and ONNX. It takes raw batches, and gives what
-            the network was validated with.
+            A module with buffers only, for TorchScript, `torch.export` and ONNX. It takes raw batches, and returns the
+            input that the network gets in validation.
 
         Raises:
-            MissingStatisticsError: If there are no statistics yet.
+            MissingStatisticsError: Before the first statistics.
             ValueError: If no input has this name.
         """
         return self._inputs[name].online.normalizer()
 
     def denormalize(self, values: Tensor, name: str | None = None) -> Tensor:
-        """Undo the normalisation, for pictures of what the network was given.
+        """Undo the normalisation, to draw the input of the network.
 
-        While training, in `training_step` and its hooks, that is the normalisation of the present training batch: in
-        mode `"batch"` by its own mean and standard deviation. Anywhere else it is that of evaluation.
+        In training, in `training_step` and its hooks, this undoes the normalisation of the present training batch,
+        which in mode `"batch"` uses the mean and standard deviation of that batch. Elsewhere it undoes the
+        normalisation of evaluation.
 
         Args:
-            values: Standardised values: a batch, or one sample without the dimension of the batch.
-            name: The input, where there are several.
+            values: Standardised values: a batch, or a sample without the batch dimension.
+            name: The name of the input; None for a single input without a name.
 
         Returns:
-            Values in units of the input range: what came as uint8 lies in [0, 1].
+            Values of the same shape in units of the input range: images that came as uint8 lie in [0, 1].
 
         Raises:
-            MissingStatisticsError: If there are no statistics yet.
+            MissingStatisticsError: Before the first statistics.
             ValueError: If no input has this name.
+            InputError: If the values have other channels than the settings.
         """
         trainer = self.trainer
         is_training = trainer is not None and trainer.training
@@ -185,7 +191,7 @@ class InputStatisticsMethods(_Base):
 
     @property
     def _inputs(self) -> InputSet:
-        """The inputs, with what a process that was spawned has learned meanwhile."""
+        """The inputs; statistics that a spawned process has sent are loaded first."""
         if "_input_set" not in vars(self):
             raise MisconfigurationException(_NOT_INITIALIZED.format(name=type(self).__name__))
         learned = self._home.take()

@@ -1,4 +1,4 @@
-"""A pass over the training loader before training, in which inputs learn their statistics and nothing else happens."""
+"""A pass over the training loader before training, in which the inputs learn their statistics."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = ["StatisticsPass"]
 
 
 class StatisticsPass:
-    """A pass of all ranks. Batches go through the hooks of the DataModule, which hands their inputs to `take`.
+    """A pass of all ranks. Batches go through the hooks of the DataModule, which calls `take` with their inputs.
 
     Args:
         data: The DataModule.
-        inputs: Its inputs; they stay as they are until the pass is over.
-        limit: How many batches all ranks read together; None reads all.
+        inputs: Its inputs; the pass does not change them, but learns in new standardisers.
+        limit: Most batches that all ranks read together; None reads all.
 
     Raises:
-        MisconfigurationException: If there is nothing to learn.
+        MisconfigurationException: If all inputs have constants, or an input is frozen.
     """
 
     def __init__(self, data: LightningDataModule, inputs: InputSet, limit: int | None) -> None:
@@ -51,7 +51,8 @@ class StatisticsPass:
         self._data, self._inputs, self._limit, self._name = data, inputs, limit, name
         trainer = data.trainer
         is_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # Before a strategy has started its processes, each that runs the script reads everything, in the same order.
+        # Before a strategy has joined its processes, each process that runs the script reads the whole loader, in the
+        # same order, and all get the same statistics.
         self._group, self._ranks = data_parallel_group(trainer) if is_joined else (None, 1)
         self._rank = torch.distributed.get_rank(self._group) if self._ranks > 1 else 0
         self._device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
@@ -61,12 +62,14 @@ class StatisticsPass:
         """Read the training loader once.
 
         Returns:
-            For each input a standardiser that has learned from this pass alone.
+            A standardiser for each input, with the statistics of this pass alone.
 
         Raises:
-            MisconfigurationException: If the loader has no batch, or none of an input has a value that counts.
+            MisconfigurationException: If the loader has no batch, or its batches have no value of an input that counts.
+            InputError: If a batch cannot be measured.
         """
         steps = 0
+        # Shuffling and augmentation draw random numbers, which must not change the numbers of the training after them.
         with isolate_rng(), torch.no_grad():
             loaders = loader_share(self._data.train_dataloader(), self._rank, self._ranks)
             batches = iter(loaders)
@@ -109,7 +112,7 @@ class StatisticsPass:
         """Learn from a batch, together with all ranks.
 
         Args:
-            inputs: What this rank has of each input.
+            inputs: This rank's parts of each input.
         """
         fresh = [replace(own, online=online) for own, online in zip(inputs, self._fresh, strict=True)]
         learn_together(fresh, self._group, self._ranks, self._device)
@@ -117,18 +120,18 @@ class StatisticsPass:
     @property
     def _shows_progress(self) -> bool:
         trainer = self._data.trainer
-        # Where a script runs once a process and the ranks have not joined yet, the number is known all the same.
+        # rank_zero_only knows the rank from the environment, also before the processes have joined.
         is_first = getattr(rank_zero_only, "rank", 0) == 0
         return is_first and (trainer is None or trainer.progress_bar_callback is not None)
 
     def _send(self, batch: Any) -> None:
-        """Send a batch through the hooks that it goes through in training."""
+        """Send a batch through the hooks of training."""
         batch = self._hook("on_before_batch_transfer")(batch, 0)
         batch = self._hook("transfer_batch_to_device")(batch, self._device, 0)
         self._data.on_after_batch_transfer(batch, 0)
 
     def _hook(self, name: str) -> Any:
-        """Return a hook as Lightning chooses it: that of the DataModule, if it has its own, or of the module."""
+        """Return a hook as Lightning chooses it: the DataModule's, unless only the LightningModule overrides it."""
         module = None if self._data.trainer is None else self._data.trainer.lightning_module
         usual = [getattr(kind, name) for kind in twins(DataHooks)]
         of_data, of_module = (getattr(type(owner), name, usual[0]) for owner in (self._data, module))
@@ -136,7 +139,7 @@ class StatisticsPass:
         return getattr(module if is_of_module else self._data, name)
 
     def _goes_on(self, has_batch: bool) -> bool:
-        """Tell whether any rank has a batch left; ranks may have different numbers of them."""
+        """Tell whether any rank has a batch left, since all ranks must take part in every collective."""
         if self._ranks == 1:
             return has_batch
         flag = torch.tensor([has_batch], dtype=torch.float64, device=self._device)
@@ -144,7 +147,7 @@ class StatisticsPass:
 
 
 def _length(loaders: Any, limit: int | None) -> int | None:
-    """Return how many batches there will be, where loaders know."""
+    """Return the number of batches for the progress bar; None if the loaders do not know it."""
     with contextlib.suppress(TypeError, NotImplementedError, RuntimeError):
         return len(loaders) if limit is None else min(limit, len(loaders))
     return limit

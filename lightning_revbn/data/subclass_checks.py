@@ -1,4 +1,4 @@
-"""Checks, when a class is made, that Lightning will call the mixin."""
+"""Checks, when a subclass is defined, that Lightning will call the mixin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["check_subclass"]
 
 
 def check_subclass(cls: type, mixin: type, hooks: Sequence[str]) -> None:
-    """Raise if a subclass of the mixin would silently bypass it.
+    """Raise if a subclass of the mixin would bypass it without an error.
 
     Args:
         cls: The new class.
@@ -40,11 +40,13 @@ def check_subclass(cls: type, mixin: type, hooks: Sequence[str]) -> None:
 
 
 def _calls_super(function: Any, mixin: str) -> bool:
-    """Tell whether the code of a method mentions `super` or the mixin."""
+    """Tell whether the code of a method mentions `super` or the mixin; True for callables whose code is not Python."""
+    # A decorator that uses functools.wraps hides the code of the method.
     code = getattr(inspect.unwrap(function), "__code__", None)
     return not isinstance(code, CodeType) or _mentions(code, {"super", mixin})
 
 
 def _mentions(code: CodeType, names: set[str]) -> bool:
+    # Inner functions and comprehensions have code objects of their own.
     nested = (part for part in code.co_consts if isinstance(part, CodeType))
     return bool(names & set(code.co_names)) or any(_mentions(part, names) for part in nested)

@@ -38,12 +38,12 @@ def read_csv(path: Path, advance: Advance) -> Scalars:
             header = next(rows, cast("list[str]", []))
             if "step" not in header:
                 shown = ", ".join(one_line(name, 30) for name in header[:5])
-                raise LogError(f"{one_line(path)} is no {CSV_NAME} of CSVLogger: it has no column step, but {shown}")
+                raise LogError(f"{one_line(path)} is not a {CSV_NAME} of CSVLogger: it has no column step, but {shown}")
             skipped = _collect(rows, header, columns)
     except UnicodeDecodeError as error:
-        raise LogError(f"{one_line(path)} is no {CSV_NAME} of CSVLogger: it is not text") from error
+        raise LogError(f"{one_line(path)} is not a {CSV_NAME} of CSVLogger: it is not text") from error
     except csv.Error as error:
-        raise LogError(f"{one_line(path)} is no {CSV_NAME} of CSVLogger: {one_line(error)}") from error
+        raise LogError(f"{one_line(path)} is not a {CSV_NAME} of CSVLogger: {one_line(error)}") from error
     if skipped:
         warnings.append(f"rows without a step were left out: {skipped}")
     series = columns.series()

@@ -137,5 +137,5 @@ def _length(head: bytes) -> int | None:
 
 def _damage(path: Path, start: int) -> str:
     if not start:
-        return f"{one_line(path)} is no event file of TensorBoard, or is damaged from its beginning"
+        return f"{one_line(path)} is not an event file of TensorBoard, or is damaged from its beginning"
     return f"{one_line(path)} is damaged or cut off at byte {start} of {path.stat().st_size}"

@@ -105,7 +105,7 @@ def by_seed(runs: Sequence[FinishedRun]) -> dict[int, FinishedRun]:
             differ = f", which differ in {', '.join(map(one_line, names[:5]))}" if names else ""
             raise LogError(
                 f"seed {run.seed} has two runs, {one_line(other.path)} and {one_line(run.path)}{differ}: "
-                "name the one that counts"
+                "name the run that counts"
             )
         found[run.seed] = run
     return {seed: found[seed] for seed in sorted(found)}
@@ -136,8 +136,8 @@ def check_pairs(
     if short and not any_length:
         raise LogError(
             f"{one_line(short[0].path)} ends at step {short[0].last_step:,}, the longest run at {longest:,}"
-            f"{f' ({len(short) - 1} more are shorter)' if len(short) > 1 else ''}: unfinished? Where runs stop by "
-            "themselves, say --any-length"
+            f"{f' ({len(short) - 1} more are shorter)' if len(short) > 1 else ''}: is it unfinished? If runs stop "
+            "by themselves, add --any-length"
         )
 
 
@@ -193,8 +193,8 @@ def _seed(path: Path, seed_pattern: re.Pattern[str] | None, hyperparameters: Map
         if match is not None:
             return _number(match[1], path)
     raise LogError(
-        f"the seed of {one_line(path)} is not known: there is no 'seed: N' in its hparams.yaml and no 'seed_N' in its "
-        rf"path; name it by --seed-pattern, such as 'run_(\d+)'{f' ({unread})' if unread else ''}"
+        f"the seed of {one_line(path)} is not known: its hparams.yaml has no 'seed: N', and its path has no "
+        rf"'seed_N'; name it by --seed-pattern, such as 'run_(\d+)'{f' ({unread})' if unread else ''}"
     )
 
 

@@ -66,7 +66,9 @@ def _in_yaml(file: Path) -> dict[str, Any]:
         with file.open("rb") as content:
             text = content.read(_MOST_BYTES + 1)  # the extra byte shows that a file is too long
         if len(text) > _MOST_BYTES:
-            raise LogError(f"{one_line(file)} is no file of hyperparameters: it has more than {_MOST_BYTES:,} bytes")
+            raise LogError(
+                f"{one_line(file)} is too large for a file of hyperparameters: it has more than {_MOST_BYTES:,} bytes"
+            )
         held: object = yaml.load(text, Loader)
     except OSError as error:
         raise LogError(f"{one_line(file)} cannot be read: {error.strerror or error}") from error

@@ -75,8 +75,8 @@ def find_logs(paths: Iterable[Path]) -> list[Log]:
             raise LogError(f"{one_line(path)} cannot be read: {error.strerror}") from error
         if not logs:
             raise LogError(
-                f"{one_line(path)} holds no log, nor does a directory below: neither {CSV_NAME} of CSVLogger nor an "
-                "event file of TensorBoardLogger, nor an offline run of W&B or a local store of MLflow"
+                f"{one_line(path)} holds no log, and its subdirectories hold none: no {CSV_NAME} of CSVLogger, event "
+                "file of TensorBoardLogger, offline run of W&B or local store of MLflow"
             )
         for log in logs:
             key = log.path.resolve()

@@ -176,7 +176,7 @@ def _until_damage(path: Path, advance: Advance, damage: list[str]) -> Iterator[A
 
     data = path.read_bytes()
     if not data.startswith(_MARK):
-        damage.append(f"{one_line(path)} is no file of Weights & Biases, or is damaged from its beginning")
+        damage.append(f"{one_line(path)} is not a file of Weights & Biases, or is damaged from its beginning")
         return
     for end, content in _contents(data):
         if content is not None:

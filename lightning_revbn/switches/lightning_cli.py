@@ -119,7 +119,8 @@ class RevBNCLIMixin(_Base):
             ):
                 self.parser.error(
                     f"two callbacks: {_GROUP}.enabled is true, and the Trainer has a RevisitedBatchNorm of its own, "
-                    f"from trainer.callbacks or the program. Set {_GROUP}.enabled to false, or remove the other one"
+                    f"from trainer.callbacks or the program. Set {_GROUP}.enabled to false, or remove the other "
+                    "callback"
                 )
             kwargs["callbacks"] = [*own, RevisitedBatchNorm(**settings)]
         return super().instantiate_trainer(**kwargs)

@@ -97,10 +97,10 @@ class _Loader(yaml.SafeLoader):
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path.absolute())!r}")
+        raise FileNotFoundError(f"the file {str(path.absolute())!r} does not exist")
     size = path.stat().st_size
     if size > _MOST_BYTES:
-        raise ValueError(f"{str(path)!r} has {size:,} bytes, which is no file of settings")
+        raise ValueError(f"{str(path)!r} has {size:,} bytes, too many for a file of settings")
     found: object = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     if not isinstance(found, dict):
         raise TypeError(f"{str(path)!r} must hold a mapping of settings, it holds a {type(found).__name__}")
@@ -112,7 +112,7 @@ def _pairs(text: str) -> dict[str, Any]:
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise ValueError(f"{part!r} is no key=value")
+            raise ValueError(f"{part!r} must be key=value")
         if key in settings:
             raise ValueError(f"the key {key!r} stands twice")
         settings[key] = _value(value)

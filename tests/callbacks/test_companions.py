@@ -283,12 +283,12 @@ def test_two_callbacks_for_one_layer_are_refused_by_its_name_and_write_nothing(
 ) -> None:
     module = LitNet()
     run = trainer(tmp_path, *(quiet(**own) for own in settings))
-    said = f"2 callbacks RevisitedBatchNorm in one Trainer select the same layers: {shown}. Give each layer to one"
+    said = f"2 callbacks RevisitedBatchNorm in the Trainer select the same layers: {shown}. Divide the layers"
     before = Snapshot(module, run)
     with pytest.raises(MisconfigurationException, match=said) as error:
         run.fit(module, loader(1))
     first, second = (", ".join(f"{name}={value!r}" for name, value in own.items()) for own in settings)
-    assert str(error.value).endswith(f"they are RevisitedBatchNorm({first}) and RevisitedBatchNorm({second})")
+    assert str(error.value).endswith(f"the callbacks are RevisitedBatchNorm({first}) and RevisitedBatchNorm({second})")
     assert all((scale == 1).all() for scale in scales(module))
     assert_nothing_left(before)
 
@@ -296,5 +296,5 @@ def test_two_callbacks_for_one_layer_are_refused_by_its_name_and_write_nothing(
 def test_many_shared_layers_are_counted(tmp_path: Path) -> None:
     module = LitNet(model=torch.nn.Sequential(residual_net(), torch.nn.BatchNorm1d(5)))
     assert len(BATCH_NORMS) == 3
-    with pytest.raises(MisconfigurationException, match=r"'model\.0\.bn2' and 1 more. Give"):
+    with pytest.raises(MisconfigurationException, match=r"'model\.0\.bn2' and 1 more. Divide"):
         trainer(tmp_path, quiet(), quiet(scale=0.2)).fit(module, [images(8)])

@@ -142,7 +142,10 @@ def test_layers_that_the_model_has_by_other_names_are_named(tmp_path: Path) -> N
 
     saved = run_of(tmp_path, Evaluated(), quiet(eps=EPS))
     texts = said(tmp_path, Renamed(), "predict", saved, quiet(eps=EPS))
-    assert "1 layers were trained with eps=0.001, which the model does not have by these names, 'model.bn1'" in texts[0]
+    assert (
+        "1 layers that were trained with eps=0.001, and the model has no layers of their names, such as 'model.bn1'"
+        in texts[0]
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"eps": OTHER}], ids=["no eps", "other eps"])
@@ -167,9 +170,7 @@ def test_weights_alone_that_do_not_tell_are_evaluated_with_a_warning(tmp_path: P
     module = Evaluated()
     texts = said(tmp_path, module, "test", saved, quiet(eps=EPS))
     assert len(texts) == 1
-    assert (
-        "holds weights alone, and nothing tells with which eps they were trained: 3 layers have eps=0.001" in texts[0]
-    )
+    assert "holds weights alone, so the eps of their training is not known: 3 layers have eps=0.001" in texts[0]
 
 
 # --- eps in the model's code ------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def test_another_eps_than_that_of_an_earlier_fit_is_told(stage: str, tmp_path: P
     trainer(tmp_path, quiet(eps=EPS), max_epochs=1).fit(module, loader())
     texts = said(tmp_path, module, stage, None, callback)
     assert len(texts) == 1
-    assert "eps=0.01 is not set in 3 layers, 'model.stem.1' for one, which were trained with eps=0.001" in texts[0]
+    assert "eps=0.01 is not set in 3 layers, such as 'model.stem.1', which were trained with eps=0.001" in texts[0]
     assert eps_of(module) == [EPS] * 3
 
 

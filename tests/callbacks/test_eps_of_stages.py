@@ -114,7 +114,7 @@ def test_a_run_resumed_without_the_callback_has_the_eps_of_its_code_and_lightnin
 
 def test_weights_that_were_loaded_by_hand_are_evaluated_with_a_warning(saved: Path, tmp_path: Path) -> None:
     module = Evaluated.load_from_checkpoint(saved)
-    said = r"eps=0.001 is not set in 3 layers, 'model.stem.1' for one, which are trained and have eps=1e-05"
+    said = r"eps=0.001 is not set in 3 layers, such as 'model.stem.1', which are trained and have eps=1e-05"
     with pytest.warns(UserWarning, match=said):
         trainer(tmp_path, quiet(eps=EPS)).test(module, loader(), verbose=False)
     assert module.seen == {"test": {TORCHS}}

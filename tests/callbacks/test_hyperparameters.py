@@ -349,7 +349,7 @@ def test_a_callback_among_the_users_hyperparameters_is_logged_saved_and_loaded(g
 
 
 def test_what_a_checkpoint_names_is_made_only_if_it_is_a_callback_of_the_package() -> None:
-    with pytest.raises(TypeError, match="is no callback of lightning_revbn"):
+    with pytest.raises(TypeError, match="is not a callback of lightning_revbn"):
         restore(dict, {"a": 1})  # type: ignore[arg-type]
 
 

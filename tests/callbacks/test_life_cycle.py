@@ -596,7 +596,7 @@ def test_a_layer_that_takes_the_place_of_another_is_rewritten_and_learns_with_th
     trainer(tmp_path, Swapping(into_group, 0.1, divide=True), Ruled()).fit(other, loader())
     assert_same_parameters(module, other)
     assert [record.module for record in callback.report.rewritten][-1] is module.model.bn2
-    assert "1 batch norm layers were added or replaced, 'model.bn2' for one; 1 of them start from" in caplog.text
+    assert "1 batch norm layers were added or replaced, such as 'model.bn2'; 1 of them start from" in caplog.text
     logged = [float(row["revbn/model.bn2/scale_mean"]) for row in rows(tmp_path)]
     assert logged[6] == pytest.approx(0.1)
     assert logged[-1] == pytest.approx(module.model.bn2.weight.mean().item(), rel=1e-2)

@@ -77,7 +77,7 @@ def test_the_report_is_right_in_every_precision(tmp_path: Path, precision: Any) 
 def test_scales_whose_numbers_are_too_coarse_to_learn_so_slowly_are_named(tmp_path: Path) -> None:
     target, above = torch.tensor([0.25, 1.0], dtype=torch.bfloat16)
     apart = (torch.nextafter(target, above) - target).item()
-    told = rf"3 scales are torch.bfloat16, that of 'model.stem.1' .* Near 0.25 such numbers are {apart:.2g} apart"
+    told = rf"3 scales are torch.bfloat16, such as the scale of 'model.stem.1'. Values near 0.25 are {apart:.2g} apart"
     module = LitNet()
     with pytest.warns(UserWarning, match=told):
         trainer(tmp_path, quiet(scale=0.25), precision="bf16-true").fit(module, loader())

@@ -144,7 +144,7 @@ def test_the_report_tells_of_shifts_where_shifts_alone_have_groups(
 
 def test_groups_that_leave_out_shifts_are_refused_by_the_name_of_shifts(tmp_path: Path) -> None:
     module = LitNet(lambda module: fast_groups(module, exclude=["model.bn1"]))
-    said = "not every shift is in one, or some decay: call scale_param_groups on the whole module, with "
+    said = "not every shift is in such a group, or some decay: call scale_param_groups on the whole module, with "
     said += "weight_decay_exempt=None, divisor=1.0, shift_multiplier=10.0"
     with pytest.raises(MisconfigurationException, match=re.escape(said)):
         trainer(tmp_path, quiet(**FAST)).fit(module, loader())

@@ -434,7 +434,7 @@ def test_the_remedy_for_an_optimizer_around_another_trains_as_groups_made_by_han
 @pytest.mark.parametrize("options", [{"weight_decay_exempt": None}, {"exclude": ["model.bn1"]}], ids=str)
 def test_permanent_groups_that_leave_something_to_be_done_are_refused(tmp_path: Path, options: Any) -> None:
     module = LitNet(lambda m: timm.optim.Lookahead(momentum(scale_param_groups(m, 0.05, 0.01, **options))))
-    with pytest.raises(MisconfigurationException, match="not every scale is in one, or some decay: call"):
+    with pytest.raises(MisconfigurationException, match="not every scale is in such a group, or some decay: call"):
         trainer(tmp_path, quiet()).fit(module, loader())
 
 

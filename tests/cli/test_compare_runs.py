@@ -84,13 +84,13 @@ def test_runs_that_stop_by_themselves_may_differ_in_length(tmp_path: Path, capsy
     [
         (["--alpha", "0"], "--alpha 0.0 must be above 0"),
         (["--labels", "x", "y"], "--labels has 2 names for 1 arms"),
-        (["--seed-pattern", "("], "is no regular expression"),
-        (["--seed-pattern", "(a{99999999999})"], "is no regular expression: the repetition number is too large"),
-        (["--seed-pattern", "(" * 5000 + ")" * 5000], "is no regular expression: maximum recursion depth"),
+        (["--seed-pattern", "("], "is not a regular expression"),
+        (["--seed-pattern", "(a{99999999999})"], "is not a regular expression: the repetition number is too large"),
+        (["--seed-pattern", "(" * 5000 + ")" * 5000], "is not a regular expression: maximum recursion depth"),
         (["--seed-pattern", "run"], "must have a group"),
         (["--seed-pattern", "(nowhere)"], "finds nothing in"),
         (["--seed-pattern", "(see)"], "finds no number in"),
-        (["-o", "pairs.txt"], "must end in one of .png, .svg, .pdf"),
+        (["-o", "pairs.txt"], "must end in any of .png, .svg, .pdf"),
     ],
 )
 def test_options_that_cannot_be_followed_are_refused(
@@ -106,7 +106,7 @@ def test_one_pair_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     arms = write_arm(tmp_path / "a", BASELINE[:1]), write_arm(tmp_path / "b", BETTER[:1])
     code, _, err = compare(capsys, arms[0], "--against", arms[1], "--metric", "test_acc")
     assert code == 1
-    assert "one pair tells nothing about chance" in err
+    assert "a single pair tells nothing about chance" in err
 
 
 def test_what_is_missing_of_a_log_is_told_since_an_earlier_score_may_count(

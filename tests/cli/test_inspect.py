@@ -244,11 +244,11 @@ def truncated(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "said"),
     [
-        (lambda path: path.write_text("not a checkpoint\n" * 50), "is no checkpoint of torch.save, or is damaged"),
-        (lambda path: path.write_bytes(b""), "is no checkpoint of torch.save, or is damaged"),
-        (lambda path: path.write_bytes(bytes(range(256)) * 9), "is no checkpoint of torch.save, or is damaged"),
-        (truncated, "is no checkpoint of torch.save, or is damaged"),
-        (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "is no checkpoint of torch.save, or is damaged"),
+        (lambda path: path.write_text("not a checkpoint\n" * 50), "is not a checkpoint of torch.save, or is damaged"),
+        (lambda path: path.write_bytes(b""), "is not a checkpoint of torch.save, or is damaged"),
+        (lambda path: path.write_bytes(bytes(range(256)) * 9), "is not a checkpoint of torch.save, or is damaged"),
+        (truncated, "is not a checkpoint of torch.save, or is damaged"),
+        (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "is not a checkpoint of torch.save, or is damaged"),
         (lambda path: torch.save([1, 2], path), "holds a list, not a model's state_dict"),
         (lambda path: torch.save({"epoch": 1}, path), "holds no model: no tensor by name"),
     ],
@@ -266,14 +266,14 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(
 def test_no_bytes_whatever_make_it_fail_in_another_way(content: bytes, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "any.ckpt"
     path.write_bytes(content)
-    with pytest.raises(TargetError, match=r"is no checkpoint of torch.save, or is damaged|holds "):
+    with pytest.raises(TargetError, match=r"is not a checkpoint of torch.save, or is damaged|holds "):
         load_state_dict(path)
 
 
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("nowhere.ckpt", "'nowhere.ckpt' is no file; a model is named as torchvision:NAME"),
+        ("nowhere.ckpt", "'nowhere.ckpt' is not a file; a model is named as torchvision:NAME"),
         ("torchvision:resnet5", "torchvision has no model 'resnet5'; the nearest names are resnet50"),
         ("timm:resnet5", "timm has no model 'resnet5'; the nearest names are resnet"),
         ("no_such_module:make", "no_such_module:make failed with ModuleNotFoundError"),
@@ -323,7 +323,7 @@ ODD = {
     "other variance": ({"running_var": torch.ones(3)}, "its running variance has shape (3,), its running mean (4,)"),
     "matrix": ({"running_mean": torch.ones(2, 2)}, "its running mean has shape (2, 2), not a value a channel"),
     "scalar": ({"running_mean": torch.ones(())}, "its running mean has shape (), not a value a channel"),
-    "sparse": ({"weight": ONES.to_sparse()}, "its weight is no dense tensor (sparse_coo)"),
+    "sparse": ({"weight": ONES.to_sparse()}, "its weight is not a dense tensor (sparse_coo)"),
     "meta": ({"bias": ONES.to("meta")}, "its bias has no values: it was saved on the meta device"),
     "whole numbers": ({"weight": ONES.long()}, "its weight is int64, no floating-point numbers"),
     "complex": ({"running_var": ONES.cfloat()}, "its running variance is complex64, no floating-point numbers"),
@@ -472,21 +472,21 @@ def test_what_code_of_others_raises_is_one_short_line(
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("x" * 300, "' is no file; a model is named as"),
-        ("x" * 300 + ".ckpt", "' is no file; a model is named as"),
+        ("x" * 300, "' is not a file; a model is named as"),
+        ("x" * 300 + ".ckpt", "' is not a file; a model is named as"),
         (f"{'x' * 300}:{'y' * 300}", "failed with "),
         ("s3://bucket/x.ckpt", "'s3://bucket/x.ckpt' is an address, and only local files are read: download it"),
         ("https://x.org/x.ckpt", "'https://x.org/x.ckpt' is an address, and only local files are read"),
         ("file:/x.ckpt", "'file:/x.ckpt' is an address"),
-        (r"C:\x.ckpt", r"there is no file 'C:\x.ckpt'"),
-        ("C:/x.ckpt", "there is no file 'C:/x.ckpt'"),
+        (r"C:\x.ckpt", r"the file 'C:\x.ckpt' does not exist"),
+        ("C:/x.ckpt", "the file 'C:/x.ckpt' does not exist"),
         ("nets.py:Net", "'nets.py:Net' names a script: name its module, as in an import: 'nets:Net'"),
         ("./my/nets.py:Net", "name its module, as in an import: 'my.nets:Net'"),
-        ("runs/step:3.ckpt", "'runs/step:3.ckpt' is no file"),
+        ("runs/step:3.ckpt", "'runs/step:3.ckpt' is not a file"),
         (".", "'.' is a directory: name a checkpoint file in it"),
-        ("/dev/null", "'/dev/null' is no regular file"),
+        ("/dev/null", "'/dev/null' is not a regular file"),
         ("timm:resnet50.no_such_tag", "timm:resnet50.no_such_tag failed with RuntimeError"),
-        ("", "'' is no file"),
+        ("", "'' is not a file"),
     ],
 )
 def test_a_target_that_is_meant_otherwise_gets_the_right_message(

@@ -135,9 +135,9 @@ Arguments = Callable[[Path], list[object]]
     [
         (lambda path: [path / "nowhere"], "nowhere does not exist"),
         (lambda path: [path / "empty"], "holds no log"),
-        (lambda path: ["nowhere", "-o", "figure.jpg"], "figure.jpg must end in one of .png, .svg, .pdf"),
-        (lambda path: ["nowhere", "-o", "figure"], "figure must end in one of .png, .svg, .pdf"),
-        (lambda path: ["nowhere", "-o", path / "no" / "a.png"], "a.png cannot be written: there is no directory"),
+        (lambda path: ["nowhere", "-o", "figure.jpg"], "figure.jpg must end in any of .png, .svg, .pdf"),
+        (lambda path: ["nowhere", "-o", "figure"], "figure must end in any of .png, .svg, .pdf"),
+        (lambda path: ["nowhere", "-o", path / "no" / "a.png"], "no/a.png cannot be written: the directory "),
         (lambda path: ["nowhere", "-o", path / "a.png"], "a.png cannot be written: it is a directory"),
         (
             lambda path: [path / "run", "--layers", "*.bn1", "block1.bn3"],
@@ -155,7 +155,7 @@ Arguments = Callable[[Path], list[object]]
             "the log of loss has no keys revbn/... of batch norm layers (it has a, b): add BatchNormMonitor()",
         ),
         (lambda path: [path / "run", path / "loss"], "the log of loss has no keys revbn/..."),
-        (lambda path: [path / "std"], "nothing to draw: no layer has one of scale_mean, "),
+        (lambda path: [path / "std"], "nothing to draw: no layer has any of scale_mean, "),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(

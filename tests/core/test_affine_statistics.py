@@ -80,7 +80,7 @@ def test_drift_goes_on_from_the_saved_start() -> None:
 
 def test_the_start_of_other_layers_is_refused() -> None:
     start = AffineStatistics(find_batch_norms(residual_net(width=5))).state_dict()
-    with pytest.raises(ValueError, match="those of other layers"):
+    with pytest.raises(ValueError, match="values to measure drift from are of other layers"):
         AffineStatistics(find_batch_norms(residual_net()), start)
 
 

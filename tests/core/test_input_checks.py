@@ -38,8 +38,8 @@ def test_values_whose_squares_overflow_are_an_error() -> None:
     ("values", "mask", "message"),
     [
         (torch.zeros(4, 5, 5, 3), None, r"its dimension channel_dim=1 has 5 channels, and num_features is 3"),
-        (torch.zeros(3), None, r"shape \(3,\): there is no dimension channel_dim=1"),
-        (torch.tensor(1.0), None, r"shape \(\): there is no dimension"),
+        (torch.zeros(3), None, r"shape \(3,\): it has no dimension channel_dim=1"),
+        (torch.tensor(1.0), None, r"shape \(\): it has no dimension"),
         (torch.zeros(2, 3, dtype=torch.complex64), None, "complex"),
         (torch.zeros(2, 3), torch.ones(2, 3), "the mask is torch.float32: it must be boolean"),
         (torch.zeros(2, 3), torch.ones(5, dtype=torch.bool), r"mask of shape \(5,\) does not broadcast"),

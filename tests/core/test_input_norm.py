@@ -28,7 +28,7 @@ from lightning_revbn.core.input_norm import InputError, MissingStatisticsError, 
         ({"num_features": 2, "channel_dim": 1.5}, "channel_dim=1.5 must be an integer or None"),
         ({"num_features": 2, "scale": 0.0}, 'scale=0.0 must be "auto" or a finite number above 0'),
         ({"num_features": 2, "input_range": float("inf")}, "input_range=inf must be"),
-        ({"num_features": 2, "mode": "minibatch"}, "mode='minibatch' is unknown: use one of 'batch', 'running'"),
+        ({"num_features": 2, "mode": "minibatch"}, "mode='minibatch' is unknown: choose from 'batch', 'running'"),
         ({"num_features": 2, "nan_policy": "drop"}, "nan_policy='drop' is unknown"),
         ({"num_features": 2, "eps": -1.0}, "eps=-1.0 must be a finite number"),
         ({"num_features": 2, "momentum": 0.0}, "momentum=0.0 must be above 0 and at most 1"),
@@ -53,7 +53,7 @@ from lightning_revbn.core.input_norm import InputError, MissingStatisticsError, 
         ),
         (
             {"num_features": 1, "channel_dim": None, "channels": [0]},
-            "channels=[0] cannot be told apart: channel_dim=None",
+            "channels=[0] needs a channel_dim: channel_dim=None",
         ),
         (
             {"num_features": 3, "channels": [0, 1], "mode": "fixed", "mean": [0.0] * 2, "std": [1.0] * 2},
@@ -68,13 +68,16 @@ from lightning_revbn.core.input_norm import InputError, MissingStatisticsError, 
             "fill=1000000.0 must be a number from -65504 to 65504, which half precision",
         ),
         ({"num_features": 2, "fill": "mean"}, "fill='mean' must be a number from -65504 to 65504"),
-        ({"num_features": 2, "nodata": float("nan")}, 'nodata=nan equals no value: nan_policy="ignore" leaves NaN out'),
+        (
+            {"num_features": 2, "nodata": float("nan")},
+            'nodata=nan matches no value: nan_policy="ignore" leaves NaN out',
+        ),
         ({"num_features": 2, "nodata": [0, "none"]}, "nodata=[0, 'none'] must be a number such as -9999, several as"),
         ({"num_features": 2, "nodata": []}, "nodata=[] must be a number such as -9999"),
         ({"num_features": 2, "nodata": True}, "nodata=True must be a number such as -9999"),
         (
             {"num_features": 2, "nodata": [-9999, 2**53 + 1]},
-            "nodata=9007199254740993 cannot be told from its neighbours",
+            "nodata=9007199254740993 is rounded in float64",
         ),
     ],
 )
@@ -275,7 +278,7 @@ def test_a_mask_is_for_statistics_and_result() -> None:
 def test_nothing_is_known_before_training() -> None:
     standardizer = OnlineStandardizer(InputNorm(3))
     for call in (lambda: standardizer.evaluate(IMAGES), standardizer.statistics, standardizer.normalizer):
-        with pytest.raises(MissingStatisticsError, match="there are no input statistics yet"):
+        with pytest.raises(MissingStatisticsError, match="input statistics are missing: train first"):
             call()
     own = OnlineStandardizer(InputNorm(3)).train(IMAGES)
     assert torch.equal(standardizer.preview(IMAGES), own)

@@ -192,7 +192,7 @@ def test_a_scale_above_one_warns_and_a_scale_of_one_writes_nothing() -> None:
 
 @pytest.mark.parametrize("options", [{"zero_scale": "drop"}, {"trained": True}])
 def test_an_unknown_policy_is_refused_with_the_choices(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="is unknown: use one of 'keep', 'overwrite'"):
+    with pytest.raises(ValueError, match="is unknown: choose from 'keep', 'overwrite'"):
         find_batch_norms(residual_net(), **options)
 
 
@@ -335,7 +335,7 @@ def test_a_pruned_scale_is_refused_as_what_it_is() -> None:
     (record,) = find_batch_norms(layer)
     assert (record.verdict, record.state) == ("refuse", "unsupported")
     assert record.reason.startswith(
-        "its scale is no parameter: a hook makes it from weight_orig, as torch.nn.utils.prune"
+        "its scale is not a parameter: a hook makes it from weight_orig, as torch.nn.utils.prune"
     )
     assert not is_flattened(layer)
     prune.remove(layer, "weight")

@@ -102,7 +102,7 @@ def test_attention_and_recurrent_biases_count_as_vectors() -> None:
 
 
 def test_an_unknown_exemption_is_refused() -> None:
-    with pytest.raises(ValueError, match="weight_decay_exempt='all' is unknown: use one of 'scale', 'norm'"):
+    with pytest.raises(ValueError, match="weight_decay_exempt='all' is unknown: choose from 'scale', 'norm'"):
         scale_param_groups(residual_net(), 0.1, weight_decay_exempt="all")  # type: ignore[arg-type]
 
 

@@ -152,7 +152,7 @@ def test_a_renamed_class_loads_the_statistics_from_the_checkpoint(tmp_path: Path
     with pytest.raises(ValueError, match="has no input statistics"):
         other.load_input_statistics(tmp_path / "without.ckpt")
     torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="is no checkpoint of a Trainer: it holds a list"):
+    with pytest.raises(ValueError, match="is not a checkpoint of a Trainer: it holds a list"):
         other.load_input_statistics(tmp_path / "list.pt")
 
 
@@ -317,8 +317,8 @@ def test_batches_keep_their_structure(make: Any, settings: Any) -> None:
     ("batch", "settings", "message"),
     [
         ({"a": IMAGES, "b": IMAGES}, {}, "a dict with the keys 'a', 'b'. Name it by key, or override select_input"),
-        ({"a": IMAGES}, {"key": "image"}, "key='image') leads nowhere in a batch that is a dict with the keys 'a'"),
-        ([IMAGES], {"key": 3}, "key=3) leads nowhere in a batch that is a list of (Tensor)"),
+        ({"a": IMAGES}, {"key": "image"}, "key='image') names no place in the batch, a dict with the keys 'a'"),
+        ([IMAGES], {"key": 3}, "key=3) names no place in the batch, a list of (Tensor)"),
         ([[IMAGES], 1], {}, "leads to a list of (Tensor) in a batch that is a list of (list, int)"),
         ("text", {}, "a str"),
     ],

@@ -41,7 +41,7 @@ class Augmented(RawData):
 
 def test_floats_in_training_and_bytes_in_validation_are_told(tmp_path: Path) -> None:
     data = Augmented(IMAGES.float(), IMAGES)
-    with pytest.warns(UserWarning, match=r"uint8, .* to 255\) is made of other numbers than the statistics"):
+    with pytest.warns(UserWarning, match=r"uint8, .* to 255\) lies in another range than the training data"):
         trainer(tmp_path, num_sanity_val_steps=0).fit(SeeingNet(), data)
 
 
@@ -87,7 +87,7 @@ def test_every_stage_is_compared_anew(tmp_path: Path) -> None:
     run.fit(network, data)
     run.validate(network, data, verbose=False)
     data.validation = IMAGES.float()
-    with pytest.warns(UserWarning, match="made of other numbers than the statistics"):
+    with pytest.warns(UserWarning, match="lies in another range than the training data"):
         run.test(network, data, verbose=False)
 
 
@@ -142,7 +142,7 @@ def test_a_hook_that_is_called_by_hand_normalises_or_says_why_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data, other = RawData(), RawData()
-    with pytest.raises(MisconfigurationException, match="there are no input statistics to evaluate with"):
+    with pytest.raises(MisconfigurationException, match="input statistics are missing, so a batch cannot be evaluated"):
         data.on_after_batch_transfer([IMAGES, LABELS], 0)
     trainer(tmp_path).fit(SeeingNet(), data)
     other.load_state_dict(data.state_dict())

@@ -280,7 +280,8 @@ def test_evaluation_without_the_masks_of_training_is_told_what_to_do(mask_key: A
     training = [{"image": image, "mask": own} for image, own in batches(FIRST, mask)]
     evaluation: list[dict[str, Any]] = [{"image": image} for image in FIRST.split(8)]
     settings = InputNorm(3, key=["image"] if isinstance(mask_key, list) else "image", mask_key=mask_key)
-    with pytest.raises(TypeError, match=r"mask_key='mask'\) leads nowhere .* Where these have none, put None there"):
+    said = r"mask_key='mask'\) names no place in the batch, .* Where these have none, put None there"
+    with pytest.raises(TypeError, match=said):
         fit(Views(settings, made(training), made(evaluation)), tmp_path, lambda batch: batch["image"])
     for batch in evaluation:
         batch["mask"] = None
@@ -292,9 +293,7 @@ def test_evaluation_without_the_masks_of_training_is_told_what_to_do(mask_key: A
 def test_a_tensor_is_no_container() -> None:
     assert RawData(InputNorm(3, key=0)).select_input(IMAGES) is IMAGES
     for key in (1, (0, 0), "T"):
-        with pytest.raises(
-            TypeError, match=re.escape(f"InputNorm(key={key!r}) leads nowhere in a batch that is a Tensor")
-        ):
+        with pytest.raises(TypeError, match=re.escape(f"InputNorm(key={key!r}) names no place in the batch, a Tensor")):
             RawData(InputNorm(3, key=key)).select_input(IMAGES)
 
 
@@ -358,9 +357,7 @@ def test_evaluation_of_another_structure_points_to_eval_key(tmp_path: Path) -> N
 
 
 def test_training_misses_no_place(tmp_path: Path) -> None:
-    with pytest.raises(
-        TypeError, match=re.escape("InputNorm(key=1) leads nowhere in a batch that is a list of (Tensor)")
-    ):
+    with pytest.raises(TypeError, match=re.escape("InputNorm(key=1) names no place in the batch, a list of (Tensor)")):
         fit(Views(InputNorm(3, key=[0, 1]), made(batches(FIRST))), tmp_path)
 
 

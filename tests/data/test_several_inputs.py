@@ -90,12 +90,12 @@ def test_exports_and_inverses_are_by_name(tmp_path: Path) -> None:
     torch.testing.assert_close(data.denormalize(network.seen["eval"][0]["rgb"], name="rgb"), RGB[:8] / 255)
     for call in (data.input_statistics, data.export_normalizer):
         with pytest.raises(
-            ValueError, match=re.escape("several inputs, 'rgb', 'radar', 'speed': name one of them, got 'x'")
+            ValueError, match=re.escape("several inputs, 'rgb', 'radar', 'speed': give any of these names, got 'x'")
         ):
             call("x")
-        with pytest.raises(ValueError, match="name one of them, got None"):
+        with pytest.raises(ValueError, match="give any of these names, got None"):
             call()
-    with pytest.raises(ValueError, match="one input without a name, and none called 'rgb'"):
+    with pytest.raises(ValueError, match="the only input has no name, got 'rgb'"):
         RawData().input_statistics("rgb")
 
 
@@ -138,9 +138,9 @@ def test_states_of_other_inputs_are_refused_with_both_lists(tmp_path: Path) -> N
     both = "of the inputs 'rgb', 'radar', 'speed', and this DataModule has the inputs 'rgb', 'radar'$"
     with pytest.raises(ValueError, match=both):
         fewer.load_input_statistics(tmp_path / "end.ckpt")
-    with pytest.raises(ValueError, match="and this DataModule has one without a name"):
+    with pytest.raises(ValueError, match="and this DataModule has a single input without a name"):
         RawData().load_input_statistics(tmp_path / "end.ckpt")
-    with pytest.raises(ValueError, match="of one input without a name, and this DataModule has the inputs"):
+    with pytest.raises(ValueError, match="of a single input without a name, and this DataModule has the inputs"):
         data.load_state_dict(RawData().state_dict())
     broken = {**before, "radar": {**before["radar"], "mean": before["radar"]["mean"] * torch.nan}}
     with pytest.raises(ValueError, match="mean is not finite"):
@@ -180,7 +180,7 @@ def test_a_fault_that_is_told_later_names_its_input_and_no_input_learns_the_batc
 
 def test_freezing_names_the_input_that_cannot_and_changes_the_others(tmp_path: Path) -> None:
     data = Sensors({**SETTINGS, "rgb": InputNorm(3, freeze_after=8)})
-    with pytest.raises(MissingStatisticsError, match=r"^input 'rgb': there are no input statistics yet"):
+    with pytest.raises(MissingStatisticsError, match=r"^input 'rgb': input statistics are missing"):
         data.freeze_input_statistics()
     data.collect_input_statistics()
     data.freeze_input_statistics()
@@ -196,12 +196,12 @@ def test_a_warning_names_the_input_whose_numbers_are_others(tmp_path: Path) -> N
     data.collect_input_statistics()
     for batch in data.batches:
         batch["sensors"] = [1e6 * batch["sensors"][0], "near"]
-    with pytest.warns(UserWarning, match=r"^input 'radar': a batch of evaluation .* is made of other numbers"):
+    with pytest.warns(UserWarning, match=r"^input 'radar': a batch of evaluation .* lies in another range"):
         trainer(tmp_path).validate(Net(), data, verbose=False)
 
 
 def test_an_only_input_is_asked_for_by_its_name() -> None:
-    with pytest.raises(ValueError, match="the only input has a name, 'rgb': name it, got None"):
+    with pytest.raises(ValueError, match="the only input has a name, 'rgb': give its name, got None"):
         Sensors({"rgb": InputNorm(3)}).input_statistics()
 
 

@@ -56,7 +56,7 @@ def test_under_fsdp1_a_rank_without_a_part_of_a_scale_gives_the_same_verdict(fsd
 
 def test_fsdp1_without_use_orig_params_is_refused_before_training(fsdp1: tuple[Path, Ranks]) -> None:
     for rank in fsdp1[1]:
-        assert "model.stem.1 (BatchNorm2d): its scale is no parameter but part of a flat one" in rank["error"]
+        assert "model.stem.1 (BatchNorm2d): its scale is not a parameter but part of a flat parameter" in rank["error"]
         assert "wrap with use_orig_params=True" in rank["error"]
         assert rank["steps of the refused"] == 0
 

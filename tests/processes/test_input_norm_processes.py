@@ -145,7 +145,7 @@ def test_the_front_layer_on_two_ranks_equals_batch_norm_of_the_joined_batch(tmp_
     # One value a channel on all ranks together has no variance, which torch's layers refuse too.
     for result in results:
         for single in result["single"]:
-            assert "more than 1 value per channel when training, got one value on all ranks" in single["error"]
+            assert "more than 1 value per channel when training, got a single value on all ranks" in single["error"]
             assert single["unchanged"]
             assert single["goes on"]
     # A Trainer with sync_batchnorm=True leaves the layer as it is, and it trains.

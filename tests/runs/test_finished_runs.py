@@ -72,10 +72,10 @@ def lose_the_seed(folder: Path) -> None:
     [
         (remove_seed, "seed 3 of baseline has no partner in b"),
         (end_in_nan, "seed_03 ends with test_acc=nan: a run that failed has no score to compare"),
-        (end_early, "seed_03 ends at step 10, the longest run at 20: unfinished? Where runs stop by themselves"),
+        (end_early, "seed_03 ends at step 10, the longest run at 20: is it unfinished? If runs stop by themselves"),
         (never_test, "seed_03 has no test_acc: unfinished, or logged by another name; it has test_loss"),
         (run_twice, "seed 3 has two runs"),
-        (lose_the_seed, "is not known: there is no 'seed: N' in its hparams.yaml and no 'seed_N' in its path"),
+        (lose_the_seed, "is not known: its hparams.yaml has no 'seed: N', and its path has no 'seed_N'"),
     ],
 )
 def test_runs_that_are_no_pairs_are_refused_in_one_line(damage: Any, message: str, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_seed_is_the_users_own_or_that_of_seed_everything_or_that_of_the_pat
 def test_two_runs_of_a_seed_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     for name, rate in (("a", 0.1), ("b", 0.2)):
         seed_of(tmp_path / name, f"seed: 1\nlr: {rate}\n")
-    with pytest.raises(LogError, match=r"seed 1 has two runs, .*, which differ in lr: name the one that counts"):
+    with pytest.raises(LogError, match=r"seed 1 has two runs, .*, which differ in lr: name the run that counts"):
         scores(tmp_path)
 
 

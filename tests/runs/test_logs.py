@@ -125,7 +125,7 @@ def garbage(path: Path) -> Path:
         (lambda path: path / "nowhere", "nowhere does not exist"),
         (
             lambda path: path,
-            "holds no log, nor does a directory below: neither metrics.csv of CSVLogger nor an event file",
+            "holds no log, and its subdirectories hold none: no metrics.csv of CSVLogger, event file",
         ),
         (lambda path: text(path / "metrics.csv", ""), "metrics.csv is empty"),
         (lambda path: text(path / "events.out.tfevents.1", ""), "events.out.tfevents.1 is empty"),
@@ -133,20 +133,20 @@ def garbage(path: Path) -> Path:
         (lambda path: text(path / "metrics.csv", "a,step\nx,1\n"), "metrics.csv holds no values"),
         (
             lambda path: text(path / "other.csv", "a,b\n1,2\n"),
-            "other.csv is no metrics.csv of CSVLogger: it has no column step, but a, b",
+            "other.csv is not a metrics.csv of CSVLogger: it has no column step, but a, b",
         ),
-        (lambda path: garbage(path / "metrics.csv"), "metrics.csv is no metrics.csv of CSVLogger: it is not text"),
+        (lambda path: garbage(path / "metrics.csv"), "metrics.csv is not a metrics.csv of CSVLogger: it is not text"),
         (
             lambda path: garbage(path / "x.tfevents"),
-            "x.tfevents is no event file of TensorBoard, or is damaged from its beginning",
+            "x.tfevents is not an event file of TensorBoard, or is damaged from its beginning",
         ),
         (
             lambda path: text(path / "metrics.csv", "step," + "x" * 200_000 + "\n"),
-            "metrics.csv is no metrics.csv of CSVLogger: field larger",
+            "metrics.csv is not a metrics.csv of CSVLogger: field larger",
         ),
         (
             lambda path: text(path / "x.tfevents", 64 * "\0"),
-            "x.tfevents is no event file of TensorBoard, or is damaged",
+            "x.tfevents is not an event file of TensorBoard, or is damaged",
         ),
         (lambda path: write_events(path, []), "holds no values"),
     ],

@@ -243,8 +243,8 @@ def test_a_yaml_file_may_hold_patterns_and_the_monitor(tmp_path: Path) -> None:
         ("scales=0.1", "unknown key 'scales'"),
         ("scale=big", "got 'big'"),
         ("scale=0", "scale"),
-        ("missing.yaml", "there is no file"),
-        ("maybe", "'maybe' is no key=value"),
+        ("missing.yaml", "missing.yaml' does not exist"),
+        ("maybe", "'maybe' must be key=value"),
         ("monitor=3", "monitor must be true or false, got 3"),
     ],
 )
@@ -279,7 +279,7 @@ MERGES = "\n".join(
         ("word " * 10_000, "must hold a mapping of settings, it holds a str"),
         ("- 1", "it holds a list"),
         ("", "it holds a NoneType"),
-        ("#" * 2**21, "has 2,097,152 bytes, which is no file of settings"),
+        ("#" * 2**21, "has 2,097,152 bytes, too many for a file of settings"),
         ("scale: 0.1\nscale: 0.2", "the key 'scale' stands twice"),
         ("monitor: {prefix: a, prefix: b}", "the key 'prefix' stands twice"),
         ("monitor: {activations: 'false'}", "activations of monitor must be true or false, got 'false'"),
@@ -311,7 +311,7 @@ def test_a_file_that_is_wrong_is_one_short_line(content: str, said: str, tmp_pat
     ("text", "said"),
     [
         ("scale=0.1,scale=0.2", "the key 'scale' stands twice"),
-        ("x" * 200_000, "is no key=value"),
+        ("x" * 200_000, "must be key=value"),
         ("scale=" + "9" * 5000, "scale"),
         ("scale=" + "(" * 5000, ""),
         ("scale=\x1b[2J\n", "scale"),

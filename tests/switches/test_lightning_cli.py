@@ -299,7 +299,7 @@ def test_a_second_callback_beside_the_flag_is_one_error(
         run(Program, tmp_path, "--revbn.enabled", "true", *more)
     assert (
         "error: two callbacks: revbn.enabled is true, and the Trainer has a RevisitedBatchNorm of its own, from "
-        "trainer.callbacks or the program. Set revbn.enabled to false, or remove the other one"
+        "trainer.callbacks or the program. Set revbn.enabled to false, or remove the other callback"
     ) in capsys.readouterr().err
 
 

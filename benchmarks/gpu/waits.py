@@ -110,7 +110,7 @@ def measure(report: Report) -> None:
         logging = [step for index, step in enumerate(steps) if index >= SETTLED and not (index + 1) % LOGGED_EVERY]
         for kind, chosen, limit in (("a step", plain, 0), ("a logging step", logging, 1)):
             own = [len(of_package(step)) for step in chosen]
-            others = max(len(step) for step in chosen) - max(own)
+            others = max(len(step) - len(of_package(step)) for step in chosen)
             detail = f"of others: {others}"
             report.add_figure(
                 {"name": f"{name}: waits of the package in {kind}", "value": max(own), "limit": limit, "detail": detail}

@@ -6,13 +6,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.scripts import ROOT, Done, run_python
+from torch.autograd import DeviceType
 
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu.device import kernels_among
 from benchmarks.gpu.page import page
 from benchmarks.gpu.parts import PARTS, Visit, read_outcomes, run_limited
 
@@ -118,6 +121,16 @@ def test_a_figure_is_judged_by_its_limit_on_a_gpu_alone(value: float, device: di
     part = {"outcome": "ok", "reason": "", "seconds": 1.0, "figures": [figure], "skipped": [], "notes": []}
     text = page({"device": device, "small": False, "seconds": 1.0, "parts": {"input_norm": part}})
     assert f"| mode batch | {value:.3f} (1.000 to 1.500) | 1.3 | {verdict} |" in text
+
+
+def test_kernels_count_without_the_names_of_the_regions_above_them() -> None:
+    def event(kind: DeviceType, microseconds: float, *, is_name: bool = False) -> Any:
+        spent = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(device_type=kind, is_user_annotation=is_name, time_range=spent)
+
+    kernels = [event(DeviceType.CUDA, 20.0), event(DeviceType.CUDA, 30.0)]
+    others = [event(DeviceType.CPU, 400.0), event(DeviceType.CUDA, 60.0, is_name=True)]
+    assert kernels_among([*others, *kernels]) == (2, pytest.approx(50e-6))
 
 
 def test_a_part_has_no_more_time_than_is_left(tmp_path: Path) -> None:

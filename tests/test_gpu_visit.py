@@ -140,6 +140,22 @@ def test_a_part_has_no_more_time_than_is_left(tmp_path: Path) -> None:
     assert found["reason"] in ("the limit is 6 s", "the limit is 5 s")
 
 
+@pytest.mark.parametrize(("device", "patience", "limit"), [("cuda", 1.0, 60), ("cuda", 2.0, 120), ("cpu", 1.0, 240)])
+def test_a_part_has_its_own_limit_times_the_patience_of_the_visit(
+    device: str, patience: float, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def run(command: object, seconds: float, *others: object) -> dict[str, Any]:
+        limits.append(seconds)
+        return {"outcome": "ok", "reason": "", "seconds": 0.0}
+
+    monkeypatch.setattr("benchmarks.gpu.parts.run_limited", run)
+    (training,) = [part for part in PARTS if part.name == "training"]
+    Visit(device, True, tmp_path, "", time.monotonic() + 1000, patience).run(training)
+    assert limits == [limit]
+
+
 def test_tests_that_were_not_reached_are_told(tmp_path: Path) -> None:
     written = tmp_path / "tests.json"
     entries = [

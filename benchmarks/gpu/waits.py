@@ -29,6 +29,8 @@ from lightning_revbn import InputNorm, OnlineInputNormMixin, RevisitedBatchNorm
 
 STEPS, LOGGED_EVERY, SETTLED = 24, 6, 6
 """Steps of a run, the steps between logging steps, and the steps at first in which things are found out."""
+SAMPLES = 64
+"""Samples of a batch: enough that all advice on the data, which reads them, is given by the first logging step."""
 
 
 class Images(L.LightningDataModule):
@@ -36,8 +38,8 @@ class Images(L.LightningDataModule):
 
     def __init__(self, device: str, **options: Any) -> None:
         super().__init__(**options)
-        self.inputs = torch.randint(0, 256, (16, 3, 6, 6), dtype=torch.uint8, device=device)
-        self.targets = torch.randint(0, 5, (16,), device=device)
+        self.inputs = torch.randint(0, 256, (SAMPLES, 3, 6, 6), dtype=torch.uint8, device=device)
+        self.targets = torch.randint(0, 5, (SAMPLES,), device=device)
 
     def train_dataloader(self) -> Any:
         """Return the same batch for every step."""

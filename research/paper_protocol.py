@@ -4,7 +4,7 @@
     python research/paper_protocol.py digits --arms baseline scale=0.1 scale=1,scale_lr_divisor=1,eps=1e-3
     python research/paper_protocol.py fashion-mnist --train-images 5000 --epochs 30 --seeds 8
     python research/paper_protocol.py cifar10 --network resnet18 --data-dir data --epochs 180 --device cuda
-    python research/paper_protocol.py fashion-mnist --network resnet18 --epochs 30 --device cuda --minutes 9 --jobs 1 \
+    python research/paper_protocol.py fashion-mnist --network resnet18 --epochs 30 --device cuda --minutes 9 --jobs 3 \
         --arms baseline scale=0.1 scale=1,scale_lr_divisor=1,shift_lr_multiplier=10,eps=1e-3
 
 Every run has a directory with its learning curves, `metrics.csv`, and a `result.json`, which is written when the run is

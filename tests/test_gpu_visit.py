@@ -6,13 +6,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.scripts import ROOT, Done, run_python
+from torch.autograd import DeviceType
 
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu.device import kernels_among
 from benchmarks.gpu.page import page
 from benchmarks.gpu.parts import PARTS, Visit, read_outcomes, run_limited
 
@@ -120,11 +123,37 @@ def test_a_figure_is_judged_by_its_limit_on_a_gpu_alone(value: float, device: di
     assert f"| mode batch | {value:.3f} (1.000 to 1.500) | 1.3 | {verdict} |" in text
 
 
+def test_kernels_count_without_the_names_of_the_regions_above_them() -> None:
+    def event(kind: DeviceType, microseconds: float, *, is_name: bool = False) -> Any:
+        spent = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(device_type=kind, is_user_annotation=is_name, time_range=spent)
+
+    kernels = [event(DeviceType.CUDA, 20.0), event(DeviceType.CUDA, 30.0)]
+    others = [event(DeviceType.CPU, 400.0), event(DeviceType.CUDA, 60.0, is_name=True)]
+    assert kernels_among([*others, *kernels]) == (2, pytest.approx(50e-6))
+
+
 def test_a_part_has_no_more_time_than_is_left(tmp_path: Path) -> None:
     (part,) = [part for part in PARTS if part.name == "tests"]
     found = Visit("cpu", True, tmp_path, "two_ranks_learn", time.monotonic() + 6).run(part)
     assert found["outcome"] == "ran out of time"
     assert found["reason"] in ("the limit is 6 s", "the limit is 5 s")
+
+
+@pytest.mark.parametrize(("device", "patience", "limit"), [("cuda", 1.0, 60), ("cuda", 2.0, 120), ("cpu", 1.0, 240)])
+def test_a_part_has_its_own_limit_times_the_patience_of_the_visit(
+    device: str, patience: float, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def run(command: object, seconds: float, *others: object) -> dict[str, Any]:
+        limits.append(seconds)
+        return {"outcome": "ok", "reason": "", "seconds": 0.0}
+
+    monkeypatch.setattr("benchmarks.gpu.parts.run_limited", run)
+    (training,) = [part for part in PARTS if part.name == "training"]
+    Visit(device, True, tmp_path, "", time.monotonic() + 1000, patience).run(training)
+    assert limits == [limit]
 
 
 def test_tests_that_were_not_reached_are_told(tmp_path: Path) -> None:

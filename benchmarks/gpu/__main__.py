@@ -36,7 +36,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="try the code with inputs too small to measure anything")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="(default: all, in this order)")
     parser.add_argument("--tests", default="", metavar="EXPRESSION", help="only these tests, as `pytest -k` takes it")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of all parts (default: %(default)g)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="of all parts, in proportion also of each (default: %(default)g)",
+    )
     return parser.parse_args()
 
 
@@ -49,7 +54,8 @@ def main() -> int:
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    visit = Visit(arguments.device, arguments.small, output, arguments.tests, start + arguments.seconds)
+    patience = max(1.0, arguments.seconds / SECONDS)
+    visit = Visit(arguments.device, arguments.small, output, arguments.tests, start + arguments.seconds, patience)
     results: dict[str, Any] = {
         "device": Device(arguments.device).describe(),
         "small": arguments.small,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-__all__ = ["Device", "Times"]
+__all__ = ["Device", "Times", "kernels_among"]
 
 Times = dict[str, list[float]]
 """The seconds of a call in every round, by the name of the function."""
@@ -75,15 +75,13 @@ class Device:
         """Return how many kernels one call starts, and the seconds that the device works on them; None on a CPU."""
         if not self.is_gpu:
             return None
-        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         self.wait()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             function()
             self.wait()
-        found: list[Any] = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
-        return len(found), sum(event.time_range.elapsed_us() for event in found) / 1e6
+        return kernels_among(profiler.events() or ())
 
     def copy(self, size: int) -> tuple[Callable[[], object], int]:
         """Return a function that copies a buffer of a size in bytes, and the bytes that it reads and writes."""
@@ -104,6 +102,17 @@ class Device:
             }
         packages = ("torch", "lightning", "torchmetrics", "timm", "torchvision", "triton")
         return found | {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def kernels_among(events: Iterable[Any]) -> tuple[int, float]:
+    """Return how many of the profiler's events are work of the device, and its seconds.
+
+    Names that torch gives to regions of a program, such as compiled ones, lie above their kernels on the same device.
+    """
+    from torch.autograd import DeviceType
+
+    found = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    return len(found), sum(event.time_range.elapsed_us() for event in found) / 1e6
 
 
 def _version(package: str) -> str | None:

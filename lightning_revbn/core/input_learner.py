@@ -115,7 +115,7 @@ class InputLearner:
         Raises:
             InputError: If the batch of any rank has a fault (see `GlobalBatch.faults`).
         """
-        faults = [int(count) for count in self._faults]
+        faults = [int(count) for count in self._faults.cpu()]  # from an accelerator each copy makes the host wait
         self._faults = torch.zeros_like(self._faults)
         parts = self._counted(parts) if any(faults) else ()
         refuse_faults(faults, self.learned.kind, parts, ignore_nan=self._settings.nan_policy == "ignore")

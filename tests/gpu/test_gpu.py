@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 from helpers.devices import ACCELERATOR
 from helpers.lit import LitNet, loader, permanent_sgd, trainer
 from helpers.logs import logged_in
 from helpers.models import assert_same_parameters
 from helpers.scripts import run_ranks
-from lightning.pytorch.loggers import CSVLogger
 
-from lightning_revbn import BatchNormMonitor, RevisitedBatchNorm
+from lightning_revbn import RevisitedBatchNorm
 
 PRECISIONS = {
     "cpu": ["64-true", "32-true", "bf16-mixed", "bf16-true"],
@@ -46,21 +44,3 @@ def test_two_gpus_train_and_are_measured_under_every_strategy(strategy: str, tmp
     assert float(logged[0]["revbn/scale_mean"]) == pytest.approx(0.1)
     assert {float(row["revbn/scale_lr"]) for row in logged} == {0.05 / 100}
     assert 0 < float(logged[-1]["revbn/scale_drift"]) < 0.01
-
-
-@pytest.mark.gpu
-def test_synchronised_layers_are_rewritten_and_measured(tmp_path: Path) -> None:
-    module = LitNet()
-    callback = RevisitedBatchNorm(monitor=BatchNormMonitor(activations=True))
-    options = {"accelerator": "gpu", "devices": 1, "strategy": "ddp", "sync_batchnorm": True}
-    seen: list[str] = []
-
-    class Look(L.Callback):
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            seen.extend(type(layer).__name__ for layer in pl_module.modules() if hasattr(layer, "running_mean"))
-
-    trainer(tmp_path, callback, Look(), logger=CSVLogger(tmp_path), **options).fit(module, loader())
-    assert seen == ["SyncBatchNorm"] * 3
-    logged = logged_in(tmp_path)
-    assert float(logged[0]["revbn/scale_mean"]) == pytest.approx(0.1)
-    assert all(float(row["revbn/normalized_absmax"]) > 1 for row in logged)

@@ -10,15 +10,17 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import host_waits as host_waits_helper
 from helpers.devices import DEVICES, GPU
 from helpers.host_waits import host_waits, of_package
 from helpers.models import ResidualNet, residual_net, scales, shifts
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
@@ -134,6 +136,31 @@ def test_the_statistics_of_an_input_are_read_with_one_copy(device: str) -> None:
         online = standardizer(InputNorm(3), Kind.UINT8)
         (place,) = waits_in(online.statistics)
     assert place.endswith("torch.stack((total.mean, total.std, total.count)).cpu()")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_faults_of_batches_are_read_with_one_copy(device: str) -> None:
+    with waiting(device) as waits_in:
+        online = standardizer(InputNorm(3), Kind.UINT8)
+        lacks_values = pytest.raises(DataDependentOutputException)  # behind the copy
+
+        def read() -> None:
+            with lacks_values if device == "cpu" else contextlib.nullcontext():
+                online.check()
+
+        (place,) = waits_in(read)
+    assert "self._faults.cpu()" in place
+
+
+@pytest.mark.parametrize("name", ["torch/functional.py", "torch/optim/sgd.py", "torch_geometric/data.py"])
+def test_only_files_of_torch_itself_are_internal_wherever_torch_is_installed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = Path("/opt/torch/.venv/lib/python3.12/site-packages")  # in an environment that is called torch too
+    monkeypatch.setattr(host_waits_helper, "TORCH", packages / "torch")
+    told: dict[str, Any] = {"place_of": host_waits_helper._place}
+    exec(compile("place = place_of()", str(packages / name), "exec"), told)
+    assert (name in told["place"]) == (name != "torch/functional.py")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ def captured(step: Callable[[], object], device: str) -> Captured:
         for _ in range(WARM):
             step()
     torch.cuda.current_stream().wait_stream(stream)
+    gc.collect()  # or the garbage of earlier tests may be collected, and memory freed, amid the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

@@ -17,6 +17,7 @@ import lightning_revbn
 
 PACKAGE = Path(lightning_revbn.__file__).parent
 ROOT = PACKAGE.parent
+TORCH = Path(torch.__file__).parent
 _ANSWERS: dict[str, Any] = {"aten::_local_scalar_dense": 1, "aten::equal": True}
 """Operations of which the host reads the result, and a result for tensors without values."""
 _SIZES = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
@@ -95,7 +96,12 @@ def _is_fake_host(tensors: list[Tensor]) -> bool:
 def _place() -> str:
     """Return the line that waits: the innermost one, but for the internals of torch other than its optimizers."""
     frames = [frame for frame in traceback.extract_stack()[:-1] if frame.filename != __file__]
-    own = [frame for frame in frames if "/torch/" not in frame.filename or "/torch/optim/" in frame.filename]
+    own = [frame for frame in frames if not _is_internal(Path(frame.filename))]
     path, frame = Path(own[-1].filename), own[-1]
     shown = path.relative_to(ROOT) if path.is_relative_to(PACKAGE) else Path(*path.parts[-3:])
     return f"{shown}:{frame.lineno} {frame.line}"
+
+
+def _is_internal(path: Path) -> bool:
+    """Tell whether a file is of torch itself: by its folder, since an environment may be called torch too."""
+    return path.is_relative_to(TORCH) and not path.is_relative_to(TORCH / "optim")

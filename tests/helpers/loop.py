@@ -20,8 +20,9 @@ def train(
     model: nn.Module, optimizer: Optimizer, scheduler: Any = None, steps: int = STEPS, closure: bool = True
 ) -> None:
     """Train on a batch of 8 images per step, equal in every call; `closure` passes the optimizer a closure."""
-    device = next(model.parameters()).device
-    inputs, targets = (values.to(device) for values in images(8 * steps))
+    first = next(model.parameters())
+    inputs, targets = images(8 * steps)
+    inputs, targets = inputs.to(first.device, first.dtype), targets.to(first.device)
 
     for step in range(steps):
         batch = slice(8 * step, 8 * step + 8)

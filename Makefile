@@ -67,7 +67,7 @@ dist: $(VENV)-dist/.dist ## build sdist and wheel in dist/, check them, and use 
 	rm -rf dist
 	$(VENV)-dist/bin/python -m build --no-isolation
 	$(VENV)-dist/bin/python -m twine check --strict dist/*
-	PYTHONPATH=.:tests $(VENV)-dist/bin/python tests/processes/scripts/bare_install.py dist/*.whl $(firstword $(TORCH))
+	PYTHONPATH=.:tests $(VENV)-dist/bin/python tests/helpers/installed_package.py dist/*.whl $(firstword $(TORCH))
 
 test-lowest: ## run all tests at the lowest versions the package states
 	$(MAKE) test VENV=.venv-lowest TORCH="torch==2.5.0 torchvision==0.20.0 lightning==2.5.0 torchmetrics==1.4.0 numpy<2.3"

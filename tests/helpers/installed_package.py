@@ -1,9 +1,18 @@
-"""Checks of an environment that has this package without extras: what a user does first works in it."""
+"""Checks of an environment that has this package without extras: what a user does first works in it.
+
+    PYTHONPATH=.:tests python tests/helpers/installed_package.py dist/*.whl torch==2.14.1
+
+installs a wheel in an environment that has nothing else, and makes the checks there; `make dist` runs it. pip brings the
+dependencies, where the test of the same checks links them.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
+import tempfile
+import venv
 from pathlib import Path
 
 from helpers.bare_environment import BareEnvironment
@@ -80,3 +89,26 @@ def check_installed(environment: BareEnvironment, folder: Path) -> str:
     refused = environment.run("lightning-revbn", "plot", "logs", cwd=folder, check=False)
     assert (refused.returncode, 'pip install "lightning-revbn[plots]"' in refused.stderr) == (1, True), refused
     return table
+
+
+def install_and_check(wheel: Path, requirements: list[str]) -> str:
+    """Let pip install a wheel without extras in a new environment, and use the package there.
+
+    Args:
+        wheel: The wheel of this package.
+        requirements: Versions to install with it, such as `torch==2.14.1`.
+
+    Returns:
+        The installed packages, and what `lightning-revbn inspect` printed.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        environment, work = BareEnvironment(Path(temporary, "environment")), Path(temporary, "work")
+        venv.EnvBuilder(symlinks=True, with_pip=True).create(environment.folder)
+        environment.run("pip", "install", "--quiet", wheel.resolve(), *requirements)
+        environment.run("pip", "check")
+        work.mkdir()
+        return environment.run("pip", "list", "--format=freeze").stdout + check_installed(environment, work)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(install_and_check(Path(sys.argv[1]), sys.argv[2:]))

@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:tests python tests/helpers/installed_package.py dist/*.whl torch==2.14.1
 
-installs a wheel in an environment that has nothing else, and makes the checks there; `make dist` runs it. pip brings the
-dependencies, where the test of the same checks links them.
+installs a wheel in an environment that has nothing else, and makes the checks there; `make dist` runs it. pip brings
+the dependencies, where the test of the same checks links them.
 """
 
 from __future__ import annotations

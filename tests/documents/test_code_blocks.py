@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from helpers.bare_environment import CLEAN, BareEnvironment, build_distributions, make_environment
+from helpers.bare_environment import CLEAN, BareEnvironment, Environments
 from helpers.installed_package import PLAIN
 from helpers.pages import NEEDS, PAGES, Block, blocks_of
 from helpers.processes import run_process
@@ -93,21 +93,6 @@ folder.mkdir(parents=True)
 (folder / "metrics.csv").write_text(f"step,epoch,test_acc\\n20,1,{0.9 + 0.01 * int(seed) * (1 + scale * revisited)}\\n")
 """
 """A script that leaves the logs of a run, of the arm and the seed that it is given."""
-
-
-class Environments(NamedTuple):
-    bare: BareEnvironment
-    extras: BareEnvironment
-    """With the extras `compare` and `plots`, and the packages that pages ask for by name."""
-
-
-@pytest.fixture(scope="module")
-def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
-    folder = tmp_path_factory.mktemp("environments")
-    _, wheel = build_distributions(folder / "dist")
-    also = ["scikit-learn", "timm"]
-    bare, extras = folder / "bare", folder / "extras"
-    return Environments(make_environment(bare, wheel), make_environment(extras, wheel, ["compare", "plots"], also))
 
 
 class Ran(NamedTuple):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 
@@ -51,6 +51,12 @@ class BareEnvironment:
     def run(self, *command: object, env: dict[str, str] | None = None, **options: Any) -> Any:
         """Run a command of the environment by its name, `python` for one; options go to `run_process`."""
         return run_process([self.bin / str(command[0]), *command[1:]], env={**CLEAN, **(env or {})}, **options)
+
+
+class Environments(NamedTuple):
+    bare: BareEnvironment
+    extras: BareEnvironment
+    """With the extras `compare` and `plots`, and the packages that pages ask for by name."""
 
 
 def make_environment(

@@ -1,17 +1,20 @@
-"""Writes the outputs of the tutorial into its file, and draws its figure: `python tests/helpers/notebook.py`."""
+"""Writes the outputs of the tutorial into its file, and draws its figure.
+
+PYTHONPATH=.:tests python tests/helpers/notebook.py
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from helpers.scripts import ROOT, run_python
+
 TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
 SCRIPT = ROOT / "tests" / "processes" / "scripts" / "run_notebook.py"
 FIGURE = "tutorial.png"
@@ -28,11 +31,9 @@ def output_of(cell: dict[str, Any]) -> str:
 
 def write_outputs() -> None:
     notebook = json.loads(TUTORIAL.read_text())
-    paths = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(SCRIPT), str(TUTORIAL)]
-        environment = {**os.environ, **paths, "MPLBACKEND": "agg"}
-        said = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        said = run_python(SCRIPT, TUTORIAL, cwd=Path(folder), env={"PATH": path, "MPLBACKEND": "agg"})
         shutil.copy(Path(folder, FIGURE), TUTORIAL.parent)
     for cell, text in zip(code_cells(notebook), json.loads(said.stdout), strict=True):
         stream = {"name": "stdout", "output_type": "stream", "text": text.splitlines(keepends=True)}

@@ -15,7 +15,7 @@ OPTIMIZERS_ARGS ?=
 FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz docs test-lowest test-deepspeed test-gpu clean
+.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz docs dist test-lowest test-deepspeed test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -63,6 +63,12 @@ fuzz: $(VENV)/.examples $(VENV)/.test ## give the command targets, logs, and LIG
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W -E --keep-going -b html docs docs/_build
 
+dist: $(VENV)-dist/.dist ## build sdist and wheel in dist/, check them, and use the wheel in an environment that has nothing else
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build --no-isolation
+	$(VENV)-dist/bin/python -m twine check --strict dist/*
+	PYTHONPATH=.:tests $(VENV)-dist/bin/python tests/helpers/installed_package.py dist/*.whl $(firstword $(TORCH))
+
 test-lowest: ## run all tests at the lowest versions the package states
 	$(MAKE) test VENV=.venv-lowest TORCH="torch==2.5.0 torchvision==0.20.0 lightning==2.5.0 torchmetrics==1.4.0 numpy<2.3"
 
@@ -73,7 +79,7 @@ test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests th
 	$(BIN)/python -m pytest -m gpu tests/gpu tests/research/test_paper_protocol.py $(TEST_ARGS)
 
 clean: ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers docs/_build demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output outputs multirun examples/*_output
+	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers .venv-dist docs/_build dist demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output outputs multirun examples/*_output
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -87,6 +93,12 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.deepspeed: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --group $*
+	@touch $@
+
+$(VENV)-dist/.dist: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install -qq --upgrade "pip>=25.1"
+	$(VENV)-dist/bin/python -m pip install -qq --group dist
 	@touch $@
 
 $(VENV)/.optimizers: $(VENV)/.examples $(VENV)/.test benchmarks/optimizer_zoo.txt

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import lightning_revbn
 
 project = "lightning-revbn"
@@ -19,3 +23,27 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
 # Docstrings write `code` as Markdown does.
 default_role = "code"
+
+
+def page_of(notebook: dict[str, Any]) -> str:
+    """Return the cells of a notebook and their stored text as a page; a notebook reader would bring Jupyter along."""
+    parts: list[str] = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        is_command = source.startswith("!")
+        parts.append(f"```sh\n{source[1:]}\n```" if is_command else f"```python\n{source}\n```")
+        parts += [f"```text\n{''.join(output['text']).strip()}\n```" for output in cell["outputs"]]
+    return "\n\n".join(parts)
+
+
+def fill_tutorial(app: Any, name: str, source: list[str]) -> None:
+    if name == "tutorial":
+        notebook = json.loads((Path(app.srcdir) / "tutorial.ipynb").read_text(encoding="utf-8"))
+        source[0] = page_of(notebook) + "\n\nThis page is a notebook: {download}`tutorial.ipynb`.\n"
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", fill_tutorial)

@@ -1,14 +1,9 @@
-"""What the package promises as a whole: a light import, a version, documents that work."""
+"""What the package promises as a whole: a light import, a version, its dependencies."""
 
 from __future__ import annotations
 
-import re
 from importlib.metadata import requires, version
-from pathlib import Path
 
-import pytest
-from helpers.lit import LitNet, loader
-from helpers.models import residual_net
 from helpers.scripts import ROOT, run_code
 from packaging.requirements import Requirement
 
@@ -43,15 +38,3 @@ def test_torch_is_bounded_below_only_and_malicious_releases_of_lightning_are_exc
     assert {spec.operator for spec in needed["torch"]} == {">="}
     assert not {"2.6.2", "2.6.3"} & set(needed["lightning"].filter(["2.5.0", "2.6.2", "2.6.3", "2.6.6"]))
     assert set(needed) == {"torch", "lightning", "torchmetrics", "numpy"}
-
-
-@pytest.mark.parametrize("document", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))])
-def test_the_python_code_of_the_documents_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page run one after the other in one namespace, beside a small model and its data."""
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
-    namespace = {"model": LitNet(), "data": loader(), "network": residual_net()}
-    for block in blocks:
-        if re.match(r"# \S+\.py\n", block):  # a file, run by test_switch_it_on.py
-            continue
-        exec(compile(block, document, "exec"), namespace)

@@ -16,6 +16,7 @@ import wandb
 import yaml
 from helpers.lit import LitNet, loader, quiet, sgd, trainer
 from helpers.models import residual_net
+from helpers.pages import blocks_of
 from helpers.wandb_records import wandb_records
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -104,6 +105,11 @@ def test_the_file_of_hyperparameters_has_the_settings_beside_the_users(
 ) -> None:
     fit(tmp_path, kind(tmp_path / "log"), quiet(**settings))
     assert in_yaml(tmp_path / "log") == {**USERS, **logged}
+
+
+def test_the_page_shows_these_settings() -> None:
+    (block,) = blocks_of("docs/how_it_works.md", "yaml")
+    assert yaml.safe_load(block.code) == {"width": USERS["width"], **DEFAULTS}
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])

@@ -13,9 +13,10 @@ KILL_ARGS ?=
 GPU_ARGS ?=
 OPTIMIZERS_ARGS ?=
 FUZZ_ARGS ?=
+STUDY_TESTS := $(addprefix tests/examples/,test_hydra.py test_study.py test_study_on_ray.py test_optuna_study.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz docs dist test-lowest test-deepspeed test-gpu clean
+.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz study docs dist test-lowest test-deepspeed test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -60,6 +61,9 @@ fuzz: $(VENV)/.examples $(VENV)/.test ## give the command targets, logs, and LIG
 	PYTHONPATH=.:tests $(BIN)/python tests/processes/scripts/fuzz_command.py $(FUZZ_ARGS)
 	PYTHONPATH=.:tests $(BIN)/python tests/helpers/fuzzed_logs.py 500
 
+study: ## run the tests of studies: joblib, submitit, Ray, interrupted studies, failed runs, the search with Optuna
+	$(MAKE) .venv-study/.study test VENV=.venv-study TEST_ARGS="-m 'not gpu' $(STUDY_TESTS)"
+
 docs: $(VENV)/.examples $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W -E --keep-going -b html docs docs/_build
 
@@ -79,7 +83,7 @@ test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests th
 	$(BIN)/python -m pytest -m gpu tests/gpu tests/research/test_paper_protocol.py $(TEST_ARGS)
 
 clean: ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers .venv-dist docs/_build dist demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output outputs multirun examples/*_output
+	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers .venv-study .venv-dist docs/_build dist demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output optuna_output outputs multirun studies examples/*_output
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -91,7 +95,7 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --editable ".[examples]"
 	@touch $@
 
-$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.deepspeed: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.deepspeed $(VENV)/.study: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --group $*
 	@touch $@
 

@@ -78,8 +78,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--seed-pattern",
         metavar="REGEX",
-        help=r"finds a run's seed in its path, such as 'run_(\d+)' (default: 'seed' among its hyperparameters, else "
-        "the seed of seed_everything that the callback logged, else seed_N in its path)",
+        help=r"finds a run's seed in its path, such as 'run_(\d+)' (default: 'seed' among its hyperparameters or "
+        "Hydra's overrides, else the seed of seed_everything that the callback logged, else seed_N in its path)",
     )
     parser.add_argument("--any-length", action="store_true", help="allow runs that end at different steps")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_revbn.core.setting_keys import SEED_KEY
+from lightning_revbn.runs.hydra_overrides import overridden_seeds
 from lightning_revbn.runs.hyperparameters import read_hyperparameters
 from lightning_revbn.runs.logs import Log, read_scalars
 from lightning_revbn.runs.names import one_line
@@ -31,7 +32,7 @@ class Wanted:
         metric: The key whose last value is the score; None reads no score.
         curve: The key of a scalar to read over all steps; None reads no curve.
         seed_pattern: A pattern whose first group finds the seed in a run's path; None searches the hyperparameters,
-            then the path.
+            the overrides of Hydra, then the path.
     """
 
     metric: str | None
@@ -179,11 +180,14 @@ def _series(log: Log, scalars: Scalars, key: str) -> Series:
 def _seed(path: Path, seed_pattern: re.Pattern[str] | None, hyperparameters: Mapping[str, Any], unread: str) -> int:
     if seed_pattern is not None:
         return _seed_by_pattern(path, seed_pattern)
-    for group in (
+    groups: list[list[Any]] = [
         [hyperparameters.get(name) for name in _SEED_NAMES],
+        # A script may derive the seed of `seed_everything`, and a baseline without a callback logs none.
+        [*overridden_seeds(path, _SEED_NAMES)],
         [hyperparameters.get(SEED_KEY)],
         [value for name, value in hyperparameters.items() if name.rpartition("/")[2] in _SEED_NAMES],
-    ):
+    ]
+    for group in groups:
         # Two different seeds in a group leave open which seed the run had.
         seeds = {str(value) for value in group if isinstance(value, (int, str)) and str(value).isdecimal()}
         if len(seeds) == 1:

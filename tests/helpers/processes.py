@@ -110,6 +110,34 @@ def run_process(
     return done
 
 
+def kill_process(command: Sequence[object], when: Callable[[], bool], *, env: Mapping[str, str]) -> None:
+    """Start a command, and kill all its processes as soon as a condition holds.
+
+    Args:
+        command: The program and its arguments.
+        when: The condition, which is asked every hundredth of a second.
+        env: Variables in addition to the environment of this process.
+
+    Raises:
+        AssertionError: If the command ended before, or the condition did not hold within `PATIENCE`.
+    """
+    mark = f"{os.getpid()}.{next(_NUMBERS)}"
+    with TemporaryFile() as output:
+        files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        words = [str(word) for word in command]
+        process = subprocess.Popen(words, env={**os.environ, **env, MARK: mark}, **files)
+        tree, end = _Tree(process, mark), time.monotonic() + PATIENCE
+        try:
+            while not when() and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.01)
+            killed = process.poll() is None and time.monotonic() < end
+        finally:
+            tree.send(signal.SIGKILL)
+            assert tree.wait(60)
+        output.seek(0)
+        assert killed, output.read().decode(errors="replace")[-12000:]
+
+
 def _wait(tree: _Tree, written: Callable[[], int], progress: Progress, limit: float, clock: Callable[[], float]) -> str:
     """Wait until a process has failed, or all processes of its tree have ended; return a reason to kill them, or ""."""
     start, seconds = clock(), 0.05

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.processes import run_process
+from helpers.processes import kill_process, run_process
 
 ROOT = Path(__file__).parents[2]
 Done = subprocess.CompletedProcess[str]
@@ -17,13 +17,17 @@ Done = subprocess.CompletedProcess[str]
 
 def run_python(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> Done:
     """Run the tests' interpreter with the package of this checkout; options go to `run_process`."""
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT)}
-    return run_process([sys.executable, *arguments], env={**own, **(env or {})}, **options)
+    return run_process([sys.executable, *arguments], env={**_own_environment(), **(env or {})}, **options)
 
 
 def run_script(name: str, *arguments: object, **options: Any) -> Done:
     """Run a script by its path from the root of the repository."""
     return run_python(ROOT / name, *arguments, **options)
+
+
+def kill_script(name: str, *arguments: object, when: Callable[[], bool]) -> None:
+    """Start a script by its path from the root of the repository, and kill it as soon as a condition holds."""
+    kill_process([sys.executable, ROOT / name, *arguments], when, env=_own_environment())
 
 
 def run_code(code: str) -> str:
@@ -47,8 +51,11 @@ def run_shell(commands: str, folder: Path) -> str:
     `python` and the installed commands come from the tests' environment.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT), "PATH": path}
-    return run_process(["sh", "-ec", commands], cwd=folder, env=own).stdout
+    return run_process(["sh", "-ec", commands], cwd=folder, env={**_own_environment(), "PATH": path}).stdout
+
+
+def _own_environment() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT)}
 
 
 def _search_path(*folders: Path) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import math
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from helpers.arms import BASELINE, BETTER, end_early, remove_seed, write_arm
 from helpers.logs import write_csv, write_events
 from lightning.pytorch.loggers import CSVLogger
+from omegaconf import OmegaConf
 
 from lightning_revbn.runs.finished_runs import Wanted, by_seed, check_pairs, read_finished
 from lightning_revbn.runs.logs import find_logs
@@ -109,6 +111,44 @@ def test_the_seed_is_the_users_own_or_that_of_seed_everything_or_that_of_the_pat
     hparams: str, seed: int, tmp_path: Path
 ) -> None:
     assert seed_of(tmp_path / "seed_3", hparams) == seed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hparams", "seed"),
+    [
+        (["revbn=off", "seed=4"], "lr: 0.1\n", 4),
+        (["+seed=4", "data.seed=0"], "revbn/seed: 5\n", 4),  # the script may derive its seed from this seed
+        (["seed_everything=4"], "data:\n  seed: 0\n", 4),
+        (["seed=4"], "seed: 6\n", 6),  # the script has logged its seed
+        (["data.seed=4"], "revbn/seed: 5\n", 5),  # of the data alone
+        (["model.lr=4", "seed=fixed"], "lr: 0.1\n", 3),
+    ],
+)
+@pytest.mark.parametrize("below", ["", "logs", "lightning_logs/net/version_0"])
+def test_the_seed_of_a_hydra_job_is_that_of_its_overrides(
+    overrides: list[str], hparams: str, seed: int, below: str, tmp_path: Path
+) -> None:
+    job = tmp_path / "seed_3"
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    assert seed_of(job / below, hparams) == seed
+
+
+def test_overrides_that_cannot_be_read_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(tmp_path / "logs", [(20, {"test_acc": 0.9})])
+    file = tmp_path / ".hydra" / "overrides.yaml"
+    file.parent.mkdir()
+    file.write_text("- seed=1\n")
+    opened = Path.open
+
+    def deny(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", deny)  # root may read every file
+    with pytest.raises(LogError, match=r"overrides\.yaml cannot be read: Permission denied"):
+        scores(tmp_path)
 
 
 def test_two_runs_of_a_seed_are_told_apart_by_what_differs(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ KILL_ARGS ?=
 GPU_ARGS ?=
 OPTIMIZERS_ARGS ?=
 FUZZ_ARGS ?=
+# Network namespaces take root; a user who is not root is the root of a user namespace.
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --mount --net sh -c 'mount -t tmpfs tmpfs /run && exec "$$0" "$$@"')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz docs test-lowest test-deepspeed test-gpu clean
+.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz docs test-lowest test-deepspeed test-hosts test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -68,6 +70,9 @@ test-lowest: ## run all tests at the lowest versions the package states
 
 test-deepspeed: ## run the tests with DeepSpeed, on the CPU
 	$(MAKE) .venv-deepspeed/.deepspeed test VENV=.venv-deepspeed TEST_ARGS="-m deepspeed tests/processes/test_deepspeed.py"
+
+test-hosts: $(VENV)/.examples $(VENV)/.test ## run the tests with two hosts: network namespaces on this machine (Linux, iproute2)
+	$(AS_ROOT) $(BIN)/python -m pytest -m two_hosts tests/processes/test_two_hosts.py $(TEST_ARGS)
 
 test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests that need a GPU, also those that need two
 	$(BIN)/python -m pytest -m gpu tests/gpu tests/research/test_paper_protocol.py $(TEST_ARGS)

@@ -17,7 +17,7 @@ Done = subprocess.CompletedProcess[str]
 
 def run_python(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> Done:
     """Run the tests' interpreter with the package of this checkout; options go to `run_process`."""
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT)}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(ROOT)}
     return run_process([sys.executable, *arguments], env={**own, **(env or {})}, **options)
 
 
@@ -36,7 +36,7 @@ def run_ranks(script: str, *arguments: object, env: Mapping[str, str] | None = N
 
     The scripts import these helpers; in a shell, most of them need `PYTHONPATH=.:tests`.
     """
-    paths = {"PYTHONPATH": _search_path(ROOT, ROOT / "tests")}
+    paths = {"PYTHONPATH": search_path(ROOT, ROOT / "tests")}
     path = f"tests/processes/scripts/{script}"
     return run_script(path, *arguments, env={**paths, **(env or {})}, **options).stderr
 
@@ -47,9 +47,9 @@ def run_shell(commands: str, folder: Path) -> str:
     `python` and the installed commands come from the tests' environment.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT), "PATH": path}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(ROOT), "PATH": path}
     return run_process(["sh", "-ec", commands], cwd=folder, env=own).stdout
 
 
-def _search_path(*folders: Path) -> str:
+def search_path(*folders: Path) -> str:
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +79,7 @@ class Host:
 
     def sent(self) -> int:
         """Return how many bytes the host has sent over the cable."""
-        lines = subprocess.check_output(self.command("cat", "/proc/net/dev"), text=True).splitlines()
+        lines = _call(self.command("cat", "/proc/net/dev")).splitlines()
         (counters,) = (line.split(":")[1] for line in lines if line.split(":")[0].strip() == self.end_of_cable)
         return int(counters.split()[8])
 
@@ -121,9 +121,14 @@ class Hosts(NamedTuple):
 
         with ThreadPoolExecutor() as pool:
             ends = [pool.submit(run, node) for node in range(2)]
-            if meanwhile is not None:
-                meanwhile()
-            first, second = (end.result() for end in ends)
+            try:
+                if meanwhile is not None:
+                    meanwhile()
+                first, second = (end.result() for end in ends)
+            except BaseException:  # the pool waits for both
+                for host in self:
+                    host.kill()
+                raise
         return first, second
 
     def slow_down(self, rate: str) -> None:
@@ -151,28 +156,32 @@ def two_hosts() -> Iterator[Hosts]:
         raise NoNamespacesError("there is no program `ip` or `tc`: install iproute2")
     hosts = Hosts(*(Host(f"revbn-{os.getpid()}-{n}", f"10.213.0.{n}") for n in (1, 2)))
     made: list[Host] = []
+    _remove_leftovers()
     try:
-        try:
-            for host in hosts:
-                _ip("netns", "add", host.name)
-                made.append(host)
-            ends = [host.end_of_cable for host in hosts]
-            between = ["type", "veth", "peer", "name", ends[1], "netns", hosts.second.name]
-            _ip("-n", hosts.first.name, "link", "add", ends[0], *between)
-            for host in hosts:
-                _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.end_of_cable)
-                for link in ("lo", host.end_of_cable):
-                    _ip("-n", host.name, "link", "set", link, "up")
-        except subprocess.CalledProcessError as error:
-            raise NoNamespacesError(
-                f"`{' '.join(error.cmd)}` says {error.stderr.strip()!r}: two hosts take "
-                "network namespaces, and so root or, as in `make test-hosts`, a user namespace"
-            ) from error
+        for host in hosts:
+            _ip("netns", "add", host.name)
+            made.append(host)
+        ends = [host.end_of_cable for host in hosts]
+        between = ["type", "veth", "peer", "name", ends[1], "netns", hosts.second.name]
+        _ip("-n", hosts.first.name, "link", "add", ends[0], *between)
+        for host in hosts:
+            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.end_of_cable)
+            for link in ("lo", host.end_of_cable):
+                _ip("-n", host.name, "link", "set", link, "up")
         yield hosts
     finally:
         for host in made:
             host.kill()
             _ip("netns", "delete", host.name)
+
+
+def _remove_leftovers() -> None:
+    """Remove the hosts of processes that were killed before they could."""
+    for name in (line.split()[0] for line in _ip("netns", "list").splitlines()):
+        ours = re.fullmatch(r"revbn-(\d+)-\d", name)
+        if ours and not Path("/proc", ours[1]).exists():
+            Host(name, "").kill()
+            _ip("netns", "delete", name)
 
 
 def wait_for(file: Path, seconds: float = 300) -> None:
@@ -192,5 +201,11 @@ def _ip(*words: str) -> str:
     return _call(["ip", *words])
 
 
-def _call(command: Sequence[str]) -> str:
-    return subprocess.run(command, check=True, text=True, capture_output=True).stdout
+def _call(command: Sequence[object]) -> str:
+    done = run_process(command, check=False)
+    if done.returncode:
+        raise NoNamespacesError(
+            f"`{' '.join(done.args)}` says {done.stderr.strip()!r}: two hosts take network namespaces, and so root or, "
+            "as in `make test-hosts`, a user namespace"
+        )
+    return done.stdout

@@ -44,6 +44,7 @@ bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ra
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/input_norm.py
+	$(BIN)/python benchmarks/scale.py
 
 gpu: ## test and measure on one GPU in four minutes, with what $(PYTHON) has: nothing is installed (GPU_ARGS="--device cpu --small")
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --output build/gpu $(GPU_ARGS)

@@ -17,7 +17,7 @@ FUZZ_ARGS ?=
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --mount --net sh -c 'mount -t tmpfs tmpfs /run && exec "$$0" "$$@"')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz docs test-lowest test-deepspeed test-hosts test-gpu clean
+.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz docs test-lowest test-deepspeed test-hosts test-ray test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -75,11 +75,14 @@ test-deepspeed: ## run the tests with DeepSpeed, on the CPU
 test-hosts: $(VENV)/.examples $(VENV)/.test ## run the tests with two hosts: network namespaces on this machine (Linux, iproute2)
 	$(AS_ROOT) $(BIN)/python -m pytest -m two_hosts tests/processes/test_two_hosts.py $(TEST_ARGS)
 
+test-ray: ## run the tests with Ray Train, on two CPU workers
+	$(MAKE) .venv-ray/.ray test VENV=.venv-ray TEST_ARGS="-m ray tests/processes/test_ray_train.py" TEST_JOBS=0
+
 test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests that need a GPU, also those that need two
 	$(BIN)/python -m pytest -m gpu tests/gpu tests/research/test_paper_protocol.py $(TEST_ARGS)
 
 clean: ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers docs/_build demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output outputs multirun examples/*_output
+	rm -rf .venv .venv-lowest .venv-deepspeed .venv-ray .venv-optimizers docs/_build demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output outputs multirun examples/*_output
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -91,7 +94,7 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --editable ".[examples]"
 	@touch $@
 
-$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.deepspeed: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.deepspeed $(VENV)/.ray: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --group $*
 	@touch $@
 

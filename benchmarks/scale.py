@@ -299,7 +299,7 @@ def print_measured(measured: dict[int, dict[str, tuple[Traffic, float]]], model:
 
 def print_paper(counted: dict[str, Traffic], own: Model, network: Model) -> None:
     """Print the seconds of a step on more ranks, each with a core of its own."""
-    print("milliseconds a step by the model, every rank with a core of its own")
+    print("milliseconds a step by the model, with the constants of this machine, whose ranks share cores, and of a network")
     summary = f"network: {1e6 * network.message:g} microseconds a message, {8e-9 / network.byte:g} Gbit/s"
     rows = [
         [f"{name}, {where}", *(f"{1e3 * model.seconds(of, ranks):.3g}" for ranks in RANKS)]

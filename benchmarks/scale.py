@@ -291,15 +291,15 @@ def print_measured(measured: dict[int, dict[str, tuple[Traffic, float]]], model:
     ratios = [seconds / model.seconds(traffic, CHECKED) for traffic, seconds in measured[CHECKED].values()]
     summary = (
         f"the model, fitted to {FITTED[0]} and {FITTED[1]} ranks: {1e6 * model.message:.0f} microseconds a message and "
-        f"{1e9 * model.byte:.2f} nanoseconds a byte\n"
-        f"measured / model at {CHECKED} ranks: {min(ratios):.2f} to {max(ratios):.2f}"
+        f"{1e9 * model.byte:.2f} nanoseconds a byte"
     )
     print(plain_table(["", *titles], rows, summary))
+    print(f"measured / model at {CHECKED} ranks: {min(ratios):.2f} to {max(ratios):.2f}")
 
 
 def print_paper(counted: dict[str, Traffic], own: Model, network: Model) -> None:
     """Print the seconds of a step on more ranks, each with a core of its own."""
-    print("milliseconds a step by the model, with the constants of this machine, whose ranks share cores, and of a network")
+    print("milliseconds a step by the model: constants of this machine, whose ranks share cores, and of a network")
     summary = f"network: {1e6 * network.message:g} microseconds a message, {8e-9 / network.byte:g} Gbit/s"
     rows = [
         [f"{name}, {where}", *(f"{1e3 * model.seconds(of, ranks):.3g}" for ranks in RANKS)]

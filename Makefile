@@ -14,9 +14,11 @@ GPU_ARGS ?=
 OPTIMIZERS_ARGS ?=
 FUZZ_ARGS ?=
 STUDY_TESTS := $(addprefix tests/examples/,test_hydra.py test_study.py test_study_on_ray.py test_optuna_study.py)
+# Network namespaces take root; a user who is not root is the root of a user namespace.
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --mount --net sh -c 'mount -t tmpfs tmpfs /run && exec "$$0" "$$@"')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz study docs dist test-lowest test-deepspeed test-gpu clean
+.PHONY: help demo test lint format bench gpu matrix optimizers kill-and-resume fuzz study docs dist test-lowest test-deepspeed test-hosts test-ray test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -43,6 +45,7 @@ bench: $(VENV)/.examples $(VENV)/.test ## measure what the callback costs, as ra
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/input_norm.py
+	$(BIN)/python benchmarks/scale.py
 
 gpu: ## test and measure on one GPU in four minutes, with what $(PYTHON) has: nothing is installed (GPU_ARGS="--device cpu --small")
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --output build/gpu $(GPU_ARGS)
@@ -79,11 +82,17 @@ test-lowest: ## run all tests at the lowest versions the package states
 test-deepspeed: ## run the tests with DeepSpeed, on the CPU
 	$(MAKE) .venv-deepspeed/.deepspeed test VENV=.venv-deepspeed TEST_ARGS="-m deepspeed tests/processes/test_deepspeed.py"
 
+test-hosts: $(VENV)/.examples $(VENV)/.test ## run the tests with two hosts: network namespaces on this machine (Linux, iproute2)
+	$(AS_ROOT) $(BIN)/python -m pytest -m two_hosts tests/processes/test_two_hosts.py $(TEST_ARGS)
+
+test-ray: ## run the tests with Ray Train, on two CPU workers
+	$(MAKE) .venv-ray/.ray test VENV=.venv-ray TEST_ARGS="-m ray tests/processes/test_ray_train.py" TEST_JOBS=0
+
 test-gpu: $(VENV)/.examples $(VENV)/.test $(VENV)/.deepspeed ## run the tests that need a GPU, also those that need two
 	$(BIN)/python -m pytest -m gpu tests/gpu tests/research/test_paper_protocol.py $(TEST_ARGS)
 
 clean: ## remove what the targets made
-	rm -rf .venv .venv-lowest .venv-deepspeed .venv-optimizers .venv-study .venv-dist docs/_build dist demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output optuna_output outputs multirun studies examples/*_output
+	rm -rf .venv .venv-lowest .venv-deepspeed .venv-ray .venv-optimizers .venv-study .venv-dist docs/_build dist demo_output fashion_mnist_output protocol_output ablation_output runs digits_cli_output optuna_output outputs multirun studies examples/*_output
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -95,7 +104,7 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --editable ".[examples]"
 	@touch $@
 
-$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.deepspeed $(VENV)/.study: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.deepspeed $(VENV)/.study $(VENV)/.ray: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -qq --group $*
 	@touch $@
 

@@ -40,7 +40,7 @@ def run_ranks(script: str, *arguments: object, env: Mapping[str, str] | None = N
 
     The scripts import these helpers; in a shell, most of them need `PYTHONPATH=.:tests`.
     """
-    paths = {"PYTHONPATH": _search_path(ROOT, ROOT / "tests")}
+    paths = {"PYTHONPATH": search_path(ROOT, ROOT / "tests")}
     path = f"tests/processes/scripts/{script}"
     return run_script(path, *arguments, env={**paths, **(env or {})}, **options).stderr
 
@@ -55,8 +55,8 @@ def run_shell(commands: str, folder: Path) -> str:
 
 
 def _own_environment() -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(ROOT)}
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(ROOT)}
 
 
-def _search_path(*folders: Path) -> str:
+def search_path(*folders: Path) -> str:
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -21,6 +21,7 @@ from lightning_revbn.cli import main as command
 ALL = [block for page in PAGES for block in blocks_of(page)]
 SHELL = [block for block in ALL if block.language == "sh" or (block.language == "text" and shell_lines(block))]
 EXTRAS = set(metadata("lightning-revbn").get_all("Provides-Extra") or [])
+PROJECT = (ROOT / "pyproject.toml").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 NOT_RUN = {
@@ -30,6 +31,7 @@ NOT_RUN = {
     "docs/results.md": "days of training",
     "docs/layers.md": "large models of other libraries, a run of the demo, and a damaged file",
     "docs/matrix.md": "480 trainings",
+    "docs/studies.md": "tests/examples/test_study.py and test_optuna_study.py run smaller studies",
 }
 """Pages whose commands need a clone, for a reason, and are parsed but not run here."""
 
@@ -63,8 +65,11 @@ def test_commands_are_those_that_the_programs_have(
             with pytest.raises(ParsedError):
                 command.main(arguments)
         elif program == "pip":
-            (wanted,) = (Requirement(f"lightning-revbn{word.removeprefix('.')}") for word in arguments[1:])
-            assert wanted.extras <= EXTRAS
+            assert arguments[0] == "install"
+            for word in arguments[1:]:
+                wanted = Requirement(f"lightning-revbn{word[1:]}" if word.startswith(".") else word)
+                assert wanted.extras <= EXTRAS
+                assert wanted.name == "lightning-revbn" or f'"{wanted.name}' in PROJECT
         elif program == "make":
             assert arguments[0] in TARGETS
         elif program == "python" and arguments[0] not in files:

@@ -14,8 +14,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-from torch.nn.functional import cross_entropy
 
 from helpers.lit import Batches, LitNet, trainer
 from helpers.logs import logged_in
@@ -30,19 +28,16 @@ STEPS = 8
 class JoinedData(OnlineInputNormMixin, L.LightningDataModule):
     """This rank's part of the global batches of raw values."""
 
-    def __init__(self, settings: InputNorm | None = None) -> None:
-        super().__init__(input_norm=settings or InputNorm(num_features=3, input_range=255.0))
+    def __init__(self) -> None:
+        super().__init__(input_norm=InputNorm(num_features=3, input_range=255.0))
 
     def train_dataloader(self) -> Batches:
-        inputs, targets = raw_images(STEPS // 2 * GLOBAL_BATCH)
-        return self.part_of(inputs.double(), targets)
-
-    def part_of(self, inputs: Tensor, targets: Tensor, *others: Tensor) -> Batches:
         assert self.trainer is not None
-        ranks = self.trainer.world_size
+        inputs, targets = raw_images(STEPS // 2 * GLOBAL_BATCH)
+        inputs = inputs.double()
         inputs[::3] *= 2  # ranks differ
-        mine = [tensor[self.trainer.global_rank :: ranks] for tensor in (inputs, targets, *others)]
-        return Batches(*mine[:2], GLOBAL_BATCH // ranks, mine[2:])
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        return Batches(inputs[rank::ranks], targets[rank::ranks], GLOBAL_BATCH // ranks)
 
 
 class JoinedRawNet(LitNet):
@@ -50,53 +45,27 @@ class JoinedRawNet(LitNet):
         super().__init__(model=residual_net().double())
 
 
-class BytesData(JoinedData):
-    """Has values for the network beside the raw input, as integers: under FSDP, Lightning casts all others."""
-
-    def __init__(self) -> None:
-        super().__init__(InputNorm(num_features=3, key=2))
-
-    def train_dataloader(self) -> Batches:
-        inputs, targets = raw_images(STEPS // 2 * GLOBAL_BATCH)
-        return self.part_of(inputs.int(), targets, inputs)
-
-
-class BytesNet(JoinedRawNet):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return cross_entropy(self.model(batch[0].double() / 64), batch[1])
-
-
 class SaveLearned(Callback):
-    """Saves what every rank has learned, sharded parameters gathered."""
+    """Saves the learned values of every rank."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        sharded = isinstance(trainer.strategy.model, FullyShardedDataParallel)
-        values = whole_state(trainer.strategy.model) if sharded else pl_module.state_dict()
-        learned = {"values": values, "input": trainer.datamodule.state_dict()["input_norm"]}
+        learned = {"values": pl_module.state_dict(), "input": trainer.datamodule.state_dict()["input_norm"]}
         torch.save(learned, self.folder / f"rank{trainer.global_rank}.pt")
-
-
-def whole_state(model: FullyShardedDataParallel) -> dict[str, Tensor]:
-    """Return the state of a module under FSDP1 on every rank, gathered."""
-    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
-        return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def train_raw(
     folder: Path,
     *callbacks: Callback,
-    module: LitNet | None = None,
-    data: JoinedData | None = None,
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> None:
     """Train in float64, and save what this rank has learned as `rank<number>.pt`."""
     defaults = {"precision": "64-true", "use_distributed_sampler": False, "logger": CSVLogger(folder, "")}
     run = trainer(folder, *callbacks, SaveLearned(folder), **{**defaults, **options})
-    run.fit(module or JoinedRawNet(), data or JoinedData(), ckpt_path=ckpt_path)
+    run.fit(JoinedRawNet(), JoinedData(), ckpt_path=ckpt_path)
 
 
 def callback() -> RevisitedBatchNorm:

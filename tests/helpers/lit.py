@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,14 @@ class LitNet(L.LightningModule):
 class Batches:
     """Batches in a fixed order; they keep their position, so that a run can be resumed at any step."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor, size: int = 8, others: Sequence[Tensor] = ()) -> None:
-        self._batches = list(zip(*(tensor.split(size) for tensor in (inputs, targets, *others)), strict=True))
+    def __init__(self, inputs: Tensor, targets: Tensor, size: int = 8) -> None:
+        self._batches = list(zip(inputs.split(size), targets.split(size), strict=True))
         self._next = 0
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._next %= len(self._batches)  # after a whole epoch start anew, after a part go on
         while self._next < len(self._batches):
             self._next += 1

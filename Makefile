@@ -26,7 +26,7 @@ help: ## list the targets
 demo: $(VENV)/.examples ## train baseline and revisited networks on digits, print the paired comparison, draw it (DEMO_ARGS="--seeds 5")
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
 
-test: $(VENV)/.examples $(VENV)/.test ## run all tests (TEST_ARGS="-k resume", TEST_JOBS=4)
+test: $(VENV)/.examples $(VENV)/.test ## run the tests that need no GPU, DeepSpeed, Ray or second host (TEST_ARGS="-k resume", TEST_JOBS=4)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/.examples $(VENV)/.test $(VENV)/.lint ## ruff (lint, format) and pyright (strict)
@@ -60,7 +60,7 @@ optimizers: ## try every optimizer of many packages against hand-made groups, an
 kill-and-resume: $(VENV)/.examples $(VENV)/.test ## kill training at random moments and resume it, 200 times (KILL_ARGS="--trials 20 --seed 1")
 	$(BIN)/python tests/processes/scripts/kill_and_resume.py $(KILL_ARGS)
 
-fuzz: $(VENV)/.examples $(VENV)/.test ## give the command targets, logs, and LIGHTNING_REVBN values, that nobody means (FUZZ_ARGS="--targets 2000 --seed 500")
+fuzz: $(VENV)/.examples $(VENV)/.test ## try the command with random targets and logs, and random values of LIGHTNING_REVBN (FUZZ_ARGS="--targets 2000 --seed 500")
 	PYTHONPATH=.:tests $(BIN)/python tests/processes/scripts/fuzz_command.py $(FUZZ_ARGS)
 	PYTHONPATH=.:tests $(BIN)/python tests/helpers/fuzzed_logs.py 500
 
@@ -76,7 +76,7 @@ dist: $(VENV)-dist/.dist ## build sdist and wheel in dist/, check them, and use 
 	$(VENV)-dist/bin/python -m twine check --strict dist/*
 	PYTHONPATH=.:tests $(VENV)-dist/bin/python tests/helpers/installed_package.py dist/*.whl $(firstword $(TORCH))
 
-test-lowest: ## run all tests at the lowest versions the package states
+test-lowest: ## run the tests at the lowest versions the package states
 	$(MAKE) test VENV=.venv-lowest TORCH="torch==2.5.0 torchvision==0.20.0 lightning==2.5.0 torchmetrics==1.4.0 numpy<2.3"
 
 test-deepspeed: ## run the tests with DeepSpeed, on the CPU

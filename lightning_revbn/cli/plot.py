@@ -29,16 +29,17 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "plot",
         help="draw how scales and shifts went while training",
-        description="Draw what BatchNormMonitor logged with Lightning's CSVLogger or TensorBoardLogger: the mean scale "
-        "and shift of every batch norm layer over training, their drift from the start, and the normalised activations "
-        "where they were logged. Runs are drawn side by side on the same axes; deep networks as heat maps.",
+        description="Draw what BatchNormMonitor logged with CSVLogger, TensorBoardLogger, WandbLogger (offline) or "
+        "MLFlowLogger (a local store): the mean scale and shift of every batch norm layer over training, their drift "
+        "from the start, and the normalised activations where they were logged. Runs are drawn side by side on the "
+        "same axes; deep networks as heat maps.",
     )
     parser.add_argument(
         "logs",
         nargs="+",
         type=Path,
         metavar="LOGDIR",
-        help="a run's directory, its metrics.csv or its event file; or a directory above several runs",
+        help="a run's directory or the file of its logger; or a directory above several runs",
     )
     parser.add_argument(
         "-o",

@@ -26,7 +26,6 @@ AFTER: dict[str, list[str]] = {
     "README.md": [
         "trainer.fit_loop.max_epochs = 1; trainer.fit(model, data)",
         "",
-        "Data.train_dataloader = lambda self: raw; L.Trainer(**quick).fit(model, Data())",
     ],
     "docs/choosing_settings.md": [
         """

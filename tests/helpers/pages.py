@@ -15,6 +15,7 @@ FENCE = re.compile(r"^( *)```([\w{}-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.
 NEEDS = {
     "docs/demo.md": ["`compare`"],
     "docs/results.md": ["`compare`"],
+    "docs/studies.md": ["the extra `compare`"],
     "docs/together.md": ["timm"],
     "docs/comparing.md": ["`compare`", "`plots`", "scikit-learn"],
     "docs/first_run.md": ["`plots`"],

@@ -52,9 +52,8 @@ def test_the_files_and_the_command_of_a_way_train_the_digits_and_log_the_keys(wa
             (folder / named[1]).write_text(block)
     (command,) = blocks(SECTIONS[way], "sh")
     run_shell(command, folder)
-    logged = rows(folder)
-    assert max(int(row["epoch"]) for row in logged if "epoch" in row) == 2
-    assert any("revbn/scale_mean" in row for row in logged)
+    logged = [row for row in rows(folder) if "revbn/scale_mean" in row]  # a test after the fit logs one epoch more
+    assert max(int(row["epoch"]) for row in logged) == 2
 
 
 def settings_of(path: Path) -> dict[str, Any]:

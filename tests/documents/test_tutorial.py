@@ -20,7 +20,7 @@ def words(text: str) -> list[str]:
 
 def test_the_tutorial_prints_what_it_shows_but_for_numbers(environments: Environments, tmp_path: Path) -> None:
     notebook = json.loads(TUTORIAL.read_text())
-    assert '"lightning-revbn[compare,plots]" scikit-learn' in "".join(notebook["cells"][0]["source"])
+    assert '".[compare,plots]" scikit-learn' in "".join(notebook["cells"][0]["source"])
     for file in (TUTORIAL, ROOT / "tests" / "processes" / "scripts" / "run_notebook.py"):
         shutil.copy(file, tmp_path)
     variables = {"PATH": f"{environments.extras.bin}{os.pathsep}{os.environ['PATH']}", "MPLBACKEND": "agg"}

@@ -198,7 +198,8 @@ def _seed(path: Path, seed_pattern: re.Pattern[str] | None, hyperparameters: Map
             return _number(match[1], path)
     raise LogError(
         f"the seed of {one_line(path)} is not known: its hparams.yaml has no 'seed: N', and its path has no "
-        rf"'seed_N'; name it by --seed-pattern, such as 'run_(\d+)'{f' ({unread})' if unread else ''}"
+        rf"'seed_N'. Name it by --seed-pattern, such as 'run_(\d+)'{f' ({unread})' if unread else ''}; in further runs "
+        "BatchNormMonitor() logs the seed of seed_everything, in a baseline too"
     )
 
 

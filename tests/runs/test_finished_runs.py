@@ -77,7 +77,10 @@ def lose_the_seed(folder: Path) -> None:
         (end_early, "seed_03 ends at step 10, the longest run at 20: is it unfinished? If runs stop by themselves"),
         (never_test, "seed_03 has no test_acc: unfinished, or logged by another name; it has test_loss"),
         (run_twice, "seed 3 has two runs"),
-        (lose_the_seed, "is not known: its hparams.yaml has no 'seed: N', and its path has no 'seed_N'"),
+        (
+            lose_the_seed,
+            r"has no 'seed_N'. Name it by --seed-pattern, such as 'run_(\d+)'; in further runs BatchNormMonitor() logs",
+        ),
     ],
 )
 def test_runs_that_are_no_pairs_are_refused_in_one_line(damage: Any, message: str, tmp_path: Path) -> None:

@@ -59,13 +59,14 @@ class SaveLearned(Callback):
 def train_raw(
     folder: Path,
     *callbacks: Callback,
+    module: JoinedRawNet | None = None,
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> None:
-    """Train in float64, and save what this rank has learned as `rank<number>.pt`."""
+    """Train in float64, and save the learned values of this rank as `rank<number>.pt`."""
     defaults = {"precision": "64-true", "use_distributed_sampler": False, "logger": CSVLogger(folder, "")}
     run = trainer(folder, *callbacks, SaveLearned(folder), **{**defaults, **options})
-    run.fit(JoinedRawNet(), JoinedData(), ckpt_path=ckpt_path)
+    run.fit(module or JoinedRawNet(), JoinedData(), ckpt_path=ckpt_path)
 
 
 def callback() -> RevisitedBatchNorm:

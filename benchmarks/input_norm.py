@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from helpers.lit import trainer
 from helpers.ranks import end_rank, join_process_group
 from helpers.raw import Collectives
 
@@ -243,14 +244,8 @@ class Network(L.LightningModule):
 def step_seconds(data: L.LightningDataModule) -> float:
     """Return the median seconds of a training step."""
     network = Network()
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     with tempfile.TemporaryDirectory() as folder:
-        L.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=folder, **quiet).fit(network, data)
+        trainer(Path(folder), max_epochs=1, log_every_n_steps=50).fit(network, data)
     return statistics.median(b - a for a, b in zip(network.starts[1:], network.starts[2:], strict=False))
 
 

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from helpers.lit import trainer
 from helpers.ranks import end_rank, join_process_group
 
 from lightning_revbn import BatchNormMonitor, InputNorm, RevisitedBatchNorm
@@ -235,18 +236,10 @@ class Layers(L.LightningModule):
 def startup(layers: int, ranks: int, *, with_package: bool) -> float:
     """Return the seconds from the first hook of a fit to its first batch."""
     ours = [RevisitedBatchNorm(monitor=BatchNormMonitor())] if with_package else []
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     with tempfile.TemporaryDirectory() as folder:
         strategy = DDPStrategy(start_method="fork")
         options = {"plugins": [BatchNormSync()] if with_package else [], "strategy": strategy, "devices": ranks}
-        run = L.Trainer(
-            accelerator="cpu", max_steps=1, default_root_dir=folder, callbacks=[Clock(), *ours], **options, **quiet
-        )
+        run = trainer(Path(folder), Clock(), *ours, max_steps=1, log_every_n_steps=50, **options)
         run.fit(Layers(layers), DataLoader([torch.randn(4, 4)], batch_size=None))  # type: ignore[arg-type]
         return float(Path(folder, "seconds").read_text())
 

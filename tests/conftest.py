@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+import lightning.pytorch
 import pytest
 import torch
 from helpers.idx_files import write_fashion_mnist
@@ -19,6 +21,12 @@ settings.load_profile("patient")
 def _one_thread() -> None:
     """The nets are tiny: more threads only get in each other's way."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _caplog_sees_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's logger does not propagate, so `caplog` would miss its messages, and the callback's with them."""
+    monkeypatch.setattr(logging.getLogger(lightning.pytorch.__name__), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -773,7 +773,6 @@ def test_a_callback_that_has_trained_can_be_pickled_and_copied(tmp_path: Path) -
 
 
 def test_the_table_is_printed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("lightning.pytorch").propagate = True
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, quiet()).fit(LitNet(), loader())
     (said,) = [record.getMessage() for record in caplog.records if "RevisitedBatchNorm:\n" in record.getMessage()]

@@ -421,7 +421,6 @@ def test_the_remedy_for_an_optimizer_around_another_trains_as_groups_made_by_han
 
     module = kind(lambda m: wrap(scale_param_groups(m, 0.05, 0.01)))
     run = trainer(tmp_path, callback := RevisitedBatchNorm(), logger=CSVLogger(tmp_path))
-    logging.getLogger("lightning.pytorch").propagate = True
     with caplog.at_level(logging.INFO):
         run.fit(module, loader())
     assert_same_parameters(reference, module)

@@ -50,7 +50,7 @@ def test_every_part_runs_and_its_figures_are_in_the_json(output: Path) -> None:
     assert names["training"] == ["the same again", "callback", "callback, monitor", "callback, monitor, mixin"]
     figures = [figure for part in parts.values() for figure in part["figures"]]
     assert all(figure["value"] >= 0 for figure in figures)
-    assert {figure["limit"] for figure in figures} == {None, 0, 1, 1.01, 1.03, 1.15, 1.3, 2.5}
+    assert {figure["limit"] for figure in figures} == {None, 0, 1, 2, 1.01, 1.03, 1.15, 1.3, 2.5}
     assert parts["tests"]["failed"] == []
     assert parts["tests"]["passed"]
     assert all(GRAPH in test for test in parts["tests"]["passed"])

@@ -14,7 +14,14 @@ from lightning_revbn.core.compiled import compile_once
 from lightning_revbn.core.input_masks import kept_values, valid_values
 from lightning_revbn.core.keep_rules import KeepRules, blank_
 
-__all__ = ["Constants", "FixedNormalizer", "arithmetic_dtype", "denormalize", "standardize"]
+__all__ = [
+    "Constants",
+    "FixedNormalizer",
+    "arithmetic_dtype",
+    "denormalize",
+    "standardize",
+    "standardize_in_one_kernel",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Constants:
         dtype: torch.dtype,
         size: float = 1.0,
         bound: Tensor | None = None,
+        is_traced: bool = False,
     ) -> "Constants":
         """Round constants to the precision of the arithmetic.
 
@@ -54,17 +62,24 @@ class Constants:
             dtype: The precision, float32 or float64.
             size: The standard deviation of the results, to judge whether they can show the rest.
             bound: The largest absolute value of results, float64, shape `(C,)`; None does not bound them.
+            is_traced: Whether a compiled graph computes the constants, which cannot read a number.
 
         Returns:
             The constants in that precision.
         """
         rounded = (mean + rest).to(dtype)
         rest = (mean - rounded.double()) + rest
+        bound = None if bound is None else bound.to(dtype)
+        left: Tensor | None = rest.to(dtype)
         # On CPUs a rest that changes results by less than 2^-21 of their standard deviation is left out, which saves a
         # pass over memory. On an accelerator the comparison would make the host wait, so the rest is always subtracted.
-        small = rest.device.type == "cpu" and bool((rest * gain).abs().le(size * 2.0**-21).all())
-        bound = None if bound is None else bound.to(dtype)
-        return cls(rounded, None if small else rest.to(dtype), gain.to(dtype), bound)
+        if rest.device.type == "cpu":
+            is_small = (rest * gain).abs().le(size * 2.0**-21).all()
+            if is_traced:
+                left = torch.where(is_small, 0.0, left)
+            elif is_small:
+                left = None
+        return cls(rounded, left, gain.to(dtype), bound)
 
     def to(self, device: torch.device) -> "Constants":
         """Return the constants on a device."""
@@ -121,7 +136,7 @@ def standardize(
     values = dense(values)
     if compile:
         columns = constants.mean, constants.rest, constants.gain, constants.bound
-        result = compile_once(_standardize_in_one_kernel)(values, *columns, channel_dim, dtype)
+        result = compile_once(standardize_in_one_kernel)(values, *columns, channel_dim, dtype)
         kept = None if rules is None else _kept(values, rules, channel_dim)
         return result if kept is None else result.masked_fill_(~kept, fill)
     # The result gets the strides of `values`, so both tensors divide into the same pieces, and the pieces of the result
@@ -172,7 +187,7 @@ def _kept(values: Tensor, rules: KeepRules, channel_dim: int | None) -> Tensor |
     return kept_values(values, valid_values(values, rules.mask, [*rules.nodata]), rules.drops_nan, chosen)
 
 
-def _standardize_in_one_kernel(
+def standardize_in_one_kernel(
     values: Tensor,
     mean: Tensor,
     rest: Tensor | None,
@@ -181,7 +196,20 @@ def _standardize_in_one_kernel(
     channel_dim: int | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the result of `standardize` without rules; compiled, a single kernel reads every value once."""
+    """Return the result of `standardize` without rules; compiled, a single kernel reads every value once.
+
+    Args:
+        values: A dense tensor.
+        mean: The columns of `Constants`.
+        rest: The part of the mean that rounding took.
+        gain: The factor.
+        bound: The largest absolute value of results.
+        channel_dim: The dimension of the channels.
+        dtype: The dtype of the result.
+
+    Returns:
+        A tensor of the same shape.
+    """
     shape = [1] * values.dim()
     if channel_dim is not None:
         shape[channel_dim] = -1

@@ -27,7 +27,7 @@ from lightning_revbn.core.integer_sums import moments_of_sums
 from lightning_revbn.core.keep_rules import KeepRules
 from lightning_revbn.core.moments import Kind, Moments, join, sums_or_moments
 
-__all__ = ["GlobalBatch", "RankBatch", "gather", "global_moments", "measure", "share"]
+__all__ = ["GlobalBatch", "RankBatch", "count_samples", "gather", "global_moments", "measure", "share"]
 
 _HEADER = 5
 _LOWER = 0xFFFFFFFF
@@ -43,12 +43,14 @@ class GlobalBatch:
         samples: Number of samples of all ranks, a float64 scalar.
         faults: Number of ranks with each fault, float64, shape `(3,)`: NaN or infinity; an integer beyond 32 bits;
             another kind of numbers than other ranks or earlier batches.
+        size: The number of samples, if the host knows it, as it does without other ranks; else None.
     """
 
     moments: Moments
     kind: Kind
     samples: Tensor
     faults: Tensor
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class RankBatch:
         kind: The kind of this rank's values; unknown if it has none.
         header: Samples, three faults and the kind, float64, shape `(5,)`.
         body: The sums or moments of `sums_or_moments`, shape `(4, C)`.
+        size: The number of samples.
     """
 
     agreed: Kind
     kind: Kind
     header: Tensor
     body: Tensor
+    size: int = 0
 
     @classmethod
     def of_nothing(cls, agreed: Kind, channels: int, device: torch.device) -> RankBatch:
@@ -96,7 +100,7 @@ class RankBatch:
             body = first + second
         else:
             body = torch.stack(join(*torch.stack([first, second]).unbind(1)).astuple())
-        return RankBatch(self.agreed, Kind(kind), header, body)
+        return RankBatch(self.agreed, Kind(kind), header, body, self.size + other.size)
 
     def row(self) -> Tensor:
         """Return the row that this rank sends."""
@@ -111,7 +115,8 @@ class RankBatch:
     def alone(self) -> GlobalBatch:
         """Return the batch without other ranks."""
         kind = self.kind if self.agreed is Kind.UNKNOWN else self.agreed
-        return GlobalBatch(_merged(kind, self.body.unsqueeze(0)), kind, self.header[0], self.header[1:4])
+        moments = _merged(kind, self.body.unsqueeze(0))
+        return GlobalBatch(moments, kind, self.header[0], self.header[1:4], self.size)
 
     def among(self, table: Tensor) -> GlobalBatch:
         """Return the batch of all ranks from their rows, shape `(ranks, L)`."""
@@ -169,15 +174,15 @@ def measure(
         body, beyond = sums_or_moments(values, channel_dim, KeepRules(mask, nodata, ignore_nan), compile, chosen)
     # fill_ passes a number as an argument of its kernel. A list would be copied to the accelerator, and the host would
     # wait for the copy.
-    header = torch.zeros(_HEADER, dtype=torch.float64, device=values.device)
-    for index, number in enumerate((_count_samples(values, channel_dim), 0, 0, mixed, own)):
+    header, size = torch.zeros(_HEADER, dtype=torch.float64, device=values.device), count_samples(values, channel_dim)
+    for index, number in enumerate((size, 0, 0, mixed, own)):
         if number:
             header[index].fill_(number)
     if beyond is not None:
         header[2] = beyond
     elif body.dtype == torch.float64:
         header[1] = ~body.isfinite().all()
-    return RankBatch(kind, own, header, body)
+    return RankBatch(kind, own, header, body, size)
 
 
 def gather(row: Tensor, group: Any, ranks: int) -> Tensor:
@@ -248,6 +253,21 @@ def global_moments(
     return batch
 
 
+def count_samples(values: Tensor, channel_dim: int | None) -> int:
+    """Count the samples of a batch.
+
+    Args:
+        values: The batch.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
+
+    Returns:
+        The size of the first dimension that is not the channels'; 1 if there is only that dimension.
+    """
+    if channel_dim is None or channel_dim % values.dim() != 0:
+        return values.shape[0]
+    return values.shape[1] if values.dim() > 1 else 1
+
+
 def _on_cpu(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.cpu()
 
@@ -265,10 +285,3 @@ def _merged(kind: Kind, body: Tensor) -> Moments:
     if kind is Kind.FLOAT:
         return Moments(*body[0]) if len(body) == 1 else join(*body.unbind(1))
     return Moments(*moments_of_sums(*body.sum(0)))
-
-
-def _count_samples(values: Tensor, channel_dim: int | None) -> int:
-    """Return the size of the first dimension that is not the channels'; 1 if there is only that dimension."""
-    if channel_dim is None or channel_dim % values.dim() != 0:
-        return values.shape[0]
-    return values.shape[1] if values.dim() > 1 else 1

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_revbn.core.estimators import Estimate, estimator_of
-from lightning_revbn.core.global_moments import GlobalBatch, RankBatch, measure
+from lightning_revbn.core.global_moments import GlobalBatch, RankBatch, count_samples, measure
 from lightning_revbn.core.input_checks import InputPart, check_input, refuse_faults
+from lightning_revbn.core.input_freeze import InputFreeze
 from lightning_revbn.core.input_masks import InputMasks, chosen_channels
 from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.input_state import SavedInput, read_state
 from lightning_revbn.core.input_statistics import InputStatistics, LearnedStatistics, MissingStatisticsError
+from lightning_revbn.core.input_step import fits_one_graph, learn_and_standardize
+from lightning_revbn.core.input_transform import InputTransform
 from lightning_revbn.core.moments import Kind, Moments
 
 __all__ = ["InputLearner"]
@@ -35,7 +38,7 @@ class InputLearner:
     Attributes:
         learned: The statistics of all training batches.
         saved: The state that was loaded last; None before.
-        is_frozen: Whether training batches no longer change the statistics.
+        freeze: True if training batches no longer change the statistics.
     """
 
     def __init__(self, settings: InputNorm, *, ignores_infinity: bool = False) -> None:
@@ -45,8 +48,7 @@ class InputLearner:
         self._faults: Tensor = torch.zeros(3, dtype=torch.float64)
         self.learned = LearnedStatistics.of_nothing(settings.num_features)
         self.saved: SavedInput | None = None
-        self._is_held = False
-        self.is_frozen = not self._estimator.learns
+        self.freeze = InputFreeze(learns=self.learns, limit=settings.freeze_after)
 
     @property
     def learns(self) -> bool:
@@ -104,7 +106,36 @@ class InputLearner:
         if not _answers_at_once(batch.samples.device):
             # The device chooses, so that the host does not wait for the faults.
             learned = learned.where(batch.faults.sum() == 0, replace(self.learned, kind=batch.kind))
-        self._take(learned)
+        self.learned = learned
+        self.freeze.count(learned.samples, batch.size)
+
+    def learn_and_standardize(
+        self, part: InputPart, scale: float, dtype: torch.dtype
+    ) -> tuple[Tensor, InputTransform] | None:
+        """Do `measure`, `judge` and `add` in a single compiled graph, for the only part of the only rank.
+
+        Args:
+            part: Raw values and mask.
+            scale: The number that standardised values are multiplied by.
+            dtype: The dtype of the result.
+
+        Returns:
+            The standardised values and their transform; None, and nothing is learned, where a single graph cannot do
+            it (see `fits_one_graph`).
+
+        Raises:
+            InputError: If the part has other channels than the settings.
+        """
+        values, mask = part
+        if self.freeze or not fits_one_graph(values, mask, self._settings, self.learned.kind):
+            return None
+        check_input(values, mask, self._settings.channel_dim, self._settings.num_features)
+        self.move_to(values.device)
+        result, self.learned, transform = learn_and_standardize(
+            values, self.learned, self._settings, self._estimator, scale, dtype
+        )
+        self.freeze.count(self.learned.samples, count_samples(values, self._settings.channel_dim))
+        return result, transform
 
     def check(self, parts: Sequence[InputPart] = ()) -> None:
         """Raise if a training batch since the last check had a fault; on accelerators this waits for the device.
@@ -115,10 +146,7 @@ class InputLearner:
         Raises:
             InputError: If the batch of any rank has a fault (see `GlobalBatch.faults`).
         """
-        faults = [int(count) for count in self._faults.cpu()]  # from an accelerator each copy makes the host wait
-        self._faults = torch.zeros_like(self._faults)
-        parts = self._counted(parts) if any(faults) else ()
-        refuse_faults(faults, self.learned.kind, parts, ignore_nan=self._settings.nan_policy == "ignore")
+        self._refuse(self._faults.cpu(), parts)
 
     def estimate(self, batch: Moments | None = None) -> Estimate:
         """Return the mean and variance to normalise a batch by.
@@ -139,17 +167,27 @@ class InputLearner:
             raise MissingStatisticsError(f"input statistics are missing: train first, or load them{loaded}")
         return estimate
 
-    def statistics(self) -> InputStatistics:
+    def statistics(self, *, checked: bool = False) -> InputStatistics:
         """Return the mean and standard deviation of all training data, or the constants of mode `"fixed"`, on the CPU.
 
+        Args:
+            checked: Whether to `check` too, with the same copy from an accelerator.
+
+        Returns:
+            The statistics.
+
         Raises:
+            InputError: If `checked`, and a training batch since the last check had a fault.
             MissingStatisticsError: Before the first statistics.
         """
         estimate = self.estimate()
         if self.learns:
-            total = self.learned.total.scaled(self._settings.unit(self.learned.kind))
-            # Stacked, since from an accelerator each copy makes the host wait.
-            mean, std, count = torch.stack((total.mean, total.std, total.count)).cpu()
+            total, faults = self.learned.total.scaled(self._settings.unit(self.learned.kind)), len(self._faults)
+            # A single tensor, since from an accelerator each copy makes the host wait.
+            copied = torch.cat([self._faults, total.mean, total.std, total.count]).cpu()
+            if checked:
+                self._refuse(copied[:faults])
+            mean, std, count = copied[faults:].reshape(3, -1)
         else:
             mean, std, count = estimate.mean, estimate.variance.sqrt(), torch.zeros_like(estimate.mean)
         chosen = chosen_channels(self._settings)
@@ -170,15 +208,11 @@ class InputLearner:
             ValueError: If the state is damaged or of an input with other channels; the statistics stay as they are.
         """
         saved = read_state(state, self._settings)
-        self.saved, self._is_held = saved, saved.is_held and self.learns
+        self.saved, self.freeze.is_held = saved, saved.is_held and self.learns
         self._faults = torch.zeros(3, dtype=torch.float64)
-        self._take(self._estimator.adopt(saved.learned, saved.mode))
+        self.learned = self._estimator.adopt(saved.learned, saved.mode)
+        self.freeze.count(self.learned.samples)
         return saved
-
-    @property
-    def is_held(self) -> bool:
-        """Whether `hold` keeps training batches from changing the statistics."""
-        return self._is_held
 
     def hold(self, *, is_held: bool) -> None:
         """Keep the statistics as they are, or let training batches add to them again.
@@ -192,18 +226,12 @@ class InputLearner:
         """
         if is_held:
             self.estimate()
-        self._is_held = is_held and self.learns
-        self._take(self.learned)
-        if not is_held and self.learns and self.is_frozen:
-            limit, samples = self._settings.freeze_after, int(self.learned.samples)
-            raise RuntimeError(
-                f"freeze_after={limit} keeps the statistics as they are, since {samples} samples were measured. Make "
-                "it larger, or reset the statistics"
-            )
+        self.freeze.hold(is_held=is_held)
 
     def move_to(self, device: torch.device) -> None:
-        """Move the statistics to a device, where they stay."""
-        self.learned, self._faults = self.learned.to(device), self._faults.to(device)
+        """Move the statistics to a device, where they stay; an mps device has no float64, their dtype."""
+        if device.type != "mps":
+            self.learned, self._faults = self.learned.to(device), self._faults.to(device)
 
     def _measure(self, part: InputPart) -> RankBatch:
         """Measure this rank's values at a place of a training batch."""
@@ -219,6 +247,13 @@ class InputLearner:
             chosen_channels(settings, values.device),
             settings.nodata_values,
         )
+
+    def _refuse(self, faults: Tensor, parts: Sequence[InputPart] = ()) -> None:
+        """Raise if any fault was counted, given a copy of the counts on the CPU, and count from 0 again."""
+        counts = [int(count) for count in faults]
+        self._faults = torch.zeros_like(self._faults)
+        parts = self._counted(parts) if any(counts) else ()
+        refuse_faults(counts, self.learned.kind, parts, ignore_nan=self._settings.nan_policy == "ignore")
 
     def _counted(self, parts: Sequence[InputPart]) -> list[InputPart]:
         """Return parts whose masks are True at the values that the statistics count."""
@@ -236,13 +271,6 @@ class InputLearner:
         """Tell whether to read the faults of a batch now."""
         # Faults of the first batch are read on every device: `share` has waited for the batch to learn its kind anyway.
         return _answers_at_once(batch.samples.device) or self.learned.kind is Kind.UNKNOWN
-
-    def _take(self, learned: LearnedStatistics) -> None:
-        """Replace the statistics, and freeze them at the limit of `freeze_after`."""
-        self.learned = learned
-        limit = self._settings.freeze_after
-        # Without a limit the number is not read, since on an accelerator the host would wait for it.
-        self.is_frozen = not self.learns or self._is_held or (limit is not None and int(learned.samples) >= limit)
 
 
 def _answers_at_once(device: torch.device) -> bool:

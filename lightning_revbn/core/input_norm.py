@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, standardize
+from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer
 from lightning_revbn.core.global_batch_norm import ranks_in
-from lightning_revbn.core.global_moments import GlobalBatch, share
+from lightning_revbn.core.global_moments import GlobalBatch
 from lightning_revbn.core.input_checks import InputError, InputPart, check_input, check_kind
 from lightning_revbn.core.input_comparison import InputComparison
 from lightning_revbn.core.input_learner import InputLearner
-from lightning_revbn.core.input_masks import kept_by
 from lightning_revbn.core.input_settings import RELU_STD, InputNorm
 from lightning_revbn.core.input_state import write_state
 from lightning_revbn.core.input_statistics import InputStatistics, MissingStatisticsError
-from lightning_revbn.core.input_transform import InputTransform
+from lightning_revbn.core.input_transform import InputTransform, standardize_kept
+from lightning_revbn.core.joint_training import InputParts, train_together
 from lightning_revbn.core.moments import Kind, Moments
 
 __all__ = [
@@ -87,7 +87,7 @@ class OnlineStandardizer:
     @property
     def is_frozen(self) -> bool:
         """Whether training batches no longer change the statistics."""
-        return self.learner.is_frozen
+        return bool(self.learner.freeze)
 
     @property
     def samples(self) -> int:
@@ -125,13 +125,19 @@ class OnlineStandardizer:
             InputError: On this rank, if values have other channels than the settings; on all ranks, if any rank's
                 values have a fault (see `GlobalBatch.faults`; on accelerators `check` raises, but for the first batch).
         """
-        part = InputPart(values.detach(), mask)
-        batch = None
-        if not self.is_frozen:
-            (batch,) = share([self.learner.measure([part])], group, ranks_in(group) if ranks is None else ranks)
-            self.learner.judge(batch, [part])
-        self.learn(batch)
-        return self.normalize(part, dtype)
+        ranks = ranks_in(group) if ranks is None else ranks
+        return train_together([InputParts("", self, [InputPart(values, mask)])], dtype, group, ranks, values.device)[0][
+            0
+        ]
+
+    def train_alone(self, part: InputPart, dtype: torch.dtype) -> Tensor | None:
+        """Return the result of `train` in a single compiled graph; None, and do nothing, where that cannot be."""
+        found = self.learner.learn_and_standardize(part, self.scale, dtype)
+        if found is None:
+            return None
+        result, self._newest = found
+        self._dims, self._constants = part.values.dim(), {}
+        return result
 
     def learn(self, batch: GlobalBatch | None) -> None:
         """Add a training batch of all ranks, measured and judged by `learner`; None if the learner is frozen."""
@@ -145,7 +151,8 @@ class OnlineStandardizer:
     def normalize(self, part: InputPart, dtype: torch.dtype) -> Tensor:
         """Standardise this rank's part of the training batch that `learn` has added last, as the mode does."""
         if self._newest is not None:
-            return self._apply(*part, self._newest.constants_for(part.values), dtype)
+            self._dims, constants = part.values.dim(), self._newest.constants_for(part.values)
+            return standardize_kept(*part, constants, self.settings, dtype)
         if self.is_frozen:
             return self.evaluate(*part, dtype=dtype)
         return torch.empty_like(part.values, dtype=dtype)  # the batch is empty on every rank
@@ -172,12 +179,11 @@ class OnlineStandardizer:
         key = values.dtype, values.device
         if key not in self._constants:
             check_kind(values.dtype, self.learner.learned.kind, self.settings)
-            if values.device.type != "mps":  # mps has no float64, the dtype of the statistics
-                self.learner.move_to(values.device)
+            self.learner.move_to(values.device)
             self._constants[key] = self._transform().constants_for(values)
             self._comparison.again(values.dtype)
-        values, constants = values.detach(), self._constants[key]
-        result = self._apply(values, mask, constants, dtype)
+        values, constants, self._dims = values.detach(), self._constants[key], values.dim()
+        result = standardize_kept(values, mask, constants, self.settings, dtype)
         if self._comparison.is_due(values):
             known = self.learner.learned.kind, self.statistics()
             self._comparison.compare(values, result, mask, constants, self.scale, *known)
@@ -255,7 +261,7 @@ class OnlineStandardizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics and the scale as plain values and tensors on the CPU; `input_state` has the keys."""
-        return write_state(self.settings, self._scale, self.learner.learned, is_held=self.learner.is_held)
+        return write_state(self.settings, self._scale, self.learner.learned, is_held=self.learner.freeze.is_held)
 
     def load_state_dict(self, state: object) -> None:
         """Load saved statistics.
@@ -278,10 +284,3 @@ class OnlineStandardizer:
     def _transform(self, batch: Moments | None = None) -> InputTransform:
         """Return the transform of a training batch; without moments of a batch, the transform of evaluation."""
         return InputTransform(self.settings, self.scale, self.learner.estimate(batch))
-
-    def _apply(self, values: Tensor, mask: Tensor | None, constants: Constants, dtype: torch.dtype) -> Tensor:
-        self._dims = values.dim()
-        rules, settings = kept_by(self.settings, mask, values.device), self.settings
-        dim, compile, fill = settings.channel_dim, settings.compile, settings.fill or 0.0
-        with torch.no_grad():
-            return standardize(values, constants, dim, dtype, rules, compile, fill)

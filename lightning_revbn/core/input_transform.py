@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_revbn.core.estimators import Estimate
-from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize
+from lightning_revbn.core.fixed_normalizer import Constants, FixedNormalizer, arithmetic_dtype, denormalize, standardize
 from lightning_revbn.core.input_checks import check_input
-from lightning_revbn.core.input_masks import chosen_channels
+from lightning_revbn.core.input_masks import chosen_channels, kept_by
 from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.moments import Kind
 
-__all__ = ["InputTransform"]
+__all__ = ["InputTransform", "standardize_kept"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,21 @@ class InputTransform:
         constant = variance <= (8 * torch.finfo(torch.float64).eps * mean).square()
         return self.scale / torch.where(constant, 1.0, (variance + self.settings.eps).sqrt())
 
-    def constants_for(self, values: Tensor) -> Constants:
-        """Return constants in raw units and in the precision of the arithmetic, on the device of the values."""
+    def constants_for(self, values: Tensor, *, is_traced: bool = False) -> Constants:
+        """Return constants in raw units and in the precision of the arithmetic, on the device of the values.
+
+        Args:
+            values: The values to standardise.
+            is_traced: Whether a compiled graph computes the constants.
+
+        Returns:
+            The constants.
+        """
         # The unit follows the dtype of these values, so statistics of uint8 also standardise floats from 0 to 1.
         unit = self.settings.unit(Kind.of_dtype(values.dtype))
         mean, rest, gain = self.columns(unit)
-        constants = Constants.of(mean, rest, gain, arithmetic_dtype(values.dtype), self.scale, self._bound())
+        dtype = arithmetic_dtype(values.dtype)
+        constants = Constants.of(mean, rest, gain, dtype, self.scale, self._bound(), is_traced=is_traced)
         return constants.to(values.device)
 
     def columns(self, unit: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,3 +125,25 @@ class InputTransform:
         bound = torch.full_like(self.estimate.mean, clip * self.scale)
         chosen = chosen_channels(self.settings, bound.device)
         return bound if chosen is None else torch.where(chosen, bound, torch.inf)
+
+
+def standardize_kept(
+    values: Tensor, mask: Tensor | None, constants: Constants, settings: InputNorm, dtype: torch.dtype
+) -> Tensor:
+    """Standardise values, and put `fill` where mask and settings leave a value out.
+
+    Args:
+        values: Raw values.
+        mask: True where values count; None counts all values.
+        constants: The constants of the transform for these values.
+        settings: The settings.
+        dtype: The dtype of the result.
+
+    Returns:
+        The standardised values, in the shape and memory format of `values`.
+    """
+    rules = kept_by(settings, mask, values.device)
+    with torch.no_grad():
+        return standardize(
+            values, constants, settings.channel_dim, dtype, rules, settings.compile, settings.fill or 0.0
+        )

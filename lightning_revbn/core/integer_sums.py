@@ -11,7 +11,7 @@ from lightning_revbn.core.channel_view import ChannelView, Scratch, pieces
 from lightning_revbn.core.compiled import compile_once
 from lightning_revbn.core.keep_rules import PieceMasks
 
-__all__ = ["OUT_OF_RANGE", "integer_sums", "moments_of_sums"]
+__all__ = ["OUT_OF_RANGE", "byte_sums", "integer_sums", "moments_of_sums"]
 
 OUT_OF_RANGE = "integers beyond 32 bits cannot be summed exactly: convert them to float64"
 
@@ -40,7 +40,7 @@ def integer_sums(
     beyond = torch.zeros((), dtype=torch.bool, device=view.parts[0].device)
     for index, part in enumerate(view.parts):
         compiled = compile and masks is None and part.dtype in (torch.uint8, torch.int8)
-        add_bytes = compile_once(_byte_sums) if compiled else _ByteSums()
+        add_bytes = compile_once(_part_sums) if compiled else _ByteSums()
         for at in pieces(part, part.numel() if compiled else None):
             piece = part[at]
             if piece.element_size() > 2 or (masks is not None and piece.dtype == torch.uint16):
@@ -122,7 +122,24 @@ def moments_of_sums(
     return count.double(), mean, (q - mean) + fraction, deviations - rest.double().square() / n
 
 
-def _byte_sums(part: Tensor) -> tuple[Tensor, Tensor]:
+def byte_sums(values: Tensor, channel_dim: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add up 8-bit integers and their squares per channel, for a compiled graph, which reads every byte once.
+
+    Args:
+        values: Integers of 8 bits.
+        channel_dim: The dimension of the channels; None takes all values as a single channel.
+
+    Returns:
+        Count, sum, sum of squares and its upper half, as `integer_sums` returns them, int64, shape `(C,)` each.
+    """
+    channel = None if channel_dim is None else channel_dim % values.dim()
+    others = [dim for dim in range(values.dim() + 1) if dim != channel]
+    wide = values.int().unsqueeze(-1)  # so that there is a dimension to sum over, where values are a single sample
+    total, squares = (found.sum(others, dtype=torch.int64).reshape(-1) for found in (wide, wide * wide))
+    return torch.full_like(total, values.numel() // len(total)), total, squares, squares >> 32
+
+
+def _part_sums(part: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums of `_ByteSums`, by a compiled kernel that reads every byte once."""
     values = part.int()
     return values.sum(2, dtype=torch.int64).sum(0), (values * values).sum(2, dtype=torch.int64).sum(0)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_revbn.core.global_moments import RankBatch, share
 from lightning_revbn.core.input_checks import InputError, InputPart
-from lightning_revbn.core.input_norm import OnlineStandardizer
+
+if TYPE_CHECKING:
+    from lightning_revbn.core.input_norm import OnlineStandardizer
 
 __all__ = ["InputParts", "learn_together", "naming", "train_together"]
 
@@ -51,6 +53,12 @@ def train_together(
     Raises:
         InputError: If the values of any input cannot be measured on any rank; then the batch changes no statistics.
     """
+    if ranks == 1 and len(inputs) == 1 and len(inputs[0].parts) == 1:
+        (values, mask), (one,) = inputs[0].parts[0], inputs
+        with naming(one.name):
+            result = one.online.train_alone(InputPart(values.detach(), mask), dtype)
+        if result is not None:
+            return [[result]]
     learn_together(inputs, group, ranks, device)
     results: list[list[Tensor]] = []
     for one in inputs:
@@ -86,8 +94,8 @@ def learn_together(inputs: Sequence[InputParts], group: Any, ranks: int, device:
     # On an accelerator `judge` has not waited for the faults. So each input gets the faults of all inputs: a batch that
     # is bad in any of them is added to none.
     for one, own in zip(learning, batches, strict=True):
-        faults = torch.stack([batch.faults.to(own.faults.device) for batch in batches]).sum(0)
-        one.online.learn(replace(own, faults=faults))
+        faults = [batch.faults.to(own.faults.device) for batch in batches]
+        one.online.learn(replace(own, faults=torch.stack(faults).sum(0)) if len(faults) > 1 else own)
 
 
 @contextmanager

@@ -131,7 +131,6 @@ class InputFit(Callback):
             self._step = step
             metrics: dict[str, float] = {}
             for report, _ in known:
-                report.source.check()
                 metrics |= report.metrics()
             publish(trainer, metrics)
             for logger in trainer.loggers:

@@ -6,6 +6,7 @@ import torch
 
 from lightning_revbn.core.input_advice import on_half_precision, on_normalized_data, on_small_features
 from lightning_revbn.core.input_norm import OnlineStandardizer
+from lightning_revbn.core.joint_training import naming
 from lightning_revbn.core.metric_keys import input_key
 from lightning_revbn.core.moments import Kind
 from lightning_revbn.data.input_set import NamedInput
@@ -42,9 +43,14 @@ class InputReport:
         return self.source.online
 
     def metrics(self) -> dict[str, float]:
-        """Return mean and standard deviation averaged over the normalised channels; of 2 to 16, each too."""
+        """Return mean and standard deviation averaged over the normalised channels; of 2 to 16, each too.
+
+        Raises:
+            InputError: If a training batch since the last check had a fault.
+        """
         settings = self.source.settings
-        statistics, prefix = self.online.statistics().of(settings.channels), settings.prefix
+        with naming(self.source.name):
+            statistics, prefix = self.online.learner.statistics(checked=True).of(settings.channels), settings.prefix
         channels = range(settings.num_features) if settings.channels is None else settings.channels
         metrics: dict[str, float] = {}
         for quantity, values in (("mean", statistics.mean), ("std", statistics.std)):

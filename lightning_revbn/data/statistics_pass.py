@@ -42,7 +42,7 @@ class StatisticsPass:
         name = type(data).__name__
         if not any(one.online.learns for one in inputs.inputs):
             raise MisconfigurationException(f'{name}: mode="fixed" has constants, and there is nothing to collect')
-        held = [one.label for one in inputs.inputs if one.online.learner.is_held]
+        held = [one.label for one in inputs.inputs if one.online.learner.freeze.is_held]
         if held:
             raise MisconfigurationException(
                 f"{name}: the statistics of the {', '.join(held)} are frozen. Call unfreeze_input_statistics() or "

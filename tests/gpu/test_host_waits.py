@@ -94,6 +94,19 @@ def test_a_training_batch_is_normalised_without_a_wait(mode: Any, kind: Kind, de
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [Kind.UINT8, Kind.FLOAT])
+def test_a_limit_of_samples_is_counted_without_a_wait(kind: Kind, device: str) -> None:
+    with waiting(device) as waits_in:
+        online = standardizer(InputNorm(3, freeze_after=12), kind)
+        online.learner.freeze._samples = 4  # which the host has read once, after the first batch
+        values = batch_of(kind)
+        assert waits_in(lambda: online.train(values, ranks=1)) == []
+        assert not online.is_frozen
+        assert waits_in(lambda: online.train(values, ranks=1)) == []
+        assert online.is_frozen
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_batch_of_two_views_is_normalised_without_a_wait(device: str) -> None:
     with waiting(device) as waits_in:
         learner = standardizer(InputNorm(3), Kind.UINT8).learner
@@ -135,7 +148,21 @@ def test_the_statistics_of_an_input_are_read_with_one_copy(device: str) -> None:
     with waiting(device) as waits_in:
         online = standardizer(InputNorm(3), Kind.UINT8)
         (place,) = waits_in(online.statistics)
-    assert place.endswith("torch.stack((total.mean, total.std, total.count)).cpu()")
+    assert "torch.cat([self._faults, total.mean, total.std, total.count]).cpu()" in place
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_logging_step_reads_faults_and_statistics_with_one_copy(device: str) -> None:
+    with waiting(device) as waits_in:
+        online = standardizer(InputNorm(3), Kind.UINT8)
+        lacks_values = pytest.raises(DataDependentOutputException)  # behind the copy
+
+        def read() -> None:
+            with lacks_values if device == "cpu" else contextlib.nullcontext():
+                online.learner.statistics(checked=True)
+
+        (place,) = waits_in(read)
+    assert "torch.cat([self._faults, total.mean, total.std, total.count]).cpu()" in place
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ChannelView", "Scratch", "channel_view", "dense", "pieces"]
+__all__ = ["ChannelView", "Scratch", "by_memory", "channel_view", "dense", "pieces"]
 
 _CACHED = 5 << 17
 """Elements of a piece on a CPU, per thread: few enough for its caches, and many enough to outweigh the calls."""
@@ -94,27 +94,41 @@ def channel_view(values: Tensor, channel_dim: int | None, like: Tensor | None = 
     Returns:
         The view.
     """
-    order = _memory_order(values if like is None else like)
-    # Permuted into the order of its memory, a dense tensor is contiguous, so `reshape` below returns views.
-    permuted = values.permute(order)
-    sizes = list(permuted.shape)
-    if channel_dim is None:
-        outer, channels, inner = 1, 1, values.numel()
-    else:
-        at = order.index(channel_dim % values.dim())
-        outer, channels, inner = math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :])
+    table = by_memory(values, channel_dim, like)
+    outer, channels, inner = table.shape
     if inner >= _NARROW or not values.numel():
-        return ChannelView((permuted.reshape(outer, channels, inner),), channels, 1)
+        return ChannelView((table,), channels, 1)
     # Starting a loop over few values costs more than the loop. So many short rows become few long rows: each long row
     # joins `joined` short rows, and the channels repeat in it every `period` columns.
     period = channels * inner
     joined = max(1, min(outer, _NARROW * 16 // period))
-    rows = permuted.reshape(outer, period)
+    rows = table.reshape(outer, period)
     whole = outer - outer % joined  # the remaining rows are the second part
     parts = [rows[:whole].reshape(-1, period * joined, 1)]  # a view, except for an expanded mask
     if whole < outer:
         parts.append(rows[whole:].unsqueeze(2))
     return ChannelView(tuple(parts), channels, inner)
+
+
+def by_memory(values: Tensor, channel_dim: int | None, like: Tensor | None = None) -> Tensor:
+    """View a dense tensor as `(outer, channels, inner)` in the order of its memory.
+
+    Args:
+        values: A dense tensor.
+        channel_dim: The dimension of the channels; None takes all values as one channel.
+        like: A tensor of the same shape whose memory order the view takes; None takes the order of `values`.
+
+    Returns:
+        The view; a copy if the order of `like` differs.
+    """
+    order = _memory_order(values if like is None else like)
+    # Permuted into the order of its memory, a dense tensor is contiguous, so `reshape` below returns views.
+    permuted = values.permute(order)
+    sizes = list(permuted.shape)
+    if channel_dim is None:
+        return permuted.reshape(1, 1, values.numel())
+    at = order.index(channel_dim % values.dim())
+    return permuted.reshape(math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :]))
 
 
 def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, slice, slice]]:

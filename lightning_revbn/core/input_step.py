@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_revbn.core.channel_view import by_memory, dense
 from lightning_revbn.core.compiled import compile_once
 from lightning_revbn.core.estimators import Estimate, Estimator
-from lightning_revbn.core.fixed_normalizer import dense, standardize_in_one_kernel
+from lightning_revbn.core.fixed_normalizer import standardize_in_one_kernel
 from lightning_revbn.core.global_moments import GlobalBatch, count_samples
 from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.input_statistics import LearnedStatistics
@@ -97,7 +98,7 @@ def _graph(
         settings.channel_dim,
         LearnedStatistics(kind, Moments(*learned[:4]), Moments(*learned[4:8]), learned[8]),
     )
-    moments = Moments(*moments_of_sums(*byte_sums(values, dim)))
+    moments = Moments(*moments_of_sums(*byte_sums(by_memory(values, dim))))
     samples = torch.full_like(before.samples, count_samples(values, dim))
     batch = GlobalBatch(moments, kind, samples, faults=torch.zeros_like(samples))
     after = before.add(batch, estimator.momentum)

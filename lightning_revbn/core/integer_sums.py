@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_revbn.core.channel_view import ChannelView, Scratch, pieces
 from lightning_revbn.core.compiled import compile_once
@@ -122,21 +123,40 @@ def moments_of_sums(
     return count.double(), mean, (q - mean) + fraction, deviations - rest.double().square() / n
 
 
-def byte_sums(values: Tensor, channel_dim: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def byte_sums(table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add up 8-bit integers and their squares per channel, for a compiled graph, which reads every byte once.
 
     Args:
-        values: Integers of 8 bits.
-        channel_dim: The dimension of the channels; None takes all values as a single channel.
+        table: Integers of 8 bits, shape `(outer, C, inner)`, in the order of their memory.
 
     Returns:
         Count, sum, sum of squares and its upper half, as `integer_sums` returns them, int64, shape `(C,)` each.
     """
-    channel = None if channel_dim is None else channel_dim % values.dim()
-    others = [dim for dim in range(values.dim() + 1) if dim != channel]
-    wide = values.int().unsqueeze(-1)  # so that there is a dimension to sum over, where values are a single sample
-    total, squares = (found.sum(others, dtype=torch.int64).reshape(-1) for found in (wide, wide * wide))
-    return torch.full_like(total, values.numel() // len(total)), total, squares, squares >> 32
+    wide = table.int()
+    sums = torch.stack([_short_sums(wide), _short_sums(wide * wide)])
+    total, squares = sums.sum((1, 2, 4)).unbind()
+    return torch.full_like(total, table.numel() // table.shape[1]), total, squares, squares >> 32
+
+
+def _short_sums(table: Tensor) -> Tensor:
+    """Return sums of at most 2^13 squares of bytes in int32, which cannot overflow, shape `(runs, joined, C, inner)`.
+
+    A kernel for a GPU adds neighbours in memory, in 32 bits, without a division for each index, and in as many short
+    sums as keep the GPU busy. Zeros fill the last sum.
+    """
+    outer, channels, inner = table.shape
+    if inner >= 64:  # the values of a channel lie side by side
+        runs = -(-inner // 2**13)
+        run = -(-inner // runs)
+        cut = pad(table, (0, runs * run - inner)).view(outer, channels, runs, run)
+        return cut.sum(3, dtype=torch.int32).unsqueeze(1)
+    # Channels alternate: neighbours in memory are the neighbouring columns of a table with joined rows.
+    period = channels * inner
+    joined = min(outer, max(1, 2**10 // period))
+    run = min(2**9, -(-outer // joined))
+    runs = -(-outer // (joined * run))
+    cut = pad(table.view(outer, period), (0, 0, 0, runs * run * joined - outer)).view(runs, run, joined * period)
+    return cut.sum(1, dtype=torch.int32).view(runs, joined, channels, inner)
 
 
 def _part_sums(part: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ def test_the_compiler_makes_one_graph_with_the_same_bits(layout: torch.memory_fo
     assert torch.equal(compiled.train(values), expected[0])
     metrics.reset()
     assert torch.equal(compiled.train(values), expected[1])
-    assert metrics.generated_kernel_count <= 6  # 150 operations without a graph
+    assert metrics.generated_kernel_count <= 12  # 150 operations without a graph
     for size in (8, 5):
         assert_equal(eager, compiled, raw(size, 3, 9, 11).to(memory_format=layout))
     assert len(steps) == 5

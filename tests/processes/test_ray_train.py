@@ -1,4 +1,4 @@
-"""Ray Train with two CPU workers, by `RayDDPStrategy`, against one process with the joined batch.
+"""Ray Train with two CPU workers, by its strategies for DDP and FSDP1, against one process with the joined batch.
 
 `make test-ray` runs them.
 """
@@ -26,30 +26,54 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ray")
     # Ray would report its use to its makers.
-    # Its workers have a low priority unless they are told, and hardly run on a busy machine.
-    run_ranks("ray_train.py", "ray", folder, env={"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"})
+    # Its workers have a low priority unless they are told, and hardly run on a busy machine. Where they are not up
+    # within a minute, Ray starts them again.
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    }
+    run_ranks("ray_train.py", "ray", folder, env=variables)
     return folder
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_workers_learn_and_log_what_one_process_does_with_the_joined_batch(
-    workers: Path, one_process: Path
+    strategy: str, workers: Path, one_process: Path
 ) -> None:
-    assert_learned_the_same(workers / "whole", one_process, ranks=2)
-    assert_logged_the_same(workers / "whole", one_process)
-    values = torch.load(workers / "whole" / "rank0.pt", weights_only=True)["values"]
+    assert_learned_the_same(workers / strategy, one_process, ranks=2)
+    assert_logged_the_same(workers / strategy, one_process)
+    values = torch.load(workers / strategy / "rank0.pt", weights_only=True)["values"]
     assert 0 < (values["model.bn1.weight"] - 0.1).abs().max() < 0.01
 
 
-def test_a_run_that_is_resumed_from_a_checkpoint_of_ray_ends_the_same(workers: Path, one_process: Path) -> None:
-    assert_learned_the_same(workers / "resumed", one_process, ranks=2)
+@pytest.mark.parametrize("run", ["ddp, resumed", "fsdp, resumed", "a worker dies"])
+def test_a_run_that_is_resumed_from_a_checkpoint_of_ray_ends_the_same(
+    run: str, workers: Path, one_process: Path
+) -> None:
+    assert_learned_the_same(workers / run, one_process, ranks=2)
+    assert (workers / run / "died").exists() == (run == "a worker dies")
 
 
+# "fsdp, resumed" is another run that the variable switches on.
 def test_the_variable_in_the_environment_of_the_workers_switches_the_callback_on(
     workers: Path, one_process: Path
 ) -> None:
     assert_learned_the_same(workers / "variable", one_process, ranks=2)
 
 
-def test_a_worker_without_the_variable_is_refused_by_number(workers: Path) -> None:
-    error = (workers / "variable on one worker" / "error.txt").read_text()
-    assert "ranks have different settings: rank 1 has no RevisitedBatchNorm, rank 0 has" in error
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ("variable on one worker", "rank 1 has no RevisitedBatchNorm, rank 0 has"),
+        ("other settings", "RevisitedBatchNorm: scale=0.1 on rank 0, scale=0.2 on rank 1"),
+    ],
+)
+def test_workers_with_other_settings_are_refused_by_number(run: str, said: str, workers: Path) -> None:
+    assert f"ranks have different settings: {said}" in (workers / run / "error.txt").read_text()
+
+
+def test_fsdp_itself_refuses_to_train_on_cpus_unless_it_is_told_the_device(workers: Path) -> None:
+    run = workers / "fsdp without a device"
+    assert "FSDP needs a non-CPU accelerator device" in (run / "error.txt").read_text()
+    assert not list(run.glob("rank*.pt"))

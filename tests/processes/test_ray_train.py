@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.joined_raw import assert_learned_the_same, assert_logged_the_same
+from helpers.joined_raw import STEPS, assert_learned_the_same, assert_logged_the_same
+from helpers.logs import logged_in
 from helpers.scripts import run_ranks
 
 pytestmark = pytest.mark.ray
+
+STRATEGIES = pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@STRATEGIES
 def test_two_workers_learn_and_log_what_one_process_does_with_the_joined_batch(
     strategy: str, workers: Path, one_process: Path
 ) -> None:
@@ -47,30 +50,35 @@ def test_two_workers_learn_and_log_what_one_process_does_with_the_joined_batch(
     assert 0 < (values["model.bn1.weight"] - 0.1).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("run", ["ddp, resumed", "fsdp, resumed", "a worker dies"])
+@STRATEGIES
+@pytest.mark.parametrize("case", ["resumed", "a worker dies"])
 def test_a_run_that_is_resumed_from_a_checkpoint_of_ray_ends_the_same(
-    run: str, workers: Path, one_process: Path
+    strategy: str, case: str, workers: Path, one_process: Path
 ) -> None:
-    assert_learned_the_same(workers / run, one_process, ranks=2)
-    assert (workers / run / "died").exists() == (run == "a worker dies")
+    run = workers / f"{strategy}, {case}"
+    assert_learned_the_same(run, one_process, ranks=2)
+    *_, last = sorted(run.glob("version_*"))
+    assert [row["step"] for row in logged_in(last)] == [str(step) for step in range(STEPS // 2, STEPS)]
 
 
-# "fsdp, resumed" is another run that the variable switches on.
+@STRATEGIES
 def test_the_variable_in_the_environment_of_the_workers_switches_the_callback_on(
-    workers: Path, one_process: Path
+    strategy: str, workers: Path, one_process: Path
 ) -> None:
-    assert_learned_the_same(workers / "variable", one_process, ranks=2)
+    assert_learned_the_same(workers / f"{strategy}, variable", one_process, ranks=2)
 
 
+@STRATEGIES
 @pytest.mark.parametrize(
-    ("run", "said"),
+    ("case", "said"),
     [
         ("variable on one worker", "rank 1 has no RevisitedBatchNorm, rank 0 has"),
         ("other settings", "RevisitedBatchNorm: scale=0.1 on rank 0, scale=0.2 on rank 1"),
     ],
 )
-def test_workers_with_other_settings_are_refused_by_number(run: str, said: str, workers: Path) -> None:
-    assert f"ranks have different settings: {said}" in (workers / run / "error.txt").read_text()
+def test_workers_with_other_settings_are_refused_by_number(strategy: str, case: str, said: str, workers: Path) -> None:
+    error = (workers / f"{strategy}, {case}" / "error.txt").read_text()
+    assert f"ranks have different settings: {said}" in error
 
 
 def test_fsdp_itself_refuses_to_train_on_cpus_unless_it_is_told_the_device(workers: Path) -> None:

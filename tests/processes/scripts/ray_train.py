@@ -52,6 +52,7 @@ class DieOnce(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if (trainer.current_epoch, batch_idx, trainer.global_rank) == (1, 1, 1) and not self.died.exists():
+            ray.train.get_all_reported_checkpoints()  # waits until Ray's controller knows of the first epoch's
             self.died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -84,13 +85,13 @@ def checkpoint_in(saved: Checkpoint) -> Path:
     return Path(saved.path, RayTrainReportCallback.CHECKPOINT_NAME)
 
 
-def run(folder: Path, name: str, env: dict[str, str] | None = None, **settings: Any) -> Path | None:
+def run(folder: Path, name: str, strategy: str, env: dict[str, str] | None = None, **settings: Any) -> Path | None:
     """Train on two workers, and return the checkpoint of the first epoch; write down an error."""
     here = folder / name
     here.mkdir()
     trainer = TorchTrainer(
         work,
-        train_loop_config={"strategy": "ddp", "folder": str(here), **settings},
+        train_loop_config={"strategy": strategy, "folder": str(here), **settings},
         scaling_config=ScalingConfig(num_workers=WORKERS),
         torch_config=TorchConfig(backend="gloo"),
         run_config=RunConfig(
@@ -111,16 +112,14 @@ def run(folder: Path, name: str, env: dict[str, str] | None = None, **settings: 
 def main(folder: Path) -> None:
     ray.init(num_cpus=WORKERS, include_dashboard=False, object_store_memory=100 * 2**20, configure_logging=False)
     try:
-        half = run(folder, "ddp")
-        run(folder, "ddp, resumed", ckpt_path=str(half))
-        run(folder, "a worker dies", dies=True)
-        run(folder, "variable", {"LIGHTNING_REVBN": "1"}, has_callback=False)
-        run(folder, "variable on one worker", has_callback=False, variables=["1", ""])
-        run(folder, "other settings", has_callback=False, variables=["1", "scale=0.2"])
-        half = run(folder, "fsdp", strategy="fsdp")
-        variable = {"LIGHTNING_REVBN": "1"}
-        run(folder, "fsdp, resumed", variable, strategy="fsdp", has_callback=False, ckpt_path=str(half))
-        run(folder, "fsdp without a device", strategy="fsdp without a device")
+        for strategy in ("ddp", "fsdp"):
+            half = run(folder, strategy, strategy)
+            run(folder, f"{strategy}, resumed", strategy, ckpt_path=str(half))
+            run(folder, f"{strategy}, a worker dies", strategy, dies=True)
+            run(folder, f"{strategy}, variable", strategy, {"LIGHTNING_REVBN": "1"}, has_callback=False)
+            for name, other in (("variable on one worker", ""), ("other settings", "scale=0.2")):
+                run(folder, f"{strategy}, {name}", strategy, has_callback=False, variables=["1", other])
+        run(folder, "fsdp without a device", "fsdp without a device")
     finally:
         ray.shutdown()
 

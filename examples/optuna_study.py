@@ -8,6 +8,8 @@ baseline, with seeds that chose nothing. A search that is started again goes on 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,13 +191,14 @@ def write_choice(file: Path, best: FrozenTrial) -> None:
 
 def commands_of_test(folder: Path, search: Search, seeds: int) -> list[str]:
     """Return the commands that test the choice once."""
-    conf, runs = (folder / "conf").resolve(), folder / "test"
+    conf, runs = str((folder / "conf").resolve()), str(folder / "test")
     fresh = f"seed=range({TEST_SEEDS + 1},{TEST_SEEDS + seeds + 1})"
-    return [
-        f"  python examples/hydra/train.py --config-dir {conf} -m revbn=off,chosen '{fresh}' "
-        f"trainer.max_epochs={search.epochs} hydra.sweep.dir={runs}",
-        f"  lightning-revbn compare {runs} --metric test_acc",
-    ]
+    quoted = "'{}'".format(runs.replace("'", "\\'"))  # a path may hold what means something to Hydra, such as a comma
+    directory = runs if re.fullmatch(r"[\w./+-]+", runs) else quoted
+    train = ["python", "examples/hydra/train.py", "--config-dir", conf, "-m", "revbn=off,chosen", fresh]
+    train += [f"trainer.max_epochs={search.epochs}", f"hydra.sweep.dir={directory}"]
+    compare = ["lightning-revbn", "compare", runs, "--metric", "test_acc"]
+    return [f"  {shlex.join(command)}" for command in (train, compare)]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ RESULT = "result.json"
 """Written at the very end of a run: a run without this file is not finished."""
 FAILURE = "failure.txt"
 LOGS = "logs"
+OVERRIDES = ".hydra/overrides.yaml"
 
 
 class OtherSettingsError(RuntimeError):
@@ -121,21 +122,29 @@ class Report(Callback):
         reasons = [f"  {run.relative_to(study)}: {(run / FAILURE).read_text().splitlines()[0]}" for run in failed]
         called = [word for word in sys.argv[1:] if word not in config.hydra.overrides.task]
         commands = [f"  {command}" for command in _commands(failed, ["python", sys.argv[0], *called])]
-        sys.exit("\n".join([line, *reasons, "These commands run only the failed runs:", *commands]))
+        remedy = "These commands run only the failed runs:" if commands else "Start the study again to run only these."
+        sys.exit("\n".join([line, *reasons, remedy, *commands]))
 
 
 def _commands(runs: list[Path], call: list[str]) -> list[str]:
-    """Return a command for all seeds of the same other overrides, so that no command adds a run to the study."""
+    """Return a command for all seeds of the same other overrides, so that no command adds a run to the study.
+
+    With `hydra.output_subdir=null`, Hydra does not write down the overrides of a run, and there are no commands.
+    """
+    if not all((run / OVERRIDES).exists() for run in runs):
+        return []
     seeds: dict[tuple[str, ...], list[str]] = {}
     commands: list[list[str]] = []
     for run in runs:
-        overrides: list[str] = list(OmegaConf.load(run / ".hydra" / "overrides.yaml"))
+        overrides: list[str] = list(OmegaConf.load(run / OVERRIDES))
         others = [word for word in overrides if not word.startswith("seed=")]
         if others == overrides:
             commands.append([*call, *others])
         else:
             seeds.setdefault(tuple(others), []).extend(word[len("seed=") :] for word in overrides if word not in others)
-    grouped = [[*call, *others, f"seed={','.join(sorted(numbers, key=int))}"] for others, numbers in seeds.items()]
+    # By length first, because 10 comes after 9, and a seed may be null.
+    ordered = {others: sorted(numbers, key=lambda number: (len(number), number)) for others, numbers in seeds.items()}
+    grouped = [[*call, *others, f"seed={','.join(numbers)}"] for others, numbers in ordered.items()]
     return [shlex.join(command) for command in [*grouped, *commands]]
 
 

@@ -136,18 +136,19 @@ def test_a_training_of_the_search_never_touches_the_test_images(monkeypatch: pyt
 def test_the_printed_commands_test_the_choice_with_fresh_seeds(
     calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = search(tmp_path, "--test-seeds", "2", "--epochs", "1")
+    folder = tmp_path / "it's a search, (1)"
+    study = search(folder, "--test-seeds", "2", "--epochs", "1")
     command, comparison = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:])
     assert command[:2] == ["python", "examples/hydra/train.py"]
     run_python(*command[1:], cwd=ROOT)
-    assert set(results(tmp_path / "test")) == {
+    assert set(results(folder / "test")) == {
         f"revbn={arm},seed={seed},trainer.max_epochs=1" for arm in ("off", "chosen") for seed in (1001, 1002)
     }
     assert not {1001, 1002} & {seed for _, seed, _ in calls}
-    assert comparison == ["lightning-revbn", "compare", str(tmp_path / "test"), "--metric", "test_acc"]
+    assert comparison == ["lightning-revbn", "compare", str(folder / "test"), "--metric", "test_acc"]
     chosen = study.best_trial.params
     # A single arm is called by its scale; its other settings are in the log.
-    assert f"scale={chosen['scale']:.12g}" in compared(tmp_path / "test")
-    for file in (tmp_path / "test").glob("revbn=chosen*/logs/hparams.yaml"):
+    assert f"scale={chosen['scale']:.12g}" in compared(folder / "test")
+    for file in (folder / "test").glob("revbn=chosen*/logs/hparams.yaml"):
         for name, number in chosen.items():
             assert f"revbn/{name}: {number!r}" in file.read_text()

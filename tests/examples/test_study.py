@@ -221,6 +221,7 @@ def test_the_report_has_a_command_for_each_group_of_failed_runs(
 ) -> None:
     fail(tmp_path, "a", "revbn=off", "seed=10")
     fail(tmp_path, "b", "revbn=off", "seed=9")
+    fail(tmp_path, "b without a number", "revbn=off", "seed=null")
     fail(tmp_path, "c", "revbn=default", "revbn.scale={*.bn2:0.5,*:0.25}", "seed=2")
     fail(tmp_path, "d", "revbn=off")
     sweep = ["revbn=off,default", "seed=range(1,11)"]
@@ -230,10 +231,20 @@ def test_the_report_has_a_command_for_each_group_of_failed_runs(
         study.Report().on_multirun_end(config)
     call = "  python train.py --config-dir 'my conf' -m hydra/launcher=joblib"
     assert str(ended.value).splitlines() == [
-        f"Study {tmp_path}: 0 runs finished, 4 failed.",
-        *(f"  {name}: ValueError: {name}" for name in "abcd"),
+        f"Study {tmp_path}: 0 runs finished, 5 failed.",
+        *(f"  {name}: ValueError: {name}" for name in ("a", "b", "b without a number", "c", "d")),
         "These commands run only the failed runs:",
-        f"{call} revbn=off seed=9,10",
+        f"{call} revbn=off seed=9,10,null",
         f"{call} revbn=default 'revbn.scale={{*.bn2:0.5,*:0.25}}' seed=2",
         f"{call} revbn=off",
     ]
+
+
+def test_the_report_names_failed_runs_whose_overrides_hydra_was_told_not_to_write(tmp_path: Path) -> None:
+    options = ["hydra.output_subdir=null", "revbn=default", "revbn.scale=0", "seed=1", "trainer.max_epochs=1"]
+    done = run_study(tmp_path, *options, check=False)
+    assert done.returncode == 1
+    line, reason, remedy = done.stderr.splitlines()[-3:]
+    assert line == f"Study {tmp_path}: 0 runs finished, 1 failed."
+    assert "ValueError: scale=0 must be finite and positive" in reason
+    assert remedy == "Start the study again to run only these."

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 from helpers.lit import Batches, LitNet, trainer
 from helpers.logs import logged_in
@@ -46,14 +47,22 @@ class JoinedRawNet(LitNet):
 
 
 class SaveLearned(Callback):
-    """Saves the learned values of every rank."""
+    """Saves the learned values of every rank, sharded parameters gathered."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        learned = {"values": pl_module.state_dict(), "input": trainer.datamodule.state_dict()["input_norm"]}
+        sharded = isinstance(trainer.strategy.model, FullyShardedDataParallel)
+        values = whole_state(trainer.strategy.model) if sharded else pl_module.state_dict()
+        learned = {"values": values, "input": trainer.datamodule.state_dict()["input_norm"]}
         torch.save(learned, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+def whole_state(model: FullyShardedDataParallel) -> dict[str, Tensor]:
+    """Return the state of a model under FSDP1 on every rank, gathered."""
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
+        return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def train_raw(

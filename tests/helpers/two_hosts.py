@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ class Hosts(NamedTuple):
         script: str,
         *arguments: object,
         env: Sequence[Mapping[str, str]] = ({}, {}),
-        meanwhile: Callable[[], object] | None = None,
+        meanwhile: Callable[[Callable[[Path], None]], object] | None = None,
     ) -> tuple[End, End]:
         """Run a script of `tests/processes/scripts/` on both hosts, and return how each has ended.
 
@@ -103,7 +103,7 @@ class Hosts(NamedTuple):
             script: Name of the script.
             arguments: Its arguments.
             env: Variables of each host.
-            meanwhile: Called while both run.
+            meanwhile: Called while both run, with a function that waits for a file that they write.
         """
 
         def run(node: int) -> End:
@@ -123,7 +123,7 @@ class Hosts(NamedTuple):
             ends = [pool.submit(run, node) for node in range(2)]
             try:
                 if meanwhile is not None:
-                    meanwhile()
+                    meanwhile(lambda file: wait_for(file, ends))
                 first, second = (end.result() for end in ends)
             except BaseException:  # the pool waits for both
                 for host in self:
@@ -184,15 +184,26 @@ def _remove_leftovers() -> None:
             _ip("netns", "delete", name)
 
 
-def wait_for(file: Path, seconds: float = 300) -> None:
-    """Wait until a file is there.
+def wait_for(file: Path, ends: Sequence[Future[End]], seconds: float = 300) -> None:
+    """Wait until the programs of hosts have written a file.
+
+    Args:
+        file: The file.
+        ends: The ends of the hosts' programs.
+        seconds: How long to wait.
 
     Raises:
-        TimeoutError: If it is not there in time.
+        AssertionError: If a host ends without the file. The message has the host's output.
+        TimeoutError: If the file is not there in time.
     """
-    end = time.monotonic() + seconds
+    limit = time.monotonic() + seconds
     while not file.exists():
-        if time.monotonic() > end:
+        ended = [end.result() for end in ends if end.done()]
+        if ended and not file.exists():
+            raise AssertionError(
+                f"a host ended with {ended[0].code} before {file} was written\n{ended[0].output[-12000:]}"
+            )
+        if time.monotonic() > limit:
             raise TimeoutError(f"{file} was not written in {seconds:.0f} seconds")
         time.sleep(0.05)
 

@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,9 @@ def test_when_a_host_dies_amid_a_step_the_other_ends_and_the_last_checkpoint_res
     waits, said = DEATHS[death]
     died: list[float] = []
 
-    def kill() -> None:
+    def kill(wait: Callable[[Path], None]) -> None:
         for rank in (2, 3):
-            wait_for(tmp_path / f"stopped{rank}")
+            wait(tmp_path / f"stopped{rank}")
         time.sleep(2)  # the first host waits for gradients by then
         died.append(time.time())
         getattr(hosts.second, death)()
@@ -167,3 +168,12 @@ def test_a_machine_that_allows_no_second_host_is_told_why(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NoNamespacesError, match=re.escape(said)), two_hosts():
         pass
+
+
+def test_a_host_that_ends_early_ends_the_wait_for_its_file_with_its_output(tmp_path: Path) -> None:
+    running, ended = Future[End](), Future[End]()
+    ended.set_result(End(1, "ValueError: no such optimizer", time.time()))
+    with pytest.raises(AssertionError, match=r"a host ended with 1 before .*stopped2 was written\nValueError: no such"):
+        wait_for(tmp_path / "stopped2", [running, ended])
+    (tmp_path / "stopped2").touch()
+    wait_for(tmp_path / "stopped2", [running, ended])

@@ -6,6 +6,7 @@ Ray has a process for each worker, and Lightning's Trainer runs inside of it.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,57 +15,111 @@ import ray
 import ray.train.lightning
 import torch
 from helpers.joined_raw import callback, train_raw
-from ray.train import RunConfig, ScalingConfig
-from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision, FSDPPrecision
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train.lightning import RayDDPStrategy, RayFSDPStrategy, RayLightningEnvironment, RayTrainReportCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_revbn.plugins import BatchNormSync
 
 WORKERS = 2
 
 
+class FSDPOnCPU(RayFSDPStrategy):
+    """Tells FSDP the device, without which FSDP looks for an accelerator."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+class DoubleFSDP(DoublePrecision, FSDPPrecision):
+    """Float64, which Lightning does not offer under FSDP."""
+
+    mixed_precision_config = None
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+
+class DieOnce(Callback):
+    """Kills the second worker in the second epoch, at the first start alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.died = folder / "died"
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx, trainer.global_rank) == (1, 1, 1) and not self.died.exists():
+            ray.train.get_all_reported_checkpoints()  # waits until Ray's controller knows of the first epoch's
+            self.died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def strategy_of(name: str) -> dict[str, Any]:
+    """Return the arguments of the Trainer for one of Ray's strategies."""
+    plugins: list[Any] = [RayLightningEnvironment(), BatchNormSync()]
+    if name == "ddp":
+        return {"strategy": RayDDPStrategy(), "plugins": plugins}
+    kind = FSDPOnCPU if name == "fsdp" else RayFSDPStrategy
+    return {"strategy": kind(auto_wrap_policy={nn.Sequential}), "plugins": [*plugins, DoubleFSDP()], "precision": None}
+
+
 def work(settings: dict[str, Any]) -> None:
     """Train on one worker."""
     torch.set_num_threads(1)
-    options: dict[str, Any] = {
-        "devices": "auto",
-        "strategy": RayDDPStrategy(),
-        "plugins": [RayLightningEnvironment(), BatchNormSync()],
-        "ckpt_path": settings.get("ckpt_path"),
-    }
-    callbacks = [callback()] * settings.get("has_callback", True)
+    options: dict[str, Any] = {"devices": "auto", **strategy_of(settings["strategy"])}
+    folder = Path(settings["folder"])
+    callbacks: list[Callback] = [callback()] * settings.get("has_callback", True)
+    callbacks += [DieOnce(folder)] * settings.get("dies", False)
     if "variables" in settings:
         os.environ["LIGHTNING_REVBN"] = settings["variables"][ray.train.get_context().get_world_rank()]
-    train_raw(Path(settings["folder"]), *callbacks, RayTrainReportCallback(), **options)
+    saved = ray.train.get_checkpoint()  # if Ray has started the workers again
+    resumed = settings.get("ckpt_path") if saved is None else checkpoint_in(saved)
+    train_raw(folder, *callbacks, RayTrainReportCallback(), ckpt_path=resumed, **options)
 
 
-def run(folder: Path, name: str, env: dict[str, str] | None = None, **settings: Any) -> Path | None:
+def checkpoint_in(saved: Checkpoint) -> Path:
+    """Return Lightning's checkpoint in a checkpoint of Ray."""
+    return Path(saved.path, RayTrainReportCallback.CHECKPOINT_NAME)
+
+
+def run(folder: Path, name: str, strategy: str, env: dict[str, str] | None = None, **settings: Any) -> Path | None:
     """Train on two workers, and return the checkpoint of the first epoch; write down an error."""
     here = folder / name
     here.mkdir()
     trainer = TorchTrainer(
         work,
-        train_loop_config={"folder": str(here), **settings},
+        train_loop_config={"strategy": strategy, "folder": str(here), **settings},
         scaling_config=ScalingConfig(num_workers=WORKERS),
         torch_config=TorchConfig(backend="gloo"),
-        run_config=RunConfig(name=name, storage_path=str(folder / "ray"), worker_runtime_env={"env_vars": env or {}}),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(folder / "ray"),
+            worker_runtime_env={"env_vars": env or {}},
+            failure_config=FailureConfig(max_failures=int(settings.get("dies", False))),
+        ),
     )
     try:
         result = trainer.fit()
     except Exception as error:  # what Ray raises has the workers' errors in its text
         (here / "error.txt").write_text(str(error))
         return None
-    first = min(result.best_checkpoints, key=lambda found: found[1]["epoch"])[0]
-    return Path(first.path, RayTrainReportCallback.CHECKPOINT_NAME)
+    return checkpoint_in(min(result.best_checkpoints, key=lambda found: found[1]["epoch"])[0])
 
 
 def main(folder: Path) -> None:
     ray.init(num_cpus=WORKERS, include_dashboard=False, object_store_memory=100 * 2**20, configure_logging=False)
     try:
-        half = run(folder, "whole")
-        run(folder, "resumed", ckpt_path=str(half))
-        run(folder, "variable", {"LIGHTNING_REVBN": "1"}, has_callback=False)
-        run(folder, "variable on one worker", has_callback=False, variables=["1", ""])
+        for strategy in ("ddp", "fsdp"):
+            half = run(folder, strategy, strategy)
+            run(folder, f"{strategy}, resumed", strategy, ckpt_path=str(half))
+            run(folder, f"{strategy}, a worker dies", strategy, dies=True)
+            run(folder, f"{strategy}, variable", strategy, {"LIGHTNING_REVBN": "1"}, has_callback=False)
+            for name, other in (("variable on one worker", ""), ("other settings", "scale=0.2")):
+                run(folder, f"{strategy}, {name}", strategy, has_callback=False, variables=["1", other])
+        run(folder, "fsdp without a device", "fsdp without a device")
     finally:
         ray.shutdown()
 

@@ -10,14 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers.scripts import ROOT, Done, run_python
+from torch import Tensor
 from torch.autograd import DeviceType
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu.device import kernels_among
+from benchmarks.gpu.device import Device, kernels_among
+from benchmarks.gpu.input_norm import Arm, compare
 from benchmarks.gpu.page import page
 from benchmarks.gpu.parts import PARTS, Visit, read_outcomes, run_limited
+from benchmarks.gpu.report import Report
 
 CPU = {"kind": "cpu", "name": "a CPU", "python": "3", "torch": "2", "lightning": "2", "timm": None}
 CUDA = {**CPU, "kind": "cuda", "name": "a GPU", "memory_bytes": 2**36, "capability": "9.0", "cuda": "13"}
@@ -131,6 +135,56 @@ def test_kernels_count_without_the_names_of_the_regions_above_them() -> None:
     kernels = [event(DeviceType.CUDA, 20.0), event(DeviceType.CUDA, 30.0)]
     others = [event(DeviceType.CPU, 400.0), event(DeviceType.CUDA, 60.0, is_name=True)]
     assert kernels_among([*others, *kernels]) == (2, pytest.approx(50e-6))
+
+
+class Queue:
+    """A GPU without work: it sleeps until the host waits, or launches more kernels than its queue holds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, holds: int) -> None:
+        self.holds, self.launched, self.sleeps = holds, 0, False
+        event = SimpleNamespace(record=lambda: None, query=lambda: not self.sleeps, elapsed_time=lambda end: 6.0)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+
+    def wait(self) -> None:
+        self.launched, self.sleeps = 0, False
+
+    def sleep(self, cycles: int) -> None:
+        self.sleeps = True
+
+    def launch(self, kernels: int) -> None:
+        self.launched += kernels
+        if self.launched > self.holds:
+            self.wait()
+
+
+@pytest.mark.parametrize(("kernels", "calls"), [(4, 5), (255, 2), (1000, 1)])
+def test_so_many_calls_are_measured_as_a_gpu_can_queue(
+    kernels: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue(monkeypatch, holds=1024)
+    assert Device("cuda").queued_seconds(lambda: queue.launch(kernels), 5) == 6e-3 / calls
+
+
+def test_a_call_in_which_the_host_waits_cannot_be_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(monkeypatch, holds=1024)
+    with pytest.raises(RuntimeError, match="the host waits for the device within a call"):
+        Device("cuda").queued_seconds(queue.wait, 5)
+
+
+def test_a_way_that_fails_is_told_and_the_others_are_measured(tmp_path: Path) -> None:
+    def broken(images: Tensor) -> Tensor:
+        raise NotImplementedError("no kernel\nfor a reason")
+
+    report = Report(Device("cpu"), True, tmp_path / "part.json")
+    arms = {"broken": Arm(broken, 1), "sound": Arm(lambda images: images.float(), 1)}
+    compare(report, "contiguous", "float32", arms, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), queued=True)
+    written = json.loads((tmp_path / "part.json").read_text())
+    assert [figure["name"] for figure in written["figures"]] == ["sound, contiguous, uint8 to float32"]
+    what = "broken, contiguous, uint8 to float32"
+    assert written["skipped"] == [{"what": what, "reason": "NotImplementedError: no kernel"}]
+    assert report.failed == [what]
 
 
 def test_a_part_has_no_more_time_than_is_left(tmp_path: Path) -> None:

@@ -54,26 +54,29 @@ class Device:
         """Return the device's seconds for one of several calls that the host has launched before the first one begins.
 
         In a training with a large network the host is ahead of the device. There, the launches of a call take no time
-        of their own.
+        of their own. A GPU queues about a thousand kernels, so where the host does not get ahead, fewer calls are
+        measured.
 
         Raises:
-            RuntimeError: If the host cannot launch the calls before the device begins.
+            RuntimeError: If the host cannot launch a single call before the device begins.
         """
         if not self.is_gpu:
             return self.seconds(function, calls)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for cycles in (2**25, 2**27, 2**29):  # some 20, 70 and 300 ms
-            self.wait()
-            torch.cuda._sleep(cycles)
-            begin.record()
-            for _ in range(calls):
-                function()
-            end.record()
-            was_ahead = not begin.query()  # the device still sleeps, and all is launched
-            self.wait()
-            if was_ahead:
-                return begin.elapsed_time(end) / 1e3 / calls
-        raise RuntimeError("the host waits for the device within a call, or takes longer to launch it than 300 ms")
+        while calls:
+            for cycles in (2**25, 2**28):  # some 20 and 150 ms
+                self.wait()
+                torch.cuda._sleep(cycles)
+                begin.record()
+                for _ in range(calls):
+                    function()
+                end.record()
+                was_ahead = not begin.query()  # the device still sleeps, and all is launched
+                self.wait()
+                if was_ahead:
+                    return begin.elapsed_time(end) / 1e3 / calls
+            calls //= 2
+        raise RuntimeError("the host waits for the device within a call, or takes longer to launch it than 150 ms")
 
     def in_turns(
         self, functions: Mapping[str, Callable[[], object]], rounds: int, calls: int, *, queued: bool = False
@@ -83,7 +86,7 @@ class Device:
         Args:
             functions: What is called.
             rounds: How many times each is measured.
-            calls: How many calls a measurement has. A GPU queues about a thousand kernels.
+            calls: How many calls a measurement has, at most.
             queued: Whether the host launches all calls before the device begins.
 
         Returns:

@@ -105,10 +105,15 @@ def compare(
     torch.compiler.reset()  # nothing is recompiled so often that torch gives up, and no size becomes a variable
     dtype, device, small = DTYPES[name], report.device, report.small
     copy, copied = device.copy(SMALL_COPIED if small else COPIED)
-    functions = {key: functools.partial(arm.function, images) for key, arm in arms.items()}
     calls = 1 if small else 5
+    functions = {key: functools.partial(arm.function, images) for key, arm in arms.items()}
+    for key, function in [*functions.items()]:
+        attempt = functools.partial(device.in_turns, {key: function}, rounds=1, calls=1, queued=queued)
+        if not works(report, f"{key}, {layout}, uint8 to {name}", attempt):
+            del functions[key]
     times = device.in_turns({"copy": copy, **functions}, rounds=3 if small else 9, calls=calls, queued=queued)
-    for key, arm in arms.items():
+    for key in functions:
+        arm = arms[key]
         floor = [copied_in * arm.bytes_moved(images, dtype) / copied for copied_in in times["copy"]]
         ratios = [own / least for own, least in zip(times[key], floor, strict=True)]
         detail = f"{1e3 * statistics.median(times[key]):.3f} ms"
@@ -117,6 +122,16 @@ def compare(
             detail += f", {1e3 * alone:.3f} ms if the GPU has to wait for each launch"
         report.add(f"{key}, {layout}, uint8 to {name}", ratios, arm.limit, detail=detail)
     report.note(f"{layout}, uint8 to {name}: copied at {bandwidth(times, copied):.1f} GB/s in the same rounds.")
+
+
+def works(report: Report, what: str, function: Callable[[], object]) -> bool:
+    """Tell whether a function ends without an error; an error is written down, and the part goes on."""
+    try:
+        function()
+    except Exception as error:  # a compiler may raise anything
+        report.fail(what, error)
+        return False
+    return True
 
 
 def tell_kernels(report: Report, layout: str, name: str, images: Tensor) -> None:
@@ -172,12 +187,14 @@ def measure(report: Report) -> None:
         for name in DTYPES:
             for layout, batch in layouts.items():
                 compare(report, layout, name, own_arms(DTYPES[name]), batch, queued=True)
-                same_bits(report, layout, name, batch)
+                check = functools.partial(same_bits, report, layout, name, batch)
+                works(report, f"the same bits, {layout}, uint8 to {name}", check)
         if not report.device.is_gpu:
             report.skip("kernels alone", "a CPU has none")
         for name in DTYPES if report.device.is_gpu else ():
             for layout, batch in layouts.items():
-                tell_kernels(report, layout, name, batch)
+                tell = functools.partial(tell_kernels, report, layout, name, batch)
+                works(report, f"kernels alone, {layout}, uint8 to {name}", tell)
         for name in DTYPES:
             for layout, batch in layouts.items():
                 compare(report, layout, name, other_arms(report, DTYPES[name]), batch)

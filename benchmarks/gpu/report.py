@@ -28,12 +28,14 @@ class Report:
         small: Whether this is a try of the code, with inputs that are too small to measure anything.
         path: The file of JSON.
         content: What is in it.
+        failed: What could not be measured because of an error, which fails the part at its end.
     """
 
     device: Device
     small: bool
     path: Path
     content: dict[str, list[Any]] = field(default_factory=lambda: {"figures": [], "skipped": [], "notes": []})
+    failed: list[str] = field(default_factory=list[str])
 
     def add(self, name: str, values: Sequence[float], limit: float | None = None, **more: Any) -> None:
         """Write down a ratio: its median over the rounds, with quartiles.
@@ -62,6 +64,13 @@ class Report:
         self.content["skipped"].append({"what": what, "reason": reason})
         self._write()
 
+    def fail(self, what: str, error: Exception) -> None:
+        """Write down what is not measured because of an error, and go on."""
+        self.failed.append(what)
+        told = f"{type(error).__name__}: {error}".strip().splitlines()
+        self.skip(what, told[0])
+        print(what, error, sep="\n", file=sys.stderr)
+
     def _write(self) -> None:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.content, indent=2))
@@ -78,4 +87,7 @@ def run_part(measure: Callable[[Report], None]) -> None:
     warnings.filterwarnings("ignore")
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-    measure(Report(Device(arguments.device), arguments.small, arguments.json))
+    report = Report(Device(arguments.device), arguments.small, arguments.json)
+    measure(report)
+    if report.failed:
+        sys.exit("failed: " + "; ".join(report.failed))

@@ -252,7 +252,9 @@ class InputLearner:
         """Raise if any fault was counted, given a copy of the counts on the CPU, and count from 0 again."""
         counts = [int(count) for count in faults]
         self._faults = torch.zeros_like(self._faults)
-        parts = self._counted(parts) if any(counts) else ()
+        if any(counts):  # the host may have counted the samples of the batch, which the device has left out
+            self.freeze.count(self.learned.samples)
+            parts = self._counted(parts)
         refuse_faults(counts, self.learned.kind, parts, ignore_nan=self._settings.nan_policy == "ignore")
 
     def _counted(self, parts: Sequence[InputPart]) -> list[InputPart]:

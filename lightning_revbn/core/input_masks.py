@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: TorchScript cannot read postponed annotations.
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from lightning_revbn.core.input_settings import InputNorm
 from lightning_revbn.core.keep_rules import KeepRules
 
 __all__ = ["InputMasks", "chosen_channels", "kept_by", "kept_values", "valid_values"]
+
+_BITS = 62
+"""Number of booleans in an integer: at most 63 in 64 bits with a sign."""
 
 
 def valid_values(values: Tensor, mask: Tensor | None, nodata: list[float]) -> Tensor | None:
@@ -67,7 +71,23 @@ def chosen_channels(settings: InputNorm, device: torch.device | None = None) -> 
     """
     if settings.channels is None:
         return None
-    return torch.tensor([channel in settings.channels for channel in range(settings.num_features)], device=device)
+    if device is None or device.type in ("cpu", "mps"):
+        return torch.tensor([channel in settings.channels for channel in range(settings.num_features)], device=device)
+    return _flags(settings.channels, settings.num_features, device)
+
+
+def _flags(chosen: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """Return booleans that are True at the given indices, without a wait for the device.
+
+    A list would be copied to the device, and the host would wait for the copy. The bits of an integer are an argument
+    of a kernel.
+    """
+    bits = sum(1 << index for index in chosen)
+    words = [
+        ((bits >> start) % 2**_BITS) >> torch.arange(min(_BITS, count - start), device=device)
+        for start in range(0, count, _BITS)
+    ]
+    return (torch.cat(words) & 1).bool()
 
 
 def kept_by(settings: InputNorm, mask: Tensor | None, device: torch.device) -> KeepRules:
@@ -97,7 +117,8 @@ def _equal(values: Tensor, number: float) -> Tensor:
     whole = torch.full((), int(number), dtype=torch.int64)
     stored = whole.to(values.dtype)
     is_stored = stored.to(torch.int64) == whole
-    return (values == stored.to(values.device)) & is_stored.to(values.device)
+    # Scalars stay on the CPU: a kernel takes them as arguments, and a copy to an accelerator would make the host wait.
+    return (values == stored) & is_stored
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ class InputNorm:
         mean: Means for mode `"fixed"`, a number per channel, in units of `input_range`.
         std: Standard deviations for mode `"fixed"`, a number per channel, in units of `input_range`.
         prefix: First part of the metric keys.
-        compile: Whether to use kernels of `torch.compile`. The results are equal to the bit. They are faster for uint8
-            on most processors, but the first step takes some seconds longer, and CPUs need a C++ compiler.
+        compile: Whether to use kernels of `torch.compile`. On CPUs the results are equal to the bit. They are faster
+            for uint8 on most processors, but the first step takes some seconds longer, and CPUs need a C++ compiler.
         channels: Indices of the channels to measure and normalise; negative indices count from the end. The other
             channels, such as one-hot columns, stay as they are: they are not divided by `input_range`, masked, clipped
             or filled. None is all channels.

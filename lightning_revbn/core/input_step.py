@@ -75,17 +75,22 @@ def learn_and_standardize(
         transform of this batch. All equal the results without a graph to the bit, unless the compiler of an accelerator
         joins a product and a sum of float64, which are then rounded once rather than twice.
     """
-    graph = compile_once(_graph)
+    values, graph = dense(values), compile_once(_graph)
+    # The graph gets a table in the order of memory: a graph for sizes that change cannot sort their strides. So images
+    # and tables in all memory formats share compiled versions.
+    table, samples = by_memory(values, settings.channel_dim), count_samples(values, settings.channel_dim)
     with torch.no_grad():
         result, tensors, estimate = graph(
-            dense(values), learned.tensors(), learned.kind, settings, estimator, scale, dtype
+            table, samples, learned.tensors(), learned.kind, settings, estimator, scale, dtype
         )
     transform = InputTransform(settings, scale, Estimate(*estimate))
+    result = result.reshape(-1).as_strided(values.shape, values.stride())
     return result, learned.with_tensors(*tensors), transform
 
 
 def _graph(
-    values: Tensor,
+    table: Tensor,
+    samples: int,
     learned: tuple[Tensor, ...],
     kind: Kind,
     settings: InputNorm,
@@ -93,17 +98,14 @@ def _graph(
     scale: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the results of `learn_and_standardize` as tensors."""
-    dim, before = (
-        settings.channel_dim,
-        LearnedStatistics(kind, Moments(*learned[:4]), Moments(*learned[4:8]), learned[8]),
-    )
-    moments = Moments(*moments_of_sums(*byte_sums(by_memory(values, dim))))
-    samples = torch.full_like(before.samples, count_samples(values, dim))
-    batch = GlobalBatch(moments, kind, samples, faults=torch.zeros_like(samples))
+    """Return the results of `learn_and_standardize` as tensors, for bytes of shape `(outer, C, inner)`."""
+    before = LearnedStatistics(kind, Moments(*learned[:4]), Moments(*learned[4:8]), learned[8])
+    moments = Moments(*moments_of_sums(*byte_sums(table)))
+    added = torch.full_like(before.samples, samples)
+    batch = GlobalBatch(moments, kind, added, faults=torch.zeros_like(added))
     after = before.add(batch, estimator.momentum)
     estimate = estimator.estimate(after, settings.unit(kind), moments)
     assert estimate is not None  # there are statistics now
-    constants = InputTransform(settings, scale, estimate).constants_for(values, is_traced=True)
+    constants = InputTransform(settings, scale, estimate).constants_for(table, is_traced=True)
     columns = constants.mean, constants.rest, constants.gain, constants.bound
-    return standardize_in_one_kernel(values, *columns, dim, dtype), after.tensors(), tuple(estimate)
+    return standardize_in_one_kernel(table, *columns, 1, dtype), after.tensors(), tuple(estimate)

@@ -87,6 +87,11 @@ class InputFit(Callback):
         self._hooked = True
         if trainer.training and not self._is_training:
             self._is_training, self._step = True, None
+            for report in self._reports:
+                # A fault in another input may have ended an earlier fit. The device has left out that batch here too,
+                # and the host may have counted it.
+                learner = report.online.learner
+                learner.freeze.count(learner.learned.samples)
             _refuse_other_ranks(self._owner, self._inputs)
             data = self._data()
             if data is not None and STATE_NAME not in data.state_dict():

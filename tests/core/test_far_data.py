@@ -85,6 +85,19 @@ def test_the_place_of_nan_respects_the_mask() -> None:
         OnlineStandardizer(InputNorm(3)).train(values, mask)
 
 
+def test_a_batch_with_a_fault_that_is_found_later_does_not_count_for_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_learner, "_answers_at_once", lambda device: False)
+    batch, bad = noise(8, 3).float(), torch.full((8, 3), torch.nan)
+    standardizer = OnlineStandardizer(InputNorm(3, freeze_after=24))
+    for values in (batch, bad, batch):
+        standardizer.train(values)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        standardizer.check()
+    assert (standardizer.samples, standardizer.is_frozen) == (16, False)
+    standardizer.train(batch)
+    assert (standardizer.samples, standardizer.is_frozen) == (24, True)
+
+
 @pytest.mark.parametrize("mode", ["batch", "ema"])
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_fault_that_is_found_later_costs_its_own_batch_alone(

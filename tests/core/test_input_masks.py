@@ -12,7 +12,7 @@ from helpers.raw import IMAGES
 from torch import Tensor
 
 from lightning_revbn import InputNorm
-from lightning_revbn.core.input_masks import InputMasks
+from lightning_revbn.core.input_masks import InputMasks, _flags, chosen_channels
 from lightning_revbn.core.input_norm import InputError, OnlineStandardizer
 
 MODES = ("batch", "running", "ema", "fixed")
@@ -32,6 +32,15 @@ def test_without_such_settings_nothing_looks_at_the_values() -> None:
     masks = InputMasks.of(TABLE, mask, InputNorm(4, clip=3.0))
     assert masks.counted is mask
     assert masks.kept is mask
+
+
+@pytest.mark.parametrize("count", [1, 61, 62, 63, 64, 124, 130, 300])
+def test_an_accelerator_gets_the_channels_as_bits(count: int) -> None:
+    cpu = torch.device("cpu")
+    for chosen in (range(count), [count - 1], [0], range(0, count, 3), range(count // 2, count)):
+        expected = chosen_channels(InputNorm(count, channels=[*chosen]))
+        assert expected is not None
+        assert torch.equal(_flags([*chosen], count, cpu), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

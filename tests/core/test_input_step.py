@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._inductor import metrics
 
 from lightning_revbn import InputNorm
@@ -106,9 +108,31 @@ def test_the_compiler_makes_one_graph_with_the_same_bits(layout: torch.memory_fo
         assert_equal(eager, compiled, raw(size, 3, 9, 11).to(memory_format=layout))
     assert len(steps) == 5
     learned, settings = compiled.learner.learned, compiled.settings
-    arguments = (raw(8, 3, 9, 11), learned.tensors(), learned.kind, settings, compiled.learner._estimator, 0.5)
+    table = raw(8, 3, 9, 11).flatten(2)
+    arguments = (table, 8, learned.tensors(), learned.kind, settings, compiled.learner._estimator, 0.5)
     explained = torch._dynamo.explain(input_step._graph)(*arguments, torch.float32)
     assert explained.graph_count == 1
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_batches_and_images_of_changing_sizes_share_a_few_graphs(
+    layout: torch.memory_format, steps: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (fixed_normalizer, integer_sums):
+        monkeypatch.setattr(module, "compile_once", lambda function: function)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    graph = torch.compile(input_step._graph, backend=counter, fullgraph=True)
+    monkeypatch.setattr(input_step, "compile_once", lambda function: graph)
+    eager, compiled = both({"num_features": 3})
+    for size, height, width in product((8, 5, 1), (20, 31, 9), (20, 17)):
+        assert_equal(eager, compiled, raw(size, 3, height, width).to(memory_format=layout))
+    for scale in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+        for one in (eager, compiled):
+            one.set_scale(scale)
+        assert_equal(eager, compiled, raw(8, 3, 20, 20).to(memory_format=layout))
+    assert len(steps) == 2 * (18 + 7) - 1
+    assert counter.frame_count <= 7  # from 9 on torch gives up, and runs the operations one by one
 
 
 @pytest.mark.usefixtures("without_compiler")

@@ -178,6 +178,19 @@ def test_a_fault_that_is_told_later_names_its_input_and_no_input_learns_the_batc
         assert data.input_statistics("rgb").count.tolist() == [40 * 36] * 3
 
 
+def test_a_fault_in_one_input_freezes_no_other_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_learner, "_answers_at_once", lambda device: False)
+    radar = RADAR.clone()
+    radar[20, 1, 3] = torch.nan
+    data = Sensors({**SETTINGS, "rgb": InputNorm(3, freeze_after=48)}, radar=radar)
+    with pytest.raises(InputError, match=r"^input 'radar'"):
+        fitted(tmp_path, data, limit_val_batches=0, log_every_n_steps=50)
+    assert data.input_statistics("rgb").count.tolist() == [40 * 36] * 3
+    radar[20, 1, 3] = 0.0
+    fitted(tmp_path, data, limit_val_batches=0, log_every_n_steps=50)
+    assert data.input_statistics("rgb").count.tolist() == [48 * 36] * 3
+
+
 def test_freezing_names_the_input_that_cannot_and_changes_the_others(tmp_path: Path) -> None:
     data = Sensors({**SETTINGS, "rgb": InputNorm(3, freeze_after=8)})
     with pytest.raises(MissingStatisticsError, match=r"^input 'rgb': input statistics are missing"):

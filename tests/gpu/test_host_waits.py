@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from lightning_revbn import InputNorm, ScaleUpdateRule, find_batch_norms
 from lightning_revbn.core.affine_parameters import AffineParameters
 from lightning_revbn.core.input_checks import InputPart
+from lightning_revbn.core.input_masks import valid_values
 from lightning_revbn.core.input_norm import OnlineStandardizer
 from lightning_revbn.core.moments import Kind
 
@@ -91,6 +92,23 @@ def test_a_training_batch_is_normalised_without_a_wait(mode: Any, kind: Kind, de
         values = batch_of(kind)
         online.train(values, ranks=1)
         assert waits_in(lambda: online.train(values, ranks=1)) == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [Kind.UINT8, Kind.FLOAT])
+@pytest.mark.parametrize("settings", [{"channels": [0, 2]}, {"channels": [0, 2], "clip": 3.0}, {"fill": 0.5}], ids=str)
+def test_settings_of_channels_and_results_wait_for_nothing(settings: Any, kind: Kind, device: str) -> None:
+    with waiting(device) as waits_in:
+        online = standardizer(InputNorm(3, **settings), kind)
+        values = batch_of(kind)
+        assert waits_in(lambda: online.train(values, ranks=1)) == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_number_for_missing_values_is_compared_without_a_wait(device: str) -> None:
+    with waiting(device) as waits_in:
+        values = batch_of(Kind.UINT8)
+        assert waits_in(lambda: valid_values(values, None, [3.0, 7.0])) == []
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -25,8 +25,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _caplog_sees_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning's logger does not propagate, so `caplog` would miss its messages, and the callback's with them."""
-    monkeypatch.setattr(logging.getLogger(lightning.pytorch.__name__), "propagate", True)
+    """Let `caplog` see the messages of Lightning's logger, which does not propagate, and which examples silence."""
+    log = logging.getLogger(lightning.pytorch.__name__)
+    monkeypatch.setattr(log, "propagate", True)
+    log.setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,8 @@ def test_workers_with_other_settings_are_refused_by_number(strategy: str, case: 
     assert f"ranks have different settings: {said}" in error
 
 
-def test_fsdp_itself_refuses_to_train_on_cpus_unless_it_is_told_the_device(workers: Path) -> None:
-    run = workers / "fsdp without a device"
+@pytest.mark.parametrize("case", ["fsdp without a device", "fsdp without a device or callback"])
+def test_fsdp_itself_refuses_to_train_on_cpus_unless_it_is_told_the_device(case: str, workers: Path) -> None:
+    run = workers / case
     assert "FSDP needs a non-CPU accelerator device" in (run / "error.txt").read_text()
     assert not list(run.glob("rank*.pt"))

@@ -119,7 +119,8 @@ def main(folder: Path) -> None:
             run(folder, f"{strategy}, variable", strategy, {"LIGHTNING_REVBN": "1"}, has_callback=False)
             for name, other in (("variable on one worker", ""), ("other settings", "scale=0.2")):
                 run(folder, f"{strategy}, {name}", strategy, has_callback=False, variables=["1", other])
-        run(folder, "fsdp without a device", "fsdp without a device")
+        for name, has_callback in (("fsdp without a device", True), ("fsdp without a device or callback", False)):
+            run(folder, name, "fsdp without a device", has_callback=has_callback)
     finally:
         ray.shutdown()
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ChannelView", "Scratch", "by_memory", "channel_view", "dense", "pieces"]
+__all__ = ["NARROW", "ChannelView", "Scratch", "by_memory", "channel_view", "dense", "joined_rows", "pieces"]
 
 _CACHED = 5 << 17
 """Elements of a piece on a CPU, per thread: few enough for its caches, and many enough to outweigh the calls."""
 _LAUNCHED = 1 << 23
 """Most elements of a piece. On an accelerator it bounds the memory for intermediate values; and float32 counts twice as
 many exactly (see `integer_sums`)."""
-_NARROW = 64
+NARROW = 64
 """Channels with fewer values side by side are joined into wide rows, since starting a short loop costs more than the
 loop."""
 
@@ -96,12 +96,11 @@ def channel_view(values: Tensor, channel_dim: int | None, like: Tensor | None = 
     """
     table = by_memory(values, channel_dim, like)
     outer, channels, inner = table.shape
-    if inner >= _NARROW or not values.numel():
+    if inner >= NARROW or not values.numel():
         return ChannelView((table,), channels, 1)
     # Starting a loop over few values costs more than the loop. So many short rows become few long rows: each long row
     # joins `joined` short rows, and the channels repeat in it every `period` columns.
-    period = channels * inner
-    joined = max(1, min(outer, _NARROW * 16 // period))
+    period, joined = channels * inner, joined_rows(table)
     rows = table.reshape(outer, period)
     whole = outer - outer % joined  # the remaining rows are the second part
     parts = [rows[:whole].reshape(-1, period * joined, 1)]  # a view, except for an expanded mask
@@ -129,6 +128,19 @@ def by_memory(values: Tensor, channel_dim: int | None, like: Tensor | None = Non
         return permuted.reshape(1, 1, values.numel())
     at = order.index(channel_dim % values.dim())
     return permuted.reshape(math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :]))
+
+
+def joined_rows(table: Tensor) -> int:
+    """Return how many rows of a table make a long row, if its channels alternate.
+
+    Args:
+        table: A table of `by_memory`, with values.
+
+    Returns:
+        The number of rows, of `C * inner` values each.
+    """
+    outer, channels, inner = table.shape
+    return max(1, min(outer, NARROW * 16 // (channels * inner)))
 
 
 def pieces(part: Tensor, elements: int | None = None) -> Iterator[tuple[slice, slice, slice]]:

@@ -125,10 +125,10 @@ class OnlineStandardizer:
             InputError: On this rank, if values have other channels than the settings; on all ranks, if any rank's
                 values have a fault (see `GlobalBatch.faults`; on accelerators `check` raises, but for the first batch).
         """
+        own = InputParts("", self, [InputPart(values, mask)])
         ranks = ranks_in(group) if ranks is None else ranks
-        return train_together([InputParts("", self, [InputPart(values, mask)])], dtype, group, ranks, values.device)[0][
-            0
-        ]
+        ((result,),) = train_together([own], dtype, group, ranks, values.device)
+        return result
 
     def train_alone(self, part: InputPart, dtype: torch.dtype) -> Tensor | None:
         """Return the result of `train` in a single compiled graph; None, and do nothing, where that cannot be."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_revbn.core.channel_view import ChannelView, Scratch, pieces
+from lightning_revbn.core.channel_view import NARROW, ChannelView, Scratch, joined_rows, pieces
 from lightning_revbn.core.compiled import compile_once
 from lightning_revbn.core.keep_rules import PieceMasks
 
@@ -145,14 +145,13 @@ def _short_sums(table: Tensor) -> Tensor:
     sums as keep the GPU busy. Zeros fill the last sum.
     """
     outer, channels, inner = table.shape
-    if inner >= 64:  # the values of a channel lie side by side
+    if inner >= NARROW:  # the values of a channel lie side by side
         runs = -(-inner // 2**13)
         run = -(-inner // runs)
         cut = pad(table, (0, runs * run - inner)).view(outer, channels, runs, run)
         return cut.sum(3, dtype=torch.int32).unsqueeze(1)
     # Channels alternate: neighbours in memory are the neighbouring columns of a table with joined rows.
-    period = channels * inner
-    joined = min(outer, max(1, 2**10 // period))
+    period, joined = channels * inner, joined_rows(table)
     run = min(2**9, -(-outer // joined))
     runs = -(-outer // (joined * run))
     cut = pad(table.view(outer, period), (0, 0, 0, runs * run * joined - outer)).view(runs, run, joined * period)

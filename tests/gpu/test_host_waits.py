@@ -63,6 +63,16 @@ def waiting(device: str) -> Iterator[Callable[[Callable[[], object]], list[str]]
         yield waits_in
 
 
+def without_values(device: str, read: Callable[[], object], lacks_values: Any) -> Callable[[], None]:
+    """Return a function that reads a device; `lacks_values` expects the error of imitated tensors, behind the copy."""
+
+    def reading() -> None:
+        with lacks_values if device == "cpu" else contextlib.nullcontext():
+            read()
+
+    return reading
+
+
 def network() -> ResidualNet:
     """Return a network that was made on the device: imitated tensors cannot be moved."""
     with torch.device("cuda"):
@@ -150,14 +160,8 @@ def test_a_step_of_an_optimizer_with_the_rule_waits_for_nothing(name: str, devic
 def test_scales_and_shifts_of_all_layers_are_measured_with_one_copy(device: str) -> None:
     with waiting(device) as waits_in:
         parameters = AffineParameters(find_batch_norms(network()))
-        # An imitated tensor has no array of NumPy, which comes after the copy.
-        lacks_values = pytest.raises(RuntimeError, match=r"numpy\(\)")
-
-        def read() -> None:
-            with lacks_values if device == "cpu" else contextlib.nullcontext():
-                parameters.read()
-
-        (place,) = waits_in(read)
+        no_array = pytest.raises(RuntimeError, match=r"numpy\(\)")
+        (place,) = waits_in(without_values(device, parameters.read, no_array))
     assert place.endswith("self._values.copy_(torch.cat(parameters).cpu())")
 
 
@@ -173,13 +177,8 @@ def test_the_statistics_of_an_input_are_read_with_one_copy(device: str) -> None:
 def test_a_logging_step_reads_faults_and_statistics_with_one_copy(device: str) -> None:
     with waiting(device) as waits_in:
         online = standardizer(InputNorm(3), Kind.UINT8)
-        lacks_values = pytest.raises(DataDependentOutputException)  # behind the copy
-
-        def read() -> None:
-            with lacks_values if device == "cpu" else contextlib.nullcontext():
-                online.learner.statistics(checked=True)
-
-        (place,) = waits_in(read)
+        no_number = pytest.raises(DataDependentOutputException)
+        (place,) = waits_in(without_values(device, lambda: online.learner.statistics(checked=True), no_number))
     assert "torch.cat([self._faults, total.mean, total.std, total.count]).cpu()" in place
 
 
@@ -187,13 +186,8 @@ def test_a_logging_step_reads_faults_and_statistics_with_one_copy(device: str) -
 def test_the_faults_of_batches_are_read_with_one_copy(device: str) -> None:
     with waiting(device) as waits_in:
         online = standardizer(InputNorm(3), Kind.UINT8)
-        lacks_values = pytest.raises(DataDependentOutputException)  # behind the copy
-
-        def read() -> None:
-            with lacks_values if device == "cpu" else contextlib.nullcontext():
-                online.check()
-
-        (place,) = waits_in(read)
+        no_number = pytest.raises(DataDependentOutputException)
+        (place,) = waits_in(without_values(device, online.check, no_number))
     assert "self._faults.cpu()" in place
 
 
